@@ -1,0 +1,1 @@
+"""One file per kernel: formula, reference, implementations, autograd, checks. Imports torch and triton only."""
