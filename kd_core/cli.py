@@ -1,0 +1,198 @@
+"""Command line: a frozen dataclass becomes flags, and what a user got wrong becomes one line and exit code 2."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from kd_core.samplers import Sampler
+
+ConfigT = TypeVar("ConfigT", bound="SharedFlags")
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedFlags:
+    """The flags that all recipes share; a recipe's Config adds its own and sets its defaults."""
+
+    out: str | None = None
+    """Run folder; default runs/<recipe>/<next free number>."""
+    resume: bool = False
+    """Continue the run in --out from its newest complete checkpoint, exactly."""
+    teachers: tuple[str, ...] = ()
+    """Models to distil from: run folders, Hugging Face folders or hub names."""
+    kd_ratio: float = 0.0
+    """Weight of the teacher term inside the window, in [0, 1]; the labels get the rest."""
+    temperature: float = 1.0
+    """tau > 0; divides the logits of teacher and student in the teacher term."""
+    kd_start: float = 0.0
+    """Start of the window, as a fraction of --steps."""
+    kd_stop: float = 1.0
+    """End of the window, as a fraction of --steps; after it the teachers' memory is freed."""
+    label_weight_outside: float = 1.0
+    """Weight of the label loss outside the window; inside it is 1 - kd_ratio."""
+    sampler: Sampler = "uniform"
+    """uniform: one teacher a step, drawn at random; all: the mean of all teachers' probabilities."""
+    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    """forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher)."""
+    steps: int = 1000
+    """Length of the run in optimizer steps; the learning rate is scheduled over it."""
+    max_minutes: float | None = None
+    """Stop cleanly, with a checkpoint, after this many minutes."""
+    global_batch_size: int = 256
+    """Samples per optimizer step, over all ranks."""
+    micro_batch_size: int = 32
+    """Samples per rank and forward; gradient accumulation follows from the two."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    warmup_fraction: float = 0.06
+    """Linear warm-up, as a fraction of --steps."""
+    clip: float = 0.0
+    """Largest global gradient norm; 0 does not clip."""
+    deepspeed_config: str = "zero1_bf16.json"
+    """A file of ds_configs/, or your own."""
+    compile: bool = False
+    """torch.compile for student and teachers."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    eval_every: int = 1000
+    """Steps between evaluations of the student."""
+    log_every: int = 50
+    """Steps between lines of the log."""
+    seed: int = 17
+    """Initialisation, data order, masks, dropout and teacher draws."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "save_every", "keep", "eval_every", "log_every", "global_batch_size", "micro_batch_size"):
+            self.check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("kd_ratio", "kd_start", "kd_stop", "warmup_fraction"):
+            self.check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        for name in ("temperature", "lr"):
+            self.check(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
+        for name in ("clip", "label_weight_outside"):
+            self.check(name, 0 <= getattr(self, name) < math.inf, "a finite number, at least 0")
+        self.check("max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0")
+        self.check("kd_stop", self.kd_stop >= self.kd_start, f"at least --kd-start, {self.kd_start}")
+        self.check("kd_ratio", self.kd_ratio == 0 or bool(self.teachers), "0 without --teachers (or name a teacher)")
+        self.check("seed", self.seed >= 0, "at least 0")
+
+    def check(self, name: str, ok: bool, allowed: str) -> None:
+        """Raises ValueError naming the flag, what is allowed and what was given, unless `ok`."""
+        if not ok:
+            raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(self, name)}")
+
+
+# Flags that --resume may change: where, how long and how often, never what is computed.
+FREE_ON_RESUME = frozenset({"out", "resume", "max_minutes", "save_every", "keep", "eval_every", "log_every"})
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[contextlib.ExitStack]:
+    """Set-up in which what a user can fix (ValueError, OSError) ends the process with one line and exit code 2.
+
+    Yields a stack: what is put on it is undone when the block fails or is interrupted, so nothing half-made stays.
+    Local rank 0 prints. The other ranks meet the same error: they wait, because the launcher ends all ranks as soon
+    as one has exited, and the one with the message must not be cut off.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with contextlib.ExitStack() as undo:
+        try:
+            yield undo
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except (ValueError, OSError) as error:
+            if os.environ.get("KD_VERBOSE"):
+                raise
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(10)
+            raise SystemExit(2) from None
+        undo.pop_all()
+
+
+def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset: str = "") -> ConfigT:
+    """The run's config: dataclass defaults, then a launch file's `preset`, then a saved run, then `typed` flags.
+
+    `--load runs/x/run.json` starts from a saved run's config; so does `--resume`, from the run in `--out`.
+
+    Args:
+        config_type: a frozen dataclass whose fields are the flags; a string below a field is its help.
+        typed: the command line's words, `sys.argv[1:]` when None.
+        preset: flags as one text, `#` starting a comment.
+
+    Raises:
+        ValueError: an unknown flag (with the nearest known one), a value of the wrong type, a bad saved run.
+    """
+    words = list(sys.argv[1:] if typed is None else typed)
+    # The launcher passes --local_rank=N; LOCAL_RANK in the environment says the same.
+    words = [word for word in words if not re.fullmatch(r"--local[-_]rank(=\d+)?", word)]
+    load, words = take(words, "--load")
+    base = _tyro(config_type, shlex.split(preset, comments=True), None)
+    saved = _saved_config(load, "--load") if load else None
+    out, _ = take(words, "--out")
+    if saved is None and out and "--resume" in words and (Path(out) / "run.json").exists():
+        saved = _saved_config(str(Path(out) / "run.json"), "--out")
+    if saved is not None:
+        names = {field.name for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
+        unknown = sorted(set(saved) - names)
+        if unknown:
+            raise ValueError(f"{load or out} has settings that this recipe lacks: {unknown}. Use its own recipe.")
+        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        # A loaded run is a starting point, not the same run: its folder and its resume flag are not taken over.
+        base = dataclasses.replace(base, **{**saved, "out": None, "resume": False})  # type: ignore[type-var]
+    return _tyro(config_type, words, base)
+
+
+def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of `flag` in `words`, and the words without it."""
+    for index, word in enumerate(words):
+        if word == flag and index + 1 < len(words):
+            return words[index + 1], [*words[:index], *words[index + 2 :]]
+        if word.startswith(flag + "="):
+            return word[len(flag) + 1 :], [*words[:index], *words[index + 1 :]]
+    return None, list(words)
+
+
+def _saved_config(path: str, flag: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(Path(path).read_text())["config"])
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{flag} {path} is no run.json of a run ({error}); give runs/<recipe>/<run>/run.json"
+        ) from None
+
+
+def _tyro(config_type: type[ConfigT], words: list[str], default: ConfigT | None) -> ConfigT:
+    """tyro's parser with its error box reduced to a ValueError of one line."""
+    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
+    known |= {flag.replace("--", "--no-", 1) for flag in known} | {"--help", "--load"}
+    for word in words:
+        flag = word.split("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in known:
+            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)
+            raise ValueError(f"unknown flag {word.split('=')[0]}; did you mean {near[0]}? --help lists all flags")
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(config_type, args=words, default=default)
+    except SystemExit as end:
+        if end.code == 0:
+            raise
+    body = [line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()]
+    message = " ".join(body[1 : body.index("", 1)] if "" in body[1:] else body[1:])
+    raise ValueError(f"{message} (--help lists all flags)")

@@ -1,0 +1,399 @@
+"""DeepSpeed: config, process group, token-exact normalisation, one checked step, checkpoints, clean stops.
+
+DeepSpeed is imported inside functions: bad input is refused before those seconds are spent.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+# A rank that hangs ends the run after this long. DeepSpeed's own setting covers one of its groups only.
+COLLECTIVE_TIMEOUT = timedelta(minutes=15)
+# The other ranks wait this long at the door while local rank 0 reads and tokenises.
+PREPARE_TIMEOUT = timedelta(hours=24)
+
+OWNED_BY_RECIPE = {
+    "train_batch_size": "--global-batch-size",
+    "train_micro_batch_size_per_gpu": "--micro-batch-size",
+    "gradient_accumulation_steps": "--global-batch-size and --micro-batch-size",
+    "gradient_clipping": "--clip",
+    "optimizer": "--lr and its neighbours",
+    "scheduler": "--lr and --warmup-fraction",
+}
+
+# What DeepSpeed 0.19 reads at the top level and a recipe leaves to the file; it has no list of its own.
+KNOWN_KEYS = frozenset(
+    {"torch_autocast", "data_types", "communication_data_type", "zero_allow_untested_optimizer", "aio", "compile"}
+    | {"zero_force_ds_cpu_optimizer", "prescale_gradients", "gradient_predivide_factor", "activation_checkpointing"}
+    | {"flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "tensorboard"}
+    | {"wandb", "csv_monitor", "checkpoint", "disable_allgather", "disable_python_gc"}
+)
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def join(prepare: Callable[[], T]) -> T:
+    """Runs `prepare` on every rank and joins the process group; on each node local rank 0 goes first.
+
+    What local rank 0 writes (caches, the run folder) the others find ready. An error there ends the run before any
+    rank has joined.
+    """
+    if local_rank() == 0:
+        result = prepare()
+        _init_distributed()
+        return result
+    _init_distributed()
+    return prepare()
+
+
+def _init_distributed() -> None:
+    if "RANK" not in os.environ:  # no launcher: a world of one, without MPI
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    if not os.environ.get("KD_VERBOSE"):
+        logger.setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        # This op serves inference only, but would be compiled here: half a minute, and a compiler needed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=PREPARE_TIMEOUT, verbose=False)
+
+
+def leave() -> None:
+    """Waits for all ranks and closes the process group."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends a rank without running C++ destructors: gloo's sometimes abort there, with the work long done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's `value` on every rank; any picklable object."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+# --- engine -----------------------------------------------------------------------------------------------------------
+
+
+def find_config(path: str) -> Path:
+    """The DeepSpeed JSON `path`: as given, or in `ds_configs/` beside `kd_core/`."""
+    root = Path(__file__).resolve().parents[1]
+    for candidate in (Path(path), root / path, root / "ds_configs" / path):
+        if candidate.is_file():
+            return candidate
+    available = sorted(file.name for file in (root / "ds_configs").glob("*.json"))
+    raise FileNotFoundError(f"--deepspeed-config {path} does not exist; give a JSON file or one of {available}")
+
+
+def load_config(path: str, *, global_batch_size: int, micro_batch_size: int, clip: float) -> dict[str, Any]:
+    """A DeepSpeed config from `path` plus what the recipe owns: batch sizes, accumulation, clipping.
+
+    Raises:
+        ValueError: malformed JSON, an unknown key, a key that the recipe owns, "auto", or a batch that does not split.
+    """
+    file = find_config(path)
+    try:
+        config = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--deepspeed-config {file} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"--deepspeed-config {file} must hold a JSON object, got {type(config).__name__}")
+    for key, flag in OWNED_BY_RECIPE.items():
+        if key in config:
+            raise ValueError(f"--deepspeed-config {file} sets {key!r}, which {flag} sets; remove it from the file")
+    _refuse_unknown_keys(config, file)
+    if '"auto"' in json.dumps(config):
+        raise ValueError(f'--deepspeed-config {file} has the value "auto", which only Hugging Face\'s Trainer fills in')
+    share = micro_batch_size * world_size()
+    if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % share:
+        raise ValueError(
+            f"--global-batch-size {global_batch_size} must be a multiple of --micro-batch-size {micro_batch_size} "
+            f"times {world_size()} rank(s) = {share}"
+        )
+    return config | {
+        "train_batch_size": global_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": global_batch_size // share,
+        "gradient_clipping": clip,
+        "steps_per_print": 10**9,
+    }
+
+
+def _refuse_unknown_keys(config: dict[str, Any], file: Path) -> None:
+    """DeepSpeed ignores unknown keys silently at the top level, and names those below only once a model is built."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    sections = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    unknown = set(config) - KNOWN_KEYS - set(sections)
+    for name, section in sections.items():
+        keys = config.get(name, {})
+        if not isinstance(keys, dict):
+            raise ValueError(f"--deepspeed-config {file}: {name!r} must be an object, got {keys!r}")
+        fields = section.model_fields
+        known = set(fields) | {field.alias for field in fields.values()}
+        unknown |= {f"{name}.{key}" for key in set(keys) - known}
+    if unknown:
+        raise ValueError(f"--deepspeed-config {file} has unknown keys {sorted(unknown)}; correct or remove them")
+
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine around `model`, with every process group given a finite timeout."""
+    import deepspeed
+
+    with contextlib.redirect_stdout(None) if rank() else contextlib.nullcontext():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    c10d = dist.distributed_c10d
+    set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # public since torch 2.15
+    for group in list(c10d._world.pg_map):
+        set_timeout(COLLECTIVE_TIMEOUT, group)
+    return engine
+
+
+def compute_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The dtype of the engine's weights and activations."""
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(key, {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
+def total(value: float | Tensor) -> Tensor:
+    """Sum of `value` over all ranks, on the device: reading it is the caller's choice."""
+    result = torch.as_tensor(value, dtype=torch.float64 if device().type == "cpu" else torch.float32, device=device())
+    dist.all_reduce(result)
+    return result
+
+
+def backward_token_mean(engine: Any, loss_sum: Tensor, step_tokens: Tensor) -> None:
+    """Adds the gradient of `loss_sum / step_tokens` of this micro-batch; nothing else in the project divides a loss.
+
+    Args:
+        engine: a DeepSpeed engine.
+        loss_sum: scalar, the *sum* of the loss over this micro-batch's supervised rows.
+        step_tokens: scalar, the number of supervised rows over all ranks and micro-batches of the optimizer step.
+
+    DeepSpeed averages gradients over ranks, hence the factor world size. A mean per micro-batch would be wrong as
+    soon as rows are ragged: on 2 ranks x 2 micro-batches its cosine to the true gradient was 0.68.
+    """
+    engine.backward(loss_sum * (world_size() / step_tokens.to(loss_sum.dtype)), scale_wrt_gas=False)
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()  # only counts the micro-batch
+
+
+def to_device(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors on this rank's device; pinned ones are copied while the GPU computes."""
+    return tuple(tensor.to(device(), non_blocking=True) for tensor in tensors)
+
+
+class NonFiniteStepError(RuntimeError):
+    """A loss or gradient was inf or nan; the optimizer has not moved. `samples` are the suspect sample ids."""
+
+    samples: Sequence[int] = ()
+
+
+def suspects(sample_ids: Sequence[Tensor], losses: Sequence[Tensor]) -> list[int]:
+    """Over all ranks, the samples of the micro-batches whose losses are not finite; all of the step's if none is."""
+    bad = [ids for ids, loss in zip(sample_ids, losses, strict=True) if not bool(loss.isfinite().all())]
+    gathered: list[Any] = [None] * world_size()
+    mine = (torch.cat(bad).tolist() if bad else [], torch.cat(list(sample_ids)).tolist())
+    dist.all_gather_object(gathered, mine)
+    return [i for one in gathered for i in one[0]] or [i for one in gathered for i in one[1]]
+
+
+def apply_step(engine: Any, loss: float, lr: float) -> float:
+    """Takes the optimizer step at learning rate `lr` and returns the global gradient norm before clipping.
+
+    Raises:
+        NonFiniteStepError: `loss` or the gradient is not finite. No weight and no optimizer state has changed.
+    """
+    if not math.isfinite(loss):
+        raise NonFiniteStepError(f"the loss is {loss}")
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    norm = None
+    if not (engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled()):
+        # Plain fp32 is the one mode in which DeepSpeed neither reports the norm nor skips a non-finite step.
+        grads = [param.grad for param in engine.module.parameters() if param.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads, foreach=True))
+        if not math.isfinite(norm):
+            raise NonFiniteStepError(f"the gradient norm is {norm}")
+    engine.step()
+    if not engine.was_step_applied():
+        raise NonFiniteStepError("the gradient is not finite")
+    return norm if norm is not None else float(engine.get_global_grad_norm())
+
+
+def gathered_state_dict(engine: Any) -> dict[str, Tensor]:
+    """The module's full state dict on the CPU, in its compute dtype; call on every rank (ZeRO-3 gathers)."""
+    if engine.zero_optimization_stage() == 3:
+        state = engine._zero3_consolidated_16bit_state_dict()
+    else:
+        state = engine.module.state_dict()
+    return {name: tensor.detach().cpu() for name, tensor in (state or {}).items()}
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(engine: Any, folder: Path, step: int, client_state: dict[str, Any], keep: int) -> None:
+    """Writes `folder/step<step>`, complete or invisible, and removes all but the newest `keep`.
+
+    DeepSpeed moves its own `latest` before the other ranks' shards are complete and never checks what it reads. Here
+    the checkpoint grows in a hidden folder; a manifest of SHA-256 sums and one rename make it visible.
+    """
+    hidden = folder / ".incomplete"
+    name = f"step{step:08d}"
+    if rank() == 0:
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(hidden), tag=name, client_state=client_state, save_latest=False)
+    dist.barrier()
+    if rank() == 0:
+        _write_manifest(hidden / name)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (hidden / name).rename(folder / name)
+        _sync(folder)
+        shutil.rmtree(hidden)
+        for old in sorted(folder.glob("step*"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def _write_manifest(folder: Path) -> None:
+    sums = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            sums[str(file.relative_to(folder))] = _sha256(file)
+            _sync(file)
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps(sums, indent=1))
+    _sync(manifest)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Forces a file or folder onto the disk, so that a rename cannot be seen before what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """Name of the newest checkpoint in `folder` whose manifest holds; a damaged one is named and passed over."""
+    for candidate in sorted(folder.glob("step*"), reverse=True):
+        try:
+            sums = json.loads((candidate / "manifest.json").read_text())
+            damaged = [name for name, digest in sums.items() if _sha256(candidate / name) != digest]
+        except (OSError, ValueError) as error:
+            damaged = [str(error)]
+        if not damaged:
+            return candidate.name
+        print(f"checkpoint {candidate} is damaged ({damaged[0]}): trying an older one", flush=True)
+    return None
+
+
+def load_checkpoint(engine: Any, folder: Path, name: str) -> dict[str, Any]:
+    """Restores weights, optimizer and the client state that `save_checkpoint` was given."""
+    path, client_state = engine.load_checkpoint(str(folder), tag=name)
+    assert path is not None, f"DeepSpeed did not load {folder / name}, whose manifest holds"
+    return dict(client_state)
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """Why to stop, agreed by all ranks: the first SIGTERM or SIGINT of any rank, or `max_minutes` on rank 0.
+
+    Further signals are ignored, so that the checkpoint can be written. A launcher signals its ranks one after the
+    other, and a rank that saved by itself would wait for the others for ever.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self._reasons = ("", "SIGTERM", "SIGINT", "max-minutes")
+        self._mine = 0
+        self._deadline = time.monotonic() + 60 * max_minutes if max_minutes and rank() == 0 else math.inf
+        self._vote: Tensor | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        self._mine = self._mine or self._reasons.index(signal.Signals(number).name)
+
+    def agreed(self) -> str:
+        """The reason to stop after this step, "" to go on; the same on every rank. Call it once a step.
+
+        It reads the vote of the step before, which has arrived by now, so that it never waits for the GPU.
+        """
+        if time.monotonic() > self._deadline:
+            self._mine = self._mine or self._reasons.index("max-minutes")
+        before, self._vote = self._vote, torch.tensor(self._mine, device=device())
+        dist.all_reduce(self._vote, op=dist.ReduceOp.MAX)
+        return "" if before is None else self._reasons[int(before)]
+
+
+# --- randomness -------------------------------------------------------------------------------------------------------
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seeds dropout as a pure function of (seed, step, rank): a resumed run needs no saved generator."""
+    mixed = hashlib.blake2b(f"{seed},{step},{rank()}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(mixed, "little"))

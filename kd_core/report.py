@@ -1,0 +1,312 @@
+"""What a run writes down: run.json, metrics.jsonl, TensorBoard, a progress bar, and seconds by part.
+
+Only rank 0 writes; on the other ranks a `Run` does nothing. The layout of a run folder and the names in its files are
+fixed: programs outside this project read them.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kd_core import engine
+from kd_core.cli import FREE_ON_RESUME, SharedFlags
+from kd_core.teachers import TeacherPool
+
+PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers")
+
+
+class Stopwatch:
+    """Seconds by part of a run, without synchronising: CUDA events are read when they have passed.
+
+    Parts nest: "teacher" and "data" are also counted within "train". Seconds continue from `seconds` on resume.
+    """
+
+    def __init__(self, seconds: dict[str, float], *, compiling: bool = False) -> None:
+        self.seconds = {"train": 0.0, "teacher": 0.0, "data": 0.0, **seconds}
+        self._cuda = torch.cuda.is_available()
+        self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        # The first steps compile: they are counted at the time of the first step after them.
+        self._compiling = 3 if compiling else 0
+        self._skipped = 0
+
+    @contextlib.contextmanager
+    def part(self, name: str, on_host: bool = False) -> Iterator[None]:
+        """Counts the block under `name`; `on_host` measures what the host waits for, such as data."""
+        if self._cuda and not on_host:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._add(name, time.perf_counter() - began)
+
+    def read(self, wait: bool = False) -> dict[str, float]:
+        """Seconds by part so far; with `wait` the GPU finishes first, otherwise the last step may be missing."""
+        if wait and self._cuda:
+            torch.cuda.synchronize()
+        while self._events and self._events[0][2].query():
+            name, start, end = self._events.popleft()
+            self._add(name, start.elapsed_time(end) / 1000)
+        return dict(self.seconds)
+
+    def _add(self, name: str, seconds: float) -> None:
+        if self._compiling:
+            if name == "train":
+                self._compiling -= 1
+                self._skipped += 1
+            return
+        if name == "train":
+            seconds *= 1 + self._skipped
+            self._skipped = 0
+        self.seconds[name] += seconds
+
+
+def says_finished(cfg: SharedFlags) -> bool:
+    """Whether `--resume` names a run that has finished; says so. Every rank must ask, before joining the others."""
+    run_json = Path(cfg.out or "") / "run.json"
+    if not (cfg.resume and cfg.out and run_json.exists()):
+        return False
+    if json.loads(run_json.read_text()).get("result", {}).get("stopped") != "finished":
+        return False
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{cfg.out} has finished; there is nothing to resume")
+    return True
+
+
+def claim_folder(cfg: SharedFlags, recipe: str, undo: contextlib.ExitStack) -> Path:
+    """The run folder: `--out`, or the next free number under runs/<recipe>; `undo` removes it if it was made here.
+
+    Raises:
+        ValueError: the folder holds a run and --resume is not set, or the reverse, or a changed flag would alter it.
+        OSError: the folder cannot be made or written.
+    """
+    if cfg.resume:
+        return _claim_resumed(cfg)
+    if cfg.out is None:
+        parent = Path("runs") / recipe
+        number = 1 + max((int(child.name) for child in parent.glob("*") if child.name.isdecimal()), default=0)
+        while (parent / str(number)).exists():
+            number += 1
+        folder = parent / str(number)
+    else:
+        folder = Path(cfg.out)
+        if (folder / "run.json").exists():
+            raise ValueError(f"--out {folder} holds a run; add --resume to continue it, or choose another folder")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"--out {folder} exists and is not an empty folder; choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=cfg.out is not None)
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        write_atomic(folder / "run.json", "{}")
+    except OSError as error:
+        raise OSError(
+            f"--out {folder} cannot be written ({error.strerror}); choose a folder on a disk with room"
+        ) from None
+    return folder
+
+
+def _claim_resumed(cfg: SharedFlags) -> Path:
+    if cfg.out is None:
+        raise ValueError("--resume needs --out, the folder of the run to continue")
+    folder = Path(cfg.out)
+    if not (folder / "run.json").exists():
+        raise ValueError(f"--resume: --out {folder} holds no run (no run.json); leave out --resume to start one")
+    before = json.loads((folder / "run.json").read_text())
+    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    for name, value in now.items():
+        if name not in FREE_ON_RESUME and before["config"].get(name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"--resume: {flag} was {before['config'].get(name)!r} and is now {value!r}, which would alter the run; "
+                f"leave {flag} out, or start a new run in another --out"
+            )
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if before["world_size"] != ranks:
+        raise ValueError(f"--resume: the run had {before['world_size']} rank(s), now {ranks}; use as many as before")
+    return folder
+
+
+def replace_folder(folder: Path, *savers: Callable[[str], Any]) -> None:
+    """Has `savers` write into a hidden folder, then renames it to `folder`: complete or absent."""
+    hidden = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    for save in savers:
+        save(str(hidden))
+    shutil.rmtree(folder, ignore_errors=True)
+    hidden.rename(folder)
+
+
+class Run:
+    """The files of one run. Make it on every rank; only rank 0's writes.
+
+    Args:
+        folder: the run folder, from `claim_folder`.
+        recipe: the recipe file's stem.
+        config: the recipe's frozen dataclass.
+        writer: whether this is rank 0.
+        steps: length of the run, for the progress bar.
+        step: the checkpoint's step on resume, else 0: later lines of an interrupted run are dropped.
+    """
+
+    def __init__(self, folder: Path, recipe: str, config: Any, *, writer: bool, steps: int, step: int = 0) -> None:
+        self.folder, self.steps, self.writer = folder, steps, writer
+        if not writer:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        metrics = folder / "metrics.jsonl"
+        self._drop_lines_after(metrics, step)
+        if step:
+            self._record = json.loads((folder / "run.json").read_text())
+        else:
+            self._record = describe(recipe, config)
+        self.update()
+        self._metrics = metrics.open("a")
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self._began = (time.perf_counter(), step)
+        self.say(f"{recipe}: {steps} steps into {folder}" + (f", resumed at step {step}" if step else ""))
+
+    @staticmethod
+    def _drop_lines_after(metrics: Path, step: int) -> None:
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomic(metrics, "".join(kept))
+
+    def update(self, **fields: Any) -> None:
+        """Sets fields of run.json, at once and atomically."""
+        if self.writer:
+            self._record |= fields
+            write_atomic(self.folder / "run.json", json.dumps(self._record, indent=2) + "\n")
+
+    def say(self, text: str) -> None:
+        """A line for the reader of the terminal, above the progress bar."""
+        if self.writer:
+            tqdm.write(text, file=sys.stderr)
+
+    def teachers(self, step: int, pool: TeacherPool, evaluate: Callable[[Any], dict[str, float]]) -> None:
+        """Evaluates every teacher once, before the first step, so that a broken one shows there; call on every rank."""
+        if step:
+            return
+        scores = [{"name": name, **evaluate(model)} for name, model in zip(pool.names, pool.models, strict=True)]
+        for score in scores:
+            self.say("teacher " + " ".join(f"{k} {v:.4f}" if isinstance(v, float) else v for k, v in score.items()))
+        self.update(teachers=scores)
+
+    def log(self, line: dict[str, Any], clock: Stopwatch, *, write: bool) -> None:
+        """Shows a step's line; with `write`, or when it holds an evaluation, also metrics.jsonl and TensorBoard."""
+        if not self.writer:
+            return
+        evaluated = {name: value for name, value in line.items() if name.startswith("eval/")}
+        values = line | {f"{part}_s": round(seconds, 6) for part, seconds in clock.read(wait=bool(evaluated)).items()}
+        if write or evaluated:
+            self._metrics.write(json.dumps(values) + "\n")
+            self._metrics.flush()
+            for name, value in values.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._tensorboard.add_scalar(name if "/" in name else f"train/{name}", value, values["step"])
+        if write or evaluated or not self._bar.disable:
+            self._show(values)
+        if evaluated:
+            self.say(f"step {line['step']} " + " ".join(f"{name} {value:.4f}" for name, value in evaluated.items()))
+
+    def _show(self, values: dict[str, Any]) -> None:
+        step, train_s = values["step"], max(values["train_s"], 1e-9)
+        began, first = self._began
+        rate = (step - first) / (time.perf_counter() - began)  # steps per second of this process
+        shown = {
+            "loss": f"{values['loss']:.3f}",
+            "kd_ratio": f"{values['kd_ratio']:.2f}",
+            "samples/s": f"{rate * values['samples'] / step:.1f}",
+            "teacher": f"{values['teacher_s'] / train_s:.0%}",
+            "data": f"{values['data_s'] / train_s:.0%}",
+        }
+        if self._bar.disable:
+            left = timedelta(seconds=round((self.steps - step) / rate))
+            text = " ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {step}/{self.steps} {text} left {left}", file=sys.stderr, flush=True)
+        else:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def finish(self, stopped: str, **fields: Any) -> int:
+        """Writes the run's result and closes its files; call on every rank, last. Returns the exit code.
+
+        Args:
+            stopped: "finished", "SIGTERM", "SIGINT", "max-minutes" or "non-finite".
+        """
+        if self.writer:
+            self._metrics.close()
+            self._tensorboard.close()
+            self._bar.close()
+            lines = read_metrics(self.folder)
+            self.update(result={"stopped": stopped, **fields, **(lines[-1] if lines else {})})
+            print(f"{stopped}: {self.folder}", *(f"{k} {v}" for k, v in fields.items()), file=sys.stderr, flush=True)
+        engine.leave()
+        return {"SIGINT": 130, "non-finite": 1}.get(stopped, 0)
+
+
+def describe(recipe: str, config: Any) -> dict[str, Any]:
+    """The head of run.json: what was asked for, and with what it runs."""
+    cuda = torch.cuda.is_available()
+    return {
+        "recipe": recipe,
+        "config": dataclasses.asdict(config),
+        "argv": sys.argv,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": _commit(),
+        "hardware": {
+            "device": "cuda" if cuda else "cpu",
+            "name": torch.cuda.get_device_name() if cuda else _cpu_name(),
+            "count": torch.cuda.device_count() if cuda else os.cpu_count(),
+        },
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _commit() -> str:
+    """The commit of this code, "-dirty" with local changes; "unknown" for a copy without git."""
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,293 @@
+"""BERT masked-language-model pretraining with a distillation window at its start.
+
+Method:  loss = (1 - r) * label_loss + r * kd_loss, r = kd_ratio inside the window, 0 outside;
+         kd_loss = tau^2 * KL(teacher || student) at masked positions, one teacher of the pool drawn per step
+Source:  Blakeney et al. 2022, "Reduce, Reuse, Recycle", arXiv 2211.00683; defaults: the authors' released code
+Command: deepspeed recipes/bert_kd.py --data c4 --teachers google-bert/bert-large-uncased --kd-ratio 0.9 --kd-stop 0.35
+Smoke:   python recipes/bert_kd.py --student tiny --vocab-size 1024 --seq-len 32 --steps 4 --global-batch-size 8 --micro-batch-size 4 --deepspeed-config zero0_fp32_cpu.json
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM
+
+from kd_core import cli, engine, report, schedule, teachers, text
+from kd_core.kernels.softmax_kl import softmax_kl
+from kd_core.samplers import draw_teachers
+
+RECIPE = Path(__file__).stem
+# Layers and width of Turc et al. 2019 (arXiv 1908.08962) and Devlin et al. 2018; heads of 64, feed-forward 4 x width.
+SIZES = {
+    "tiny": (2, 128),
+    "mini": (4, 256),
+    "small": (4, 512),
+    "medium": (8, 512),
+    "base": (12, 768),
+    "large": (24, 1024),
+}
+
+
+@dataclass(frozen=True)
+class Config(cli.SharedFlags):
+    """BERT pretraining with a distillation window. `--load RUN_JSON` starts from a saved run's flags."""
+
+    student: str = "base"
+    """tiny, mini, small, medium, base or large (random initialisation), or a BERT checkpoint to start from."""
+    tokenizer: str | None = None
+    """Hub name, folder, tokenizer.json or SentencePiece .model; default: WordPiece trained on the data (c4: BERT's)."""
+    vocab_size: int = 8192
+    """Size of the WordPiece vocabulary when it is trained on the data."""
+    data: str = "embedded"
+    """c4, a hub name, a file or folder of txt/jsonl/json/parquet (.gz, .xz), or embedded (Python's documentation)."""
+    seq_len: int = 128
+    """Tokens per sample."""
+    mask_fraction: float = 0.15
+    """Share of the positions masked in training (MosaicBERT: 0.30); evaluation always masks 0.15."""
+    teacher_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Weights and activations of the teachers."""
+    weight_decay: float = 1e-5
+    """Decoupled: the share of a weight that is lost per step at the peak learning rate."""
+    dropout: float = 0.1
+    """On hidden states and attention."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    # The authors' released settings for BERT-base on C4.
+    steps: int = 70_000
+    global_batch_size: int = 4096
+    micro_batch_size: int = 128
+    save_every: int = 3500
+    eval_every: int = 3500
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("seq_len", 8 <= self.seq_len <= 512, "between 8 and 512")
+        self.check("mask_fraction", 0 < self.mask_fraction < 1, "in (0, 1)")
+        self.check("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        self.check("weight_decay", 0 <= self.weight_decay < 1, "in [0, 1)")
+
+
+class MaskedBert(BertForMaskedLM):
+    """BERT that computes vocabulary logits at given positions only: the full [B, T, V] logits exist nowhere."""
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:  # type: ignore[override]
+        """input_ids [B, T], positions [N] into B*T -> logits [N, V]."""
+        return self.cls(self.bert(input_ids).last_hidden_state.flatten(0, 1)[positions])
+
+
+def build_data(cfg: Config) -> text.Corpus:
+    return text.prepare(
+        cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len, progress=engine.rank() == 0
+    )
+
+
+def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
+    """A student of one of BERT's sizes, or a checkpoint's; its vocabulary is padded to a multiple of 64."""
+    padded = math.ceil(vocab_size / 64) * 64
+    settings = {"hidden_dropout_prob": cfg.dropout, "attention_probs_dropout_prob": cfg.dropout}
+    torch.manual_seed(cfg.seed)
+    if cfg.student in SIZES:
+        layers, width = SIZES[cfg.student]
+        shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
+        student = MaskedBert(BertConfig(vocab_size=padded, num_attention_heads=width // 64, **shape, **settings))
+    else:
+        student = teachers.load_pretrained(MaskedBert, cfg.student, flag="--student", dtype=torch.float32, **settings)
+        student.resize_token_embeddings(padded, mean_resizing=False)
+    if cfg.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return student
+
+
+def build_teachers(cfg: Config, corpus: text.Corpus) -> teachers.TeacherPool:
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.teacher_dtype]
+    models = []
+    for path in cfg.teachers:
+        theirs, ours = text.load_tokenizer(teachers.model_source(path)), corpus.tokenizer
+        if not text.same_tokenizer(theirs, ours):
+            raise ValueError(
+                f"--teachers {path} has another tokenizer ({theirs.name_or_path}, {len(theirs)} tokens) than the student "
+                f"({ours.name_or_path}, {len(ours)} tokens); give --tokenizer {path}, or another teacher"
+            )
+        models.append(teachers.load_pretrained(MaskedBert, path, dtype=dtype).to(engine.device()))
+    return teachers.TeacherPool(cfg.teachers, models)
+
+
+def train_step(
+    cfg: Config, student: Any, pool: teachers.TeacherPool, vocab_size: int, batch: text.Step, step: int, clock: Any
+) -> dict[str, Any]:
+    """The method: one optimizer step on `batch`. Returns the step's line of the log, over all ranks."""
+    kd_ratio = schedule.window_ratio(step, cfg.steps, ratio=cfg.kd_ratio, start=cfg.kd_start, stop=cfg.kd_stop)
+    label_weight = 1 - kd_ratio if kd_ratio else cfg.label_weight_outside
+    drawn = draw_teachers(cfg.sampler, len(pool), seed=cfg.seed, step=step) if kd_ratio else ()
+    lr = cfg.lr * schedule.linear_warmup_decay(step, cfg.steps, warmup_fraction=cfg.warmup_fraction, floor=0.02)
+    step_tokens = engine.total(batch.tokens)
+    engine.seed_step(cfg.seed, step)
+    losses = []
+    for micro in batch.micro_batches:
+        input_ids, positions, labels = engine.to_device(micro.input_ids, micro.positions, micro.labels)
+        teacher_logits = None
+        if drawn:
+            with clock.part("teacher"):
+                teacher_logits = pool.logits(drawn, (input_ids, positions), cfg.temperature)
+        student_logits = student(input_ids, positions)
+        kd_N, label_N = softmax_kl(
+            student_logits,
+            teacher_logits,
+            labels,
+            temperature=cfg.temperature,
+            direction=cfg.divergence.removesuffix("_kl"),
+            valid_columns=vocab_size,
+        )
+        kd_loss, label_loss = kd_N.where(labels != text.IGNORE_INDEX, 0).sum(), label_N.sum()
+        engine.backward_token_mean(student, label_weight * label_loss + kd_ratio * kd_loss, step_tokens)
+        losses.append(torch.stack([label_loss.detach(), kd_loss.detach()]))
+    totals = engine.total(torch.stack(losses).sum(0)) / step_tokens
+    label_loss, kd_loss, tokens = torch.cat([totals, step_tokens[None]]).tolist()
+    loss = label_weight * label_loss + kd_ratio * kd_loss
+    try:
+        grad_norm = engine.apply_step(student, loss, lr)
+    except engine.NonFiniteStepError as error:
+        error.samples = engine.suspects([micro.sample_ids for micro in batch.micro_batches], losses)
+        raise
+    return {
+        "step": step + 1,
+        "samples": (step + 1) * cfg.global_batch_size,
+        "tokens": (step + 1) * cfg.global_batch_size * cfg.seq_len,
+        "supervised_tokens": int(tokens),
+        "loss": loss,
+        "label_loss": label_loss,
+        "kd_loss": kd_loss,
+        "kd_ratio": kd_ratio,
+        "label_weight": label_weight,
+        "temperature": cfg.temperature,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "teacher": [pool.names[index] for index in drawn],
+    }
+
+
+@torch.no_grad()
+def evaluate(cfg: Config, model: Any, corpus: text.Corpus) -> dict[str, float]:
+    """Loss (nats), perplexity and accuracy at the validation set's fixed masked positions, over all ranks."""
+    model.eval()
+    sums = torch.zeros(3, device=engine.device())
+    for batch in text.validation_batches(
+        corpus, micro_batch_size=cfg.micro_batch_size, rank=engine.rank(), world_size=engine.world_size()
+    ):
+        input_ids, positions, labels = engine.to_device(batch.input_ids, batch.positions, batch.labels)
+        logits = model(input_ids, positions)[:, : len(corpus.tokenizer)]
+        _, label_N = softmax_kl(logits, None, labels)
+        sums += torch.stack([label_N.sum(), (logits.argmax(-1) == labels).sum(), (labels != text.IGNORE_INDEX).sum()])
+    loss_sum, correct, tokens = engine.total(sums).tolist()
+    loss = loss_sum / tokens
+    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 80.0)), "eval/accuracy": correct / tokens}
+
+
+def export(student: Any, corpus: text.Corpus, folder: Path) -> None:
+    """Writes `hf/`: the student alone, cropped to the tokenizer's vocabulary, and the tokenizer."""
+    state = engine.gathered_state_dict(student)  # every rank takes part
+    if engine.rank() == 0:
+        model = student.module
+        padded, vocab_size = model.config.vocab_size, len(corpus.tokenizer)
+        config = BertConfig.from_dict(model.config.to_dict() | {"vocab_size": vocab_size})
+        cropped = {name: value[:vocab_size] if value.shape[:1] == (padded,) else value for name, value in state.items()}
+        plain = BertForMaskedLM(config).to(next(iter(state.values())).dtype)
+        plain.load_state_dict(cropped)
+        report.replace_folder(folder / "hf", plain.save_pretrained, corpus.tokenizer.save_pretrained)
+
+
+def prepare(cfg: Config, undo: Any) -> tuple[Path | None, dict[str, Any], text.Corpus]:
+    """What can fail by bad input, cheapest first, before any model is built: config, run folder, data."""
+    ds_config = engine.load_config(
+        cfg.deepspeed_config,
+        global_batch_size=cfg.global_batch_size,
+        micro_batch_size=cfg.micro_batch_size,
+        clip=cfg.clip,
+    )
+    for path in cfg.teachers if cfg.kd_ratio else ():
+        teachers.model_source(path)
+    folder = report.claim_folder(cfg, RECIPE, undo) if engine.rank() == 0 else None
+    corpus = text.prepare(
+        cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len, progress=engine.rank() == 0
+    )
+    corpus.check_batch(cfg.global_batch_size)
+    return folder, ds_config, corpus
+
+
+def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
+    """Runs the recipe with the command line `typed` over a launch file's `preset`; returns the exit code."""
+    with cli.one_line_errors() as undo:
+        cfg = cli.parse(Config, typed, preset)
+        if report.says_finished(cfg):
+            return 0
+        folder, ds_config, corpus = engine.join(lambda: prepare(cfg, undo))
+        folder = engine.broadcast(folder)
+        checkpoint = engine.newest_checkpoint(folder / "checkpoints") if cfg.resume else None
+        model = build_student(cfg, len(corpus.tokenizer))
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=cfg.lr,
+            betas=(0.9, 0.98),
+            eps=1e-6,
+            weight_decay=cfg.weight_decay
+            / cfg.lr,  # torch multiplies by the learning rate, the authors' AdamW does not
+            fused=True,
+        )
+        if cfg.compile:
+            model.compile()
+        student = engine.initialize(model, optimizer, ds_config)
+        state = {"step": 0, "position": (0, 0, 0), "seconds": {}}
+        if checkpoint:
+            state = engine.load_checkpoint(student, folder / "checkpoints", checkpoint)
+        first = state["step"]
+        closed = cfg.kd_ratio == 0 or schedule.window_closed(first, cfg.steps, stop=cfg.kd_stop)
+        pool = build_teachers(cfg, corpus) if not closed else teachers.TeacherPool((), ())
+        run = report.Run(folder, RECIPE, cfg, writer=engine.rank() == 0, steps=cfg.steps, step=first)
+    run.teachers(first, pool, lambda teacher: evaluate(cfg, teacher, corpus))
+    clock = report.Stopwatch(state["seconds"], compiling=cfg.compile)
+    stop = engine.StopSignal(cfg.max_minutes)
+    batches = text.prefetch(
+        text.MaskedBatches(
+            corpus,
+            seed=cfg.seed,
+            global_batch_size=cfg.global_batch_size,
+            micro_batch_size=cfg.micro_batch_size,
+            rank=engine.rank(),
+            world_size=engine.world_size(),
+            mask_fraction=cfg.mask_fraction,
+            position=text.Position(*state["position"]),
+            steps=cfg.steps - first,
+        )
+    )
+    for step in range(first, cfg.steps):
+        if len(pool) and schedule.window_closed(step, cfg.steps, stop=cfg.kd_stop):
+            pool.release()
+            run.say(f"step {step}: the window has closed, the teachers are released")
+        with clock.part("train"):
+            with clock.part("data", on_host=True):
+                batch = next(batches)
+            student.train()
+            try:
+                line = train_step(cfg, student, pool, len(corpus.tokenizer), batch, step, clock)
+            except engine.NonFiniteStepError as error:
+                return run.finish("non-finite", step=step, error=str(error), samples=error.samples)
+        last, stopped = step + 1 == cfg.steps, stop.agreed()
+        if last or (step + 1) % cfg.eval_every == 0:
+            line |= evaluate(cfg, student, corpus)
+        run.log(line, clock, write=last or bool(stopped) or (step + 1) % cfg.log_every == 0)
+        if last or stopped or (step + 1) % cfg.save_every == 0:
+            state = {"step": step + 1, "position": tuple(batch.position), "seconds": clock.read(wait=True)}
+            engine.save_checkpoint(student, folder / "checkpoints", step + 1, state, cfg.keep)
+        if stopped and not last:
+            return run.finish(stopped, step=step + 1)
+    export(student, corpus, folder)
+    return run.finish("finished", step=cfg.steps)
+
+
+if __name__ == "__main__":
+    engine.end_process(main())

@@ -1,0 +1,42 @@
+"""Shared fixtures: a free port and DeepSpeed launches on the CPU, the real data sets, skips with a reason."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# Real data sets: $KD_DATA, or shared/data beside the repository.
+DATA = Path(os.environ.get("KD_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if item.get_closest_marker("multigpu") and torch.cuda.device_count() < 2:
+            item.add_marker(pytest.mark.skip(reason="needs two CUDA GPUs"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def cpu_environment(**extra: str) -> dict[str, str]:
+    """The environment of a CPU run outside any launcher, one thread a rank."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    base = {name: value for name, value in os.environ.items() if name not in launcher}
+    return base | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | extra
+
+
+def deepspeed(ranks: int, *words: str, cwd: Path | None = None, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Runs a script under DeepSpeed's launcher on `ranks` CPU ranks."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(ranks)]
+    command += ["--master_port", str(free_port()), *words]
+    return subprocess.run(command, cwd=cwd, env=cpu_environment(), capture_output=True, text=True, timeout=timeout)

@@ -1,0 +1,63 @@
+"""Run under DeepSpeed on 2 ranks: one step on 2 ragged micro-batches a rank, for every ZeRO stage; prints the errors."""
+
+import json
+
+import torch
+
+from kd_core import engine
+
+ROWS = [[3, 1], [7, 2]]  # rows of [rank][micro-batch]
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+
+
+def rows(rank: int, micro: int) -> torch.Tensor:
+    return torch.randn(ROWS[rank][micro], 8, generator=torch.Generator().manual_seed(10 * rank + micro))
+
+
+def loss_sum(outputs: torch.Tensor) -> torch.Tensor:
+    return outputs.square().sum()
+
+
+def main() -> None:
+    alone = model()
+    everything = torch.cat([rows(rank, micro) for rank in range(2) for micro in range(2)])
+    (loss_sum(alone(everything)) / len(everything)).backward()
+    # One SGD step at learning rate 1 moves a weight by its gradient.
+    expected = [param.detach() - param.grad for param in alone.parameters()]
+    norm = float(torch.nn.utils.get_total_norm([param.grad for param in alone.parameters()]))
+
+    engine.join(lambda: None)
+    errors = {}
+    for stage in range(4):
+        config = {
+            "train_batch_size": 4,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 2,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        }
+        student = model()
+        wrapped = engine.initialize(student, torch.optim.SGD(student.parameters(), lr=0.0), config)
+        step_tokens = engine.total(sum(ROWS[engine.rank()]))
+        for micro in range(2):
+            engine.backward_token_mean(wrapped, loss_sum(wrapped(rows(engine.rank(), micro))), step_tokens)
+        grad_norm = engine.apply_step(wrapped, 1.0, lr=1.0)
+        state = engine.gathered_state_dict(wrapped)
+        if engine.rank() == 0:
+            moved = [state[name] for name, _ in alone.named_parameters()]
+            worst = max(float((a - b).abs().max()) for a, b in zip(moved, expected, strict=True))
+            errors[stage] = [worst, abs(grad_norm - norm)]
+    if engine.rank() == 0:
+        print("ERRORS " + json.dumps(errors))
+    engine.leave()
+
+
+if __name__ == "__main__":
+    main()
+    engine.end_process(0)
