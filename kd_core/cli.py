@@ -142,20 +142,18 @@ def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset
     # The launcher passes --local_rank=N; LOCAL_RANK in the environment says the same.
     words = [word for word in words if not re.fullmatch(r"--local[-_]rank(=\d+)?", word)]
     load, words = take(words, "--load")
-    base = _tyro(config_type, shlex.split(preset, comments=True), None)
-    saved = _saved_config(load, "--load") if load else None
     out, _ = take(words, "--out")
-    if saved is None and out and "--resume" in words and (Path(out) / "run.json").exists():
-        saved = _saved_config(str(Path(out) / "run.json"), "--out")
-    if saved is not None:
-        names = {field.name for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
-        unknown = sorted(set(saved) - names)
-        if unknown:
-            raise ValueError(f"{load or out} has settings that this recipe lacks: {unknown}. Use its own recipe.")
-        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-        # A loaded run is a starting point, not the same run: its folder and its resume flag are not taken over.
-        base = dataclasses.replace(base, **{**saved, "out": None, "resume": False})  # type: ignore[type-var]
-    return _tyro(config_type, words, base)
+    if load is None and out and "--resume" in words and (Path(out) / "run.json").exists():
+        load = str(Path(out) / "run.json")
+    if load is None:
+        return _tyro(config_type, shlex.split(preset, comments=True) + words, config_type())
+    saved = _saved_config(load)
+    unknown = sorted(set(saved) - {field.name for field in dataclasses.fields(config_type)})
+    if unknown:
+        raise ValueError(f"{load} has settings that this recipe lacks: {unknown}; use the recipe that wrote it")
+    # A loaded run is a starting point, not the same run: its folder is not taken over.
+    saved |= {"out": None, "resume": False}
+    return _tyro(config_type, words, dataclasses.replace(config_type(), **saved))
 
 
 def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
@@ -168,18 +166,19 @@ def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
     return None, list(words)
 
 
-def _saved_config(path: str, flag: str) -> dict[str, Any]:
+def _saved_config(path: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(Path(path).read_text())["config"])
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{flag} {path} is no run.json of a run ({error}); give runs/<recipe>/<run>/run.json"
-        ) from None
+        saved = json.loads(Path(path).read_text())["config"]
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--load {path} does not exist; give runs/<recipe>/<run>/run.json") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no run.json of a run ({error!r}); give runs/<recipe>/<run>/run.json") from None
 
 
-def _tyro(config_type: type[ConfigT], words: list[str], default: ConfigT | None) -> ConfigT:
+def _tyro(config_type: type[ConfigT], words: list[str], default: ConfigT) -> ConfigT:
     """tyro's parser with its error box reduced to a ValueError of one line."""
-    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
+    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(config_type)}
     known |= {flag.replace("--", "--no-", 1) for flag in known} | {"--help", "--load"}
     for word in words:
         flag = word.split("=")[0].replace("_", "-")
@@ -195,4 +194,5 @@ def _tyro(config_type: type[ConfigT], words: list[str], default: ConfigT | None)
             raise
     body = [line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()]
     message = " ".join(body[1 : body.index("", 1)] if "" in body[1:] else body[1:])
+    message = message.removeprefix(f"Error parsing {config_type.__name__}: ")
     raise ValueError(f"{message} (--help lists all flags)")

@@ -23,7 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kd_core.cli import SharedFlags
+from kd_core.launch import die_with_parent, started_by_deepspeed
+
 T = TypeVar("T")
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else importing DeepSpeed warns that it found no GPU
 
 # A rank that hangs ends the run after this long. DeepSpeed's own setting covers one of its groups only.
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
@@ -73,6 +79,8 @@ def join(prepare: Callable[[], T]) -> T:
     What local rank 0 writes (caches, the run folder) the others find ready. An error there ends the run before any
     rank has joined.
     """
+    if started_by_deepspeed():
+        die_with_parent()  # a launcher that is killed leaves its ranks running
     if local_rank() == 0:
         result = prepare()
         _init_distributed()
@@ -89,8 +97,6 @@ def _init_distributed() -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     from deepspeed.utils import logger
 
@@ -135,13 +141,13 @@ def find_config(path: str) -> Path:
     raise FileNotFoundError(f"--deepspeed-config {path} does not exist; give a JSON file or one of {available}")
 
 
-def load_config(path: str, *, global_batch_size: int, micro_batch_size: int, clip: float) -> dict[str, Any]:
-    """A DeepSpeed config from `path` plus what the recipe owns: batch sizes, accumulation, clipping.
+def load_config(cfg: SharedFlags) -> dict[str, Any]:
+    """The DeepSpeed config of `--deepspeed-config` plus what the recipe owns: batch sizes, accumulation, clipping.
 
     Raises:
         ValueError: malformed JSON, an unknown key, a key that the recipe owns, "auto", or a batch that does not split.
     """
-    file = find_config(path)
+    file = find_config(cfg.deepspeed_config)
     try:
         config = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -154,17 +160,17 @@ def load_config(path: str, *, global_batch_size: int, micro_batch_size: int, cli
     _refuse_unknown_keys(config, file)
     if '"auto"' in json.dumps(config):
         raise ValueError(f'--deepspeed-config {file} has the value "auto", which only Hugging Face\'s Trainer fills in')
-    share = micro_batch_size * world_size()
-    if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % share:
+    share = cfg.micro_batch_size * world_size()
+    if cfg.global_batch_size % share:
         raise ValueError(
-            f"--global-batch-size {global_batch_size} must be a multiple of --micro-batch-size {micro_batch_size} "
-            f"times {world_size()} rank(s) = {share}"
+            f"--global-batch-size {cfg.global_batch_size} must be a multiple of --micro-batch-size "
+            f"{cfg.micro_batch_size} times {world_size()} rank(s), {share}"
         )
     return config | {
-        "train_batch_size": global_batch_size,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": global_batch_size // share,
-        "gradient_clipping": clip,
+        "train_batch_size": cfg.global_batch_size,
+        "train_micro_batch_size_per_gpu": cfg.micro_batch_size,
+        "gradient_accumulation_steps": cfg.global_batch_size // share,
+        "gradient_clipping": cfg.clip,
         "steps_per_print": 10**9,
     }
 
@@ -337,7 +343,14 @@ def _sync(path: Path) -> None:
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """Name of the newest checkpoint in `folder` whose manifest holds; a damaged one is named and passed over."""
+    """Name of the newest checkpoint in `folder` whose manifest holds; the same on every rank.
+
+    A damaged one is named and passed over.
+    """
+    return broadcast(_newest_sound(folder) if rank() == 0 else None)
+
+
+def _newest_sound(folder: Path) -> str | None:
     for candidate in sorted(folder.glob("step*"), reverse=True):
         try:
             sums = json.loads((candidate / "manifest.json").read_text())
@@ -346,8 +359,13 @@ def newest_checkpoint(folder: Path) -> str | None:
             damaged = [str(error)]
         if not damaged:
             return candidate.name
-        print(f"checkpoint {candidate} is damaged ({damaged[0]}): trying an older one", flush=True)
+        print(f"checkpoint {candidate} is damaged ({damaged[0]}): trying an older one", file=sys.stderr, flush=True)
     return None
+
+
+def step_of(checkpoint: str | None) -> int:
+    """The number of steps taken when `checkpoint` was written; 0 without one."""
+    return int(checkpoint.removeprefix("step")) if checkpoint else 0
 
 
 def load_checkpoint(engine: Any, folder: Path, name: str) -> dict[str, Any]:

@@ -75,7 +75,12 @@ def _small_teacher(main: Callable[..., int], flags: str, cfg: cli.SharedFlags) -
                 k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
             }
             recipe = str(sys.modules[main.__module__].__file__)
-            done = subprocess.run([sys.executable, recipe, *words], env=alone, preexec_fn=die_with_parent)
+            with subprocess.Popen([sys.executable, recipe, *words], env=alone, preexec_fn=die_with_parent) as training:
+                try:
+                    code = training.wait()
+                except BaseException:  # SIGTERM or Ctrl-C: the teacher saves, and the next call resumes it
+                    training.terminate()
+                    raise
             if not (folder / "hf").exists():
-                sys.exit(done.returncode or 143)
+                sys.exit(code or 143)
     return folder

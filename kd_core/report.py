@@ -94,10 +94,14 @@ def says_finished(cfg: SharedFlags) -> bool:
 def claim_folder(cfg: SharedFlags, recipe: str, undo: contextlib.ExitStack) -> Path:
     """The run folder: `--out`, or the next free number under runs/<recipe>; `undo` removes it if it was made here.
 
+    Rank 0 claims it; the other ranks get its answer by broadcast, once all have joined.
+
     Raises:
         ValueError: the folder holds a run and --resume is not set, or the reverse, or a changed flag would alter it.
         OSError: the folder cannot be made or written.
     """
+    if engine.rank() != 0:
+        return Path()
     if cfg.resume:
         return _claim_resumed(cfg)
     if cfg.out is None:
@@ -115,7 +119,7 @@ def claim_folder(cfg: SharedFlags, recipe: str, undo: contextlib.ExitStack) -> P
     try:
         folder.mkdir(parents=True, exist_ok=cfg.out is not None)
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
-        write_atomic(folder / "run.json", "{}")
+        write_atomic(folder / "run.json", json.dumps(describe(recipe, cfg), indent=2) + "\n")
     except OSError as error:
         raise OSError(
             f"--out {folder} cannot be written ({error.strerror}); choose a folder on a disk with room"
@@ -155,35 +159,30 @@ def replace_folder(folder: Path, *savers: Callable[[str], Any]) -> None:
 
 
 class Run:
-    """The files of one run. Make it on every rank; only rank 0's writes.
+    """The files and the terminal of one run. Make it on every rank; only rank 0's writes.
 
     Args:
         folder: the run folder, from `claim_folder`.
-        recipe: the recipe file's stem.
-        config: the recipe's frozen dataclass.
-        writer: whether this is rank 0.
         steps: length of the run, for the progress bar.
-        step: the checkpoint's step on resume, else 0: later lines of an interrupted run are dropped.
+        first: the checkpoint's step on resume, else 0; lines after it are dropped, so that each step appears once.
     """
 
-    def __init__(self, folder: Path, recipe: str, config: Any, *, writer: bool, steps: int, step: int = 0) -> None:
-        self.folder, self.steps, self.writer = folder, steps, writer
-        if not writer:
+    def __init__(self, folder: Path, *, steps: int, first: int = 0) -> None:
+        self.folder, self.steps, self.first = folder, steps, first
+        self.writer = engine.rank() == 0
+        if not self.writer:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        self._record = json.loads((folder / "run.json").read_text())
+        self._record.pop("result", None)
         metrics = folder / "metrics.jsonl"
-        self._drop_lines_after(metrics, step)
-        if step:
-            self._record = json.loads((folder / "run.json").read_text())
-        else:
-            self._record = describe(recipe, config)
-        self.update()
+        self._drop_lines_after(metrics, first)
         self._metrics = metrics.open("a")
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
-        self._began = (time.perf_counter(), step)
-        self.say(f"{recipe}: {steps} steps into {folder}" + (f", resumed at step {step}" if step else ""))
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+        self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self._began = time.perf_counter()
+        self.say(f"{steps} steps into {folder}" + (f", from step {first}" if first else ""))
 
     @staticmethod
     def _drop_lines_after(metrics: Path, step: int) -> None:
@@ -202,13 +201,15 @@ class Run:
         if self.writer:
             tqdm.write(text, file=sys.stderr)
 
-    def teachers(self, step: int, pool: TeacherPool, evaluate: Callable[[Any], dict[str, float]]) -> None:
+    def teachers(self, pool: TeacherPool, evaluate: Callable[[Any], dict[str, float]]) -> None:
         """Evaluates every teacher once, before the first step, so that a broken one shows there; call on every rank."""
-        if step:
+        if self.first:
             return
         scores = [{"name": name, **evaluate(model)} for name, model in zip(pool.names, pool.models, strict=True)]
         for score in scores:
-            self.say("teacher " + " ".join(f"{k} {v:.4f}" if isinstance(v, float) else v for k, v in score.items()))
+            self.say(
+                "teacher " + " ".join(f"{k} {v:.4f}" if isinstance(v, float) else str(v) for k, v in score.items())
+            )
         self.update(teachers=scores)
 
     def log(self, line: dict[str, Any], clock: Stopwatch, *, write: bool) -> None:
@@ -230,8 +231,7 @@ class Run:
 
     def _show(self, values: dict[str, Any]) -> None:
         step, train_s = values["step"], max(values["train_s"], 1e-9)
-        began, first = self._began
-        rate = (step - first) / (time.perf_counter() - began)  # steps per second of this process
+        rate = (step - self.first) / (time.perf_counter() - self._began)  # steps per second of this process
         shown = {
             "loss": f"{values['loss']:.3f}",
             "kd_ratio": f"{values['kd_ratio']:.2f}",

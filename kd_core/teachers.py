@@ -70,11 +70,14 @@ class TeacherPool:
     Args:
         names: what the log calls them.
         models: modules in the same order; frozen and set to evaluation here.
+        compiled: whether their forwards go through torch.compile.
     """
 
-    def __init__(self, names: Sequence[str], models: Sequence[nn.Module]) -> None:
+    def __init__(self, names: Sequence[str], models: Sequence[nn.Module], *, compiled: bool = False) -> None:
         self.names = tuple(names)
         self.models = [model.eval().requires_grad_(False) for model in models]
+        for model in self.models if compiled else ():
+            model.compile()
 
     def __len__(self) -> int:
         return len(self.models)

@@ -16,12 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
+from transformers.utils.logging import disable_progress_bar
 
 from kd_core import cli, engine, report, schedule, teachers, text
 from kd_core.kernels.softmax_kl import softmax_kl
 from kd_core.samplers import draw_teachers
 
 RECIPE = Path(__file__).stem
+disable_progress_bar()  # Hugging Face's, for files that load in a moment
 # Layers and width of Turc et al. 2019 (arXiv 1908.08962) and Devlin et al. 2018; heads of 64, feed-forward 4 x width.
 SIZES = {
     "tiny": (2, 128),
@@ -75,25 +77,19 @@ class Config(cli.SharedFlags):
 class MaskedBert(BertForMaskedLM):
     """BERT that computes vocabulary logits at given positions only: the full [B, T, V] logits exist nowhere."""
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """input_ids [B, T], positions [N] into B*T -> logits [N, V]."""
         return self.cls(self.bert(input_ids).last_hidden_state.flatten(0, 1)[positions])
-
-
-def build_data(cfg: Config) -> text.Corpus:
-    return text.prepare(
-        cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len, progress=engine.rank() == 0
-    )
 
 
 def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
     """A student of one of BERT's sizes, or a checkpoint's; its vocabulary is padded to a multiple of 64."""
     padded = math.ceil(vocab_size / 64) * 64
-    settings = {"hidden_dropout_prob": cfg.dropout, "attention_probs_dropout_prob": cfg.dropout}
+    settings: dict[str, Any] = {"hidden_dropout_prob": cfg.dropout, "attention_probs_dropout_prob": cfg.dropout}
     torch.manual_seed(cfg.seed)
     if cfg.student in SIZES:
         layers, width = SIZES[cfg.student]
-        shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
+        shape: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
         student = MaskedBert(BertConfig(vocab_size=padded, num_attention_heads=width // 64, **shape, **settings))
     else:
         student = teachers.load_pretrained(MaskedBert, cfg.student, flag="--student", dtype=torch.float32, **settings)
@@ -103,18 +99,10 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
     return student
 
 
-def build_teachers(cfg: Config, corpus: text.Corpus) -> teachers.TeacherPool:
+def build_teachers(cfg: Config) -> teachers.TeacherPool:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.teacher_dtype]
-    models = []
-    for path in cfg.teachers:
-        theirs, ours = text.load_tokenizer(teachers.model_source(path)), corpus.tokenizer
-        if not text.same_tokenizer(theirs, ours):
-            raise ValueError(
-                f"--teachers {path} has another tokenizer ({theirs.name_or_path}, {len(theirs)} tokens) than the student "
-                f"({ours.name_or_path}, {len(ours)} tokens); give --tokenizer {path}, or another teacher"
-            )
-        models.append(teachers.load_pretrained(MaskedBert, path, dtype=dtype).to(engine.device()))
-    return teachers.TeacherPool(cfg.teachers, models)
+    models = [teachers.load_pretrained(MaskedBert, path, dtype=dtype).to(engine.device()) for path in cfg.teachers]
+    return teachers.TeacherPool(cfg.teachers, models, compiled=cfg.compile)
 
 
 def train_step(
@@ -127,6 +115,7 @@ def train_step(
     lr = cfg.lr * schedule.linear_warmup_decay(step, cfg.steps, warmup_fraction=cfg.warmup_fraction, floor=0.02)
     step_tokens = engine.total(batch.tokens)
     engine.seed_step(cfg.seed, step)
+    divergence: dict[str, Any] = {"temperature": cfg.temperature, "direction": cfg.divergence.removesuffix("_kl")}
     losses = []
     for micro in batch.micro_batches:
         input_ids, positions, labels = engine.to_device(micro.input_ids, micro.positions, micro.labels)
@@ -135,14 +124,7 @@ def train_step(
             with clock.part("teacher"):
                 teacher_logits = pool.logits(drawn, (input_ids, positions), cfg.temperature)
         student_logits = student(input_ids, positions)
-        kd_N, label_N = softmax_kl(
-            student_logits,
-            teacher_logits,
-            labels,
-            temperature=cfg.temperature,
-            direction=cfg.divergence.removesuffix("_kl"),
-            valid_columns=vocab_size,
-        )
+        kd_N, label_N = softmax_kl(student_logits, teacher_logits, labels, valid_columns=vocab_size, **divergence)
         kd_loss, label_loss = kd_N.where(labels != text.IGNORE_INDEX, 0).sum(), label_N.sum()
         engine.backward_token_mean(student, label_weight * label_loss + kd_ratio * kd_loss, step_tokens)
         losses.append(torch.stack([label_loss.detach(), kd_loss.detach()]))
@@ -196,26 +178,27 @@ def export(student: Any, corpus: text.Corpus, folder: Path) -> None:
         padded, vocab_size = model.config.vocab_size, len(corpus.tokenizer)
         config = BertConfig.from_dict(model.config.to_dict() | {"vocab_size": vocab_size})
         cropped = {name: value[:vocab_size] if value.shape[:1] == (padded,) else value for name, value in state.items()}
-        plain = BertForMaskedLM(config).to(next(iter(state.values())).dtype)
-        plain.load_state_dict(cropped)
+        plain: Any = BertForMaskedLM(config)
+        plain.to(next(iter(state.values())).dtype).load_state_dict(cropped)
         report.replace_folder(folder / "hf", plain.save_pretrained, corpus.tokenizer.save_pretrained)
 
 
-def prepare(cfg: Config, undo: Any) -> tuple[Path | None, dict[str, Any], text.Corpus]:
-    """What can fail by bad input, cheapest first, before any model is built: config, run folder, data."""
-    ds_config = engine.load_config(
-        cfg.deepspeed_config,
-        global_batch_size=cfg.global_batch_size,
-        micro_batch_size=cfg.micro_batch_size,
-        clip=cfg.clip,
-    )
-    for path in cfg.teachers if cfg.kd_ratio else ():
-        teachers.model_source(path)
-    folder = report.claim_folder(cfg, RECIPE, undo) if engine.rank() == 0 else None
+def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus]:
+    """What bad input makes fail, cheapest first, before any model is built: config, teachers, run folder, data."""
+    ds_config = engine.load_config(cfg)
+    sources = [teachers.model_source(path) for path in cfg.teachers if cfg.kd_ratio]
+    folder = report.claim_folder(cfg, RECIPE, undo)
     corpus = text.prepare(
         cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len, progress=engine.rank() == 0
     )
     corpus.check_batch(cfg.global_batch_size)
+    for path, source in zip(cfg.teachers, sources, strict=False):
+        theirs, ours = text.load_tokenizer(source), corpus.tokenizer
+        if not text.same_tokenizer(theirs, ours):
+            raise ValueError(
+                f"--teachers {path} has another tokenizer ({theirs.name_or_path}, {len(theirs)} tokens) than the student "
+                f"({ours.name_or_path}, {len(ours)} tokens); give --tokenizer {path}, or another teacher"
+            )
     return folder, ds_config, corpus
 
 
@@ -228,27 +211,23 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         folder, ds_config, corpus = engine.join(lambda: prepare(cfg, undo))
         folder = engine.broadcast(folder)
         checkpoint = engine.newest_checkpoint(folder / "checkpoints") if cfg.resume else None
+        first = engine.step_of(checkpoint)
+        closed = cfg.kd_ratio == 0 or schedule.window_closed(first, cfg.steps, stop=cfg.kd_stop)
+        pool = teachers.TeacherPool((), ()) if closed else build_teachers(cfg)
         model = build_student(cfg, len(corpus.tokenizer))
+        # torch multiplies the decay by the learning rate, the authors' decoupled AdamW only by its share of the peak.
+        decay = cfg.weight_decay / cfg.lr
         optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=cfg.lr,
-            betas=(0.9, 0.98),
-            eps=1e-6,
-            weight_decay=cfg.weight_decay
-            / cfg.lr,  # torch multiplies by the learning rate, the authors' AdamW does not
-            fused=True,
+            model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay, fused=True
         )
         if cfg.compile:
             model.compile()
         student = engine.initialize(model, optimizer, ds_config)
-        state = {"step": 0, "position": (0, 0, 0), "seconds": {}}
+        state: dict[str, Any] = {"position": (0, 0, 0), "seconds": {}}
         if checkpoint:
             state = engine.load_checkpoint(student, folder / "checkpoints", checkpoint)
-        first = state["step"]
-        closed = cfg.kd_ratio == 0 or schedule.window_closed(first, cfg.steps, stop=cfg.kd_stop)
-        pool = build_teachers(cfg, corpus) if not closed else teachers.TeacherPool((), ())
-        run = report.Run(folder, RECIPE, cfg, writer=engine.rank() == 0, steps=cfg.steps, step=first)
-    run.teachers(first, pool, lambda teacher: evaluate(cfg, teacher, corpus))
+        run = report.Run(folder, steps=cfg.steps, first=first)
+    run.teachers(pool, lambda teacher: evaluate(cfg, teacher, corpus))
     clock = report.Stopwatch(state["seconds"], compiling=cfg.compile)
     stop = engine.StopSignal(cfg.max_minutes)
     batches = text.prefetch(
@@ -262,7 +241,8 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
             mask_fraction=cfg.mask_fraction,
             position=text.Position(*state["position"]),
             steps=cfg.steps - first,
-        )
+        ),
+        pin_memory=torch.cuda.is_available(),
     )
     for step in range(first, cfg.steps):
         if len(pool) and schedule.window_closed(step, cfg.steps, stop=cfg.kd_stop):
@@ -281,7 +261,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
             line |= evaluate(cfg, student, corpus)
         run.log(line, clock, write=last or bool(stopped) or (step + 1) % cfg.log_every == 0)
         if last or stopped or (step + 1) % cfg.save_every == 0:
-            state = {"step": step + 1, "position": tuple(batch.position), "seconds": clock.read(wait=True)}
+            state = {"position": tuple(batch.position), "seconds": clock.read(wait=True)}
             engine.save_checkpoint(student, folder / "checkpoints", step + 1, state, cfg.keep)
         if stopped and not last:
             return run.finish(stopped, step=step + 1)

@@ -35,7 +35,9 @@ def cpu_environment(**extra: str) -> dict[str, str]:
     return base | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | extra
 
 
-def deepspeed(ranks: int, *words: str, cwd: Path | None = None, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def deepspeed(
+    ranks: int, *words: str, cwd: Path | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
     """Runs a script under DeepSpeed's launcher on `ranks` CPU ranks."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(ranks)]
     command += ["--master_port", str(free_port()), *words]

@@ -1,0 +1,409 @@
+"""Where text comes from: files, the Hugging Face hub, and the text that every Python installation carries.
+
+Everything here yields documents as `(split, text)`, one at a time, so that a source larger than memory is fine. `split` is
+"train" or "validation". Equal texts are always on one side:
+
+- files named train*, val*, validation*, dev* and test* are the splits. Test files are never read. Files without such a name
+  are training text as soon as some file is named as validation.
+- otherwise a hash of the text sends one document in `VALIDATION_ONE_IN` to validation.
+- a training document that equals a validation document is left out and counted.
+"""
+
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import lzma
+import platform
+import re
+import sysconfig
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+VALIDATION_ONE_IN = 50
+KINDS = (".txt", ".jsonl", ".json", ".parquet")
+COMPRESSIONS = (".gz", ".xz")
+ALLOWED = f"{', '.join(KINDS)} (each also {' or '.join(COMPRESSIONS)})"
+
+# "training", "valid-00001" and "test_set" are splits; "value", "devices" and "testament" are words.
+SPLIT_NAME = re.compile(
+    r"(?P<train>train(?:ing)?)|(?P<validation>val(?:id(?:ation)?)?|dev(?:elopment)?)|(?P<test>test(?:ing)?)", re.I
+)
+SPLIT_NAME_END = re.compile(r"(?:[ _-]?(?:set|data|split))?(?![a-z])", re.I)
+
+
+@dataclass
+class Documents:
+    """A source of documents.
+
+    Iterating reads the source from its beginning, each time in the same order, with all validation documents of named
+    validation files before the first training document.
+    """
+
+    name: str
+    key: str  # identifies the content without reading it: paths, sizes and times, or a hub name
+    read: Callable[[], Iterator[tuple[str | None, str]]]  # the split by name, None: the hash decides
+    duplicates: int = field(default=0, init=False)  # training documents left out by the newest iteration
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        self.duplicates = 0
+        held_out: set[int] = set()
+        for named_split, text in self.read():
+            digest = text_digest(text)
+            split = named_split or ("train" if digest % VALIDATION_ONE_IN else "validation")
+            if split == "validation":
+                held_out.add(digest)
+            elif digest in held_out:
+                self.duplicates += 1
+                continue
+            yield split, text
+
+
+def text_digest(text: str) -> int:
+    """64 bits that stand for a text, whitespace at its ends ignored; the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "little")
+
+
+# --------------------------------------------------------------------------------------------------- files and folders
+
+
+def local_documents(source: Path, name: str | None = None) -> Documents:
+    """Documents of one file, or of all text files below a folder in the order of their names.
+
+    Raises:
+        FileNotFoundError: nothing is at `source`.
+        ValueError: an unsupported suffix, or a folder without text files; while iterating, a file that cannot be read.
+    """
+    source = source.expanduser().absolute()
+    files = [(split, path) for split, path in find_files(source) if split != "test"]
+    if not files:
+        raise ValueError(f"--data {source} holds only test splits, which are never trained on; add train files")
+    named = any(split == "validation" for split, _ in files)
+    files.sort(key=lambda file: file[0] != "validation")  # stable: validation first, then the order of names
+    identity = [(str(path), stat.st_size, stat.st_mtime_ns, split) for split, path in files for stat in [path.stat()]]
+
+    def read() -> Iterator[tuple[str | None, str]]:
+        for split, path in files:
+            for text in read_file(path):
+                yield (split or "train") if named else None, text
+
+    return Documents(name=name or source.name, key=json.dumps(identity), read=read)
+
+
+def find_files(source: Path) -> list[tuple[str | None, Path]]:
+    """The text files at or below `source`, each with the split that its name, or its folder's, says (None: it says none).
+
+    The name of a file that is given by itself decides nothing, except that a test split is refused as training text.
+    """
+    if source.is_file():
+        if file_kind(source) is None:
+            raise ValueError(f"--data {source}: unsupported kind of file; allowed are {ALLOWED}")
+        return [("test" if named_split(source.name) == "test" else None, source)]
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"--data {source}: no such file or folder; give a path, 'c4', 'owner/name' on the Hugging Face hub, or "
+            "'embedded' for the text that comes with Python"
+        )
+    paths = sorted(path for path in source.rglob("*") if path.is_file() and file_kind(path))
+    if not paths:
+        raise ValueError(f"--data {source}: no text files in this folder; allowed are {ALLOWED}")
+    return [(path_split(path.relative_to(source)), path) for path in paths]
+
+
+def path_split(path: Path) -> str | None:
+    """The split named by a file, else by the nearest folder above it."""
+    return next((split for part in reversed(path.parts) if (split := named_split(part))), None)
+
+
+def named_split(name: str) -> str | None:
+    match = SPLIT_NAME.match(name)
+    if match is None or not SPLIT_NAME_END.match(name, match.end()):
+        return None
+    return match.lastgroup
+
+
+def file_kind(path: Path) -> str | None:
+    """The suffix that says how to read a file, compression set aside; None when it is no text file."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in KINDS else None
+
+
+def read_file(path: Path) -> Iterator[str]:
+    """The documents of one file, without empty ones.
+
+    Raises:
+        ValueError: the file is damaged, not UTF-8, or has a record without text; names the file and the place.
+    """
+    readers = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
+    reader = readers[file_kind(path) or ""]
+    try:
+        with open_binary(path) as stream:
+            for text in reader(stream, path):
+                if text.strip():
+                    yield text
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ValueError(f"--data: {path} cannot be read ({reason}); repair, replace or remove it") from error
+
+
+def open_binary(path: Path) -> Any:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "rb")
+    if suffix == ".xz":
+        return lzma.open(path, "rb")
+    return path.open("rb")
+
+
+def read_txt(stream: Any, path: Path) -> Iterator[str]:
+    """Documents are separated by blank lines."""
+    lines: list[str] = []
+    for _, line in utf8_lines(stream, path):
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            yield "".join(lines)
+            lines = []
+    yield "".join(lines)
+
+
+def read_jsonl(stream: Any, path: Path) -> Iterator[str]:
+    for number, line in utf8_lines(stream, path):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield record_text(parse_json(line, place), place)
+
+
+def read_json(stream: Any, path: Path) -> Iterator[str]:
+    """A list of records, or one record a line."""
+    buffered = io.BufferedReader(stream)
+    if not buffered.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from read_jsonl(buffered, path)
+        return
+    content = "".join(line for _, line in utf8_lines(buffered, path))
+    for number, record in enumerate(parse_json(content, str(path)), start=1):
+        yield record_text(record, f"{path}, record {number}")
+
+
+def read_parquet(stream: Any, path: Path) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    # Parquet is read from its end; a compressed stream can only be read from its beginning.
+    content = stream if path.suffix.lower() == ".parquet" else io.BytesIO(stream.read())
+    try:
+        table = pyarrow.parquet.ParquetFile(content)
+        if "text" not in table.schema_arrow.names:
+            raise ValueError(
+                f"--data: {path} has no column 'text', only {table.schema_arrow.names}; rename one to 'text'"
+            )
+        number = 0
+        for batch in table.iter_batches(batch_size=1000, columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                yield record_text({"text": text}, f"{path}, row {number}")
+    except pyarrow.ArrowException as error:
+        if isinstance(error, ValueError | OSError):
+            raise OSError(one_line(error)) from error
+        raise
+
+
+def utf8_lines(stream: Any, path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their line ends, without a byte-order mark."""
+    offset = 0
+    for number, line in enumerate(stream, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--data: {path} is not UTF-8 text at byte {offset + error.start} (line {number}); convert it to UTF-8"
+            ) from error
+        yield number, text
+        offset += len(line)
+
+
+def parse_json(content: str, place: str) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at column {error.colno}" if error.lineno == 1 else f"{error.msg} in line {error.lineno}"
+        raise ValueError(f"--data: {place} is not JSON ({where}); correct it or remove the file") from error
+
+
+def record_text(record: Any, place: str) -> str:
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        found = f"only {sorted(record)}" if isinstance(record, dict) and "text" not in record else "not a text"
+        raise ValueError(f'--data: {place} needs a field "text" that holds a string; it has {found}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+        raise ValueError(
+            f"--data: {place} has a text that is not valid Unicode ({error.reason}); correct it"
+        ) from error
+    return text
+
+
+def one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------- text of the Python installation
+
+# The standard library, and what this project's dependencies bring: prose of many authors, about 15 MB.
+EMBEDDED_PACKAGES = ("numpy", "networkx", "matplotlib", "pandas", "torch", "torchvision", "transformers")
+TRIPLE_QUOTED = re.compile(r'"""(.*?)"""', re.DOTALL)
+BLANK_LINES = re.compile(r"\n\s*\n")
+WORDS_AND_SPACES = re.compile(r"[A-Za-z\s.,;]+")
+MIN_PARAGRAPH_CHARS = 40
+MIN_DOCUMENT_CHARS = 150
+# Below this share of letters, spaces and full stops, a paragraph is a table, a signature or code.
+MIN_PROSE_SHARE = 0.88
+
+
+def embedded_key() -> str:
+    """Identifies the embedded text without reading it: the versions of Python and of the packages that are installed."""
+    return json.dumps([platform.python_version(), [(p, importlib.metadata.version(p)) for p in _installed_packages()]])
+
+
+def write_embedded(path: Path) -> int:
+    """Writes the embedded text as JSON lines and returns the number of documents; about 5 seconds on one core.
+
+    A document is the language reference's page on a topic, or one documentation string without its code, tables and
+    paragraphs that an earlier one has. Packages are read as text; nothing is imported or run.
+    """
+    seen: set[str] = set()
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for raw in _embedded_raw():
+            paragraphs = []
+            for paragraph in BLANK_LINES.split(raw):
+                paragraph = " ".join(paragraph.split())
+                if _is_prose(paragraph) and paragraph not in seen:
+                    seen.add(paragraph)
+                    paragraphs.append(paragraph)
+            text = "\n".join(paragraphs)
+            if len(text) >= MIN_DOCUMENT_CHARS:
+                file.write(json.dumps({"text": text}) + "\n")
+                count += 1
+    return count
+
+
+def _embedded_raw() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name]
+    roots = [Path(sysconfig.get_path("stdlib"))]
+    for package in _installed_packages():
+        spec = importlib.util.find_spec(package)  # of a top-level name: finds the folder, imports nothing
+        roots += [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).parts
+            if not any(part in ("site-packages", "dist-packages") or "test" in part for part in parts):
+                # A pattern is ten times as fast as `ast` and also finds torch's documentation of built-in functions.
+                yield from TRIPLE_QUOTED.findall(path.read_text(encoding="utf-8", errors="ignore"))
+
+
+def _installed_packages() -> list[str]:
+    return [package for package in EMBEDDED_PACKAGES if importlib.util.find_spec(package)]
+
+
+def _is_prose(paragraph: str) -> bool:
+    if len(paragraph) < MIN_PARAGRAPH_CHARS or ">>>" in paragraph or "```" in paragraph:
+        return False
+    prose_chars = sum(map(len, WORDS_AND_SPACES.findall(paragraph)))
+    return prose_chars >= MIN_PROSE_SHARE * len(paragraph)
+
+
+# ---------------------------------------------------------------------------------------------------- Hugging Face hub
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+HUB_TIMEOUT_S = 5
+
+
+def hub_documents(source: str) -> Documents:
+    """The column "text" of the hub's data set "owner/name" or "owner/name:config".
+
+    The key is the name alone, so a data set that changes on the hub is read again only into an empty cache.
+
+    Raises:
+        ValueError: while iterating, when the data set cannot be had or has no column "text".
+    """
+    name, _, config = source.partition(":")
+
+    def read() -> Iterator[tuple[str | None, str]]:
+        import datasets
+
+        require_hub(f"--data {source} is no local path, and the data set of that name")
+        try:
+            splits = datasets.load_dataset(name, config or None)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--data {source} cannot be loaded from the hub ({one_line(error)})") from error
+        named = {named_split(split): split for split in reversed(list(splits)) if named_split(split) != "test"}
+        for kind in ("validation", "train"):
+            if kind in named:
+                for number, record in enumerate(_text_column(splits[named[kind]], source)):
+                    yield kind if "validation" in named else None, record_text(record, f"{source}, row {number}")
+
+    return Documents(name=source, key=f"hub:{source}", read=read)
+
+
+def _text_column(rows: Any, source: str) -> Iterable[Any]:
+    if "text" not in rows.column_names:
+        raise ValueError(f"--data {source} has no column 'text', only {rows.column_names}; choose another data set")
+    return rows.select_columns(["text"])
+
+
+def hub_file(repository: str, filename: str) -> Path:
+    """A data set's file from the local Hugging Face cache, else from the hub.
+
+    Raises:
+        ValueError: it is in neither, or the hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, filename, repo_type="dataset", local_files_only=True))
+    except LocalEntryNotFoundError:
+        require_hub(f"--data: {filename} of {repository}")
+    try:
+        return Path(hf_hub_download(repository, filename, repo_type="dataset"))
+    except OSError as error:
+        raise ValueError(f"--data: {filename} of {repository} cannot be downloaded ({one_line(error)})") from error
+
+
+def require_hub(what: str) -> None:
+    """Fails within seconds when the hub cannot be reached; its own libraries would retry for most of a minute.
+
+    With HF_HUB_OFFLINE set there is nothing to wait for: the libraries look into their caches only.
+
+    Raises:
+        ValueError: in one line that begins with `what`.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return  # an answer, whatever it says
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(
+            f"{what} is not in the local Hugging Face cache, and {constants.ENDPOINT} cannot be reached ({reason}); "
+            "connect this machine, or give a local path"
+        ) from error

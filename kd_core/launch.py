@@ -1,0 +1,127 @@
+"""What `bash launch/bert_kd.sh` becomes once launch/env.sh has set up: a supervisor of DeepSpeed's launcher.
+
+    python -m kd_core.launch SCRIPT [flags of the recipe]
+
+NUM_GPUS=2 uses two GPUs (default: all; without a GPU: one rank); LAUNCHER_ARGS="--hostfile F" adds flags of `deepspeed`.
+
+DeepSpeed starts the ranks. This process adds what its launcher leaves out: a free port, so that runs do not clash; a
+signal that reaches all ranks at once, so that they can save together (the launcher stops them one after another); and
+an exit code to rely on, with no rank left behind.
+"""
+
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+
+import psutil
+
+SECONDS_TO_SAVE = 60.0  # from the first signal until what still runs is killed
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """Has the kernel send SIGTERM to this process when its parent dies, even of kill -9; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def started_by_deepspeed() -> bool:
+    """Whether this process is a rank of DeepSpeed's launcher, rather than, say, `nohup python recipes/x.py &`."""
+    parent = psutil.Process().parent()
+    return parent is not None and "deepspeed.launcher.launch" in parent.cmdline()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        return sock.getsockname()[1]
+
+
+def find_ranks(group: int, script: str) -> list[int]:
+    """Ids of the ranks in a process group. Not by descent: a dead launcher's ranks are nobody's children."""
+    parent_of = {}
+    for process in psutil.process_iter(["pid", "ppid", "cmdline"]):
+        if (process.info["cmdline"] or [])[1:3] == ["-u", script]:  # python -u SCRIPT --local_rank=0 ...
+            try:
+                if os.getpgid(process.pid) == group:
+                    parent_of[process.pid] = process.info["ppid"]
+            except ProcessLookupError:
+                continue  # ended since it was listed
+    return [pid for pid, parent in parent_of.items() if parent not in parent_of]  # without forked data loaders
+
+
+def send(signum: int, *pids: int) -> None:
+    """Send a signal; a negative id means a process group. What has already ended is not an error."""
+    for pid in pids:
+        try:
+            os.kill(pid, signum)
+        except ProcessLookupError:
+            continue
+
+
+def main() -> int:
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m kd_core.launch SCRIPT [flags of the recipe]")
+    script, *flags = sys.argv[1:]
+    received = 0
+
+    def remember(signum: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = received or signum  # the ranks are saving since the first signal: a second changes nothing
+
+    signal.signal(signal.SIGTERM, remember)
+    signal.signal(signal.SIGINT, remember)
+
+    env = dict(os.environ)
+    on_cpu = env.get("DS_ACCELERATOR") == "cpu"
+    num_gpus = env.get("NUM_GPUS", "1" if on_cpu else "-1")
+    if on_cpu and num_gpus.isdecimal() and int(num_gpus) > 1:  # else every rank would take all cores
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(num_gpus))))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q"]
+    command += [f"--num_gpus={num_gpus}", f"--master_port={free_port()}"]
+    command += shlex.split(env.get("LAUNCHER_ARGS", ""))
+    # A session of its own: Ctrl-C in a terminal reaches this process only, and the group is the launcher and its ranks.
+    launcher = subprocess.Popen([*command, script, *flags], env=env, start_new_session=True)
+    group = launcher.pid
+    # Its standard input ends when this process does: should that be by kill -9, it stops the run in our place.
+    guard_command = ["sh", "-c", 'read -r _; kill -s TERM -- "-$0"', str(group)]
+    guard = subprocess.Popen(guard_command, stdin=subprocess.PIPE, start_new_session=True)
+
+    ranks: list[int] = []
+    deadline = float("inf")
+    while launcher.poll() is None and time.monotonic() < deadline:
+        if received and deadline == float("inf"):
+            deadline = time.monotonic() + SECONDS_TO_SAVE
+            ranks = find_ranks(group, script)
+            send(received, *ranks)
+            if not ranks:  # still starting: nothing to save
+                send(signal.SIGTERM, -group)
+        time.sleep(0.1)
+
+    # The launcher exits with 0 when its inner process was killed with -9, and leaves the ranks running.
+    orphans = find_ranks(group, script) if launcher.poll() is not None else []
+    if orphans:
+        print(f"kd_core.launch: the launcher died before its {len(orphans)} ranks: stopping them", file=sys.stderr)
+        send(signal.SIGTERM, *orphans)
+        deadline = min(deadline, time.monotonic() + SECONDS_TO_SAVE)
+        while find_ranks(group, script) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    if launcher.poll() is None or find_ranks(group, script):
+        send(signal.SIGKILL, -group)
+    code = launcher.wait() or (1 if orphans else 0)
+    guard.kill()
+    guard.wait()
+
+    if received and (not ranks or code in (0, 256 - received)):  # 256 - received: a rank had not set its handler yet
+        return 0 if ranks and code == 0 and received == signal.SIGTERM else 128 + received
+    return 128 - code if code < 0 else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

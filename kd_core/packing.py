@@ -1,0 +1,303 @@
+"""From texts to packed rows of tokens in files, once for all processes.
+
+`build_once` makes a folder of the cache under a lock; `Packer` streams texts through the Rust tokenizer into a file of rows
+that is memory-mapped afterwards; `HeldOut` chooses the validation texts of a stream.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import queue
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import filelock
+import numpy as np
+import tokenizers
+from tqdm import tqdm
+
+from kd_core import documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+VALIDATION_ROWS = 1024
+CACHE_FORMAT = 1  # raise it when other bytes would be written for the same source, tokenizer and settings
+# A batch for the Rust tokenizer: enough documents for all cores, little enough text to hold its encodings in memory.
+BATCH_DOCUMENTS = 1000
+BATCH_CHARS = 4_000_000
+MAX_PIECE_CHARS = 100_000
+
+Item = TypeVar("Item")
+
+
+# ------------------------------------------------------------------------------------------------ tokenising, packing
+
+
+@dataclass(frozen=True, eq=False)
+class Packer:
+    """Turns texts into rows of [CLS], T - 2 tokens of the stream of documents, [SEP]; a [SEP] ends each document.
+
+    There is no padding; the tail of the stream that does not fill a row is dropped.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    vocab_size: int
+    cls_id: int
+    sep_id: int
+    seq_len: int
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerFast", seq_len: int) -> "Packer":
+        # A copy, because settings of the tokenizer itself are the caller's.
+        backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        return cls(backend, len(tokenizer), int(tokenizer.cls_token_id), int(tokenizer.sep_token_id), seq_len)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Packer":
+        """What `save` wrote."""
+        facts = json.loads((folder / "packer.json").read_text())
+        return cls(tokenizer=tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), **facts)
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+        write_json(
+            folder / "packer.json",
+            {"vocab_size": self.vocab_size, "cls_id": self.cls_id, "sep_id": self.sep_id, "seq_len": self.seq_len},
+        )
+
+    @property
+    def identity(self) -> str:
+        return cache_key(self.tokenizer.to_str(), self.vocab_size, self.cls_id, self.sep_id, self.seq_len)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint16 if self.vocab_size < 65_536 else np.uint32)
+
+    def open(self, path: Path) -> np.ndarray:
+        return np.memmap(path, dtype=self.dtype, mode="r").reshape(-1, self.seq_len)
+
+    def write(
+        self, path: Path, texts: Iterable[str], *, max_rows: int | None = None, report: "Report | None" = None
+    ) -> int:
+        """Writes the packed rows of the texts and returns their number; memory does not grow with the texts."""
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        # A text that mentions "[MASK]" must not contain the token.
+        self.tokenizer.encode_special_tokens = True
+        body = self.seq_len - 2
+        rest = np.empty(0, self.dtype)
+        num_rows = 0
+        with path.open("wb") as file:
+            # The thread reads and parses while Rust encodes.
+            for batch in prefetch(_batches(texts)):
+                stream = np.concatenate([rest, *self._encode(batch)])
+                count = len(stream) // body
+                if max_rows is not None:
+                    count = min(count, max_rows - num_rows)
+                rows = np.empty((count, self.seq_len), self.dtype)
+                rows[:, 0], rows[:, -1] = self.cls_id, self.sep_id
+                rows[:, 1:-1] = stream[: count * body].reshape(count, body)
+                rows.tofile(file)
+                num_rows, rest = num_rows + count, stream[count * body :]
+                if report is not None:
+                    report.update(documents=len(batch), rows=count)
+                if num_rows == max_rows:
+                    break
+        return num_rows
+
+    def _encode(self, texts: list[str]) -> Iterator[np.ndarray]:
+        pieces = [_pieces(text) for text in texts]
+        flat = [piece for document in pieces for piece in document]
+        encoded = iter(self.tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        end = np.array([self.sep_id], self.dtype)
+        for document in pieces:
+            for _ in document:
+                yield np.array(next(encoded).ids, self.dtype)
+            yield end
+
+
+def _pieces(text: str) -> list[str]:
+    """A long text, cut at spaces, so that all cores work on it and its encoding needs little memory at a time."""
+    pieces = []
+    start = 0
+    while len(text) - start > MAX_PIECE_CHARS:
+        cut = text.rfind(" ", start + 1, start + MAX_PIECE_CHARS)
+        end = cut if cut != -1 else start + MAX_PIECE_CHARS
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if len(batch) >= BATCH_DOCUMENTS or chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+class Report:
+    """What tokenising says: a bar on a terminal, one line at the end elsewhere, nothing unless asked."""
+
+    def __init__(self, title: str, progress: bool) -> None:
+        self.title, self.documents, self.rows = title, 0, 0
+        self._progress = progress
+        self._start = time.monotonic()
+        self._bar = tqdm(desc=title, unit=" documents", disable=not (progress and sys.stderr.isatty()), leave=False)
+
+    def update(self, *, documents: int, rows: int) -> None:
+        self.documents += documents
+        self.rows += rows
+        self._bar.set_postfix(rows=self.rows, refresh=False)
+        self._bar.update(documents)
+
+    def close(self, remark: str) -> None:
+        self._bar.close()
+        if self._progress:
+            seconds = time.monotonic() - self._start
+            say(f"{self.title}: {self.documents} documents, {self.rows} rows, {seconds:.1f} s ({remark})")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class HeldOut:
+    """Collects the validation documents of a stream: those with the smallest hashes, as much text as can be needed."""
+
+    def __init__(self, seq_len: int) -> None:
+        self.count = 0
+        self._limit = 32 * VALIDATION_ROWS * seq_len  # characters; a token has fewer than 32
+        self._chars = 0
+        self._kept: list[tuple[int, str]] = []
+
+    def divert(self, texts: Iterable[tuple[str, str]]) -> Iterator[str]:
+        """Yields the training texts and keeps the others."""
+        for split, text in texts:
+            if split == "train":
+                yield text
+            else:
+                self.count += 1
+                self._chars += len(text)
+                self._kept.append((documents.text_digest(text), text))
+                if self._chars > 2 * self._limit:
+                    self._trim()
+
+    def texts(self) -> list[str]:
+        """In the order of their hashes, so that a long source is not represented by its beginning."""
+        self._trim()
+        return [text for _, text in self._kept]
+
+    def _trim(self) -> None:
+        self._kept.sort()
+        self._chars, kept = 0, []
+        for digest, text in self._kept:
+            if self._chars < self._limit:
+                kept.append((digest, text))
+                self._chars += len(text)
+        self._kept = kept
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+def cache_root() -> Path:
+    return Path(os.environ.get("KD_CACHE") or "~/.cache/kd_recipes").expanduser()
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Makes `folder` by `build(new folder)`, once for all processes; complete or absent.
+
+    Raises:
+        ValueError: the cache cannot be written; and whatever `build` raises.
+    """
+    if folder.is_dir():
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder.with_name(folder.name + ".lock")):
+            if folder.is_dir():
+                return
+            # The lock is ours, so what is there was left by a process that was killed.
+            new = folder.with_name(folder.name + ".new")
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            try:
+                build(new)
+                new.rename(folder)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            raise
+        raise ValueError(
+            f"the cache {folder.parent} cannot be written ({error.strerror}); make room, or set KD_CACHE to another folder"
+        ) from error
+
+
+def cache_key(*parts: str | int) -> str:
+    return hashlib.sha256(json.dumps([CACHE_FORMAT, *parts]).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict[str, int | str]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def prefetch(iterator: Iterable[Item], depth: int = 2, *, pin_memory: bool = False) -> Iterator[Item]:
+    """Runs an iterator in a background thread, at most `depth` items ahead; its exceptions are raised here.
+
+    Args:
+        pin_memory: call `pin_memory()` of each item in the thread, so that copies to a GPU need not wait.
+    """
+    items: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=depth)
+    abandoned = threading.Event()
+
+    def put(kind: str, value: object) -> None:
+        while not abandoned.is_set():
+            try:
+                return items.put((kind, value), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in iterator:
+                put("item", item.pin_memory() if pin_memory else item)  # type: ignore[attr-defined]
+                if abandoned.is_set():
+                    return
+        except BaseException as error:  # raised again by the consumer, whatever it is
+            put("error", error)
+        else:
+            put("end", None)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = items.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value  # type: ignore[misc]
+            yield value  # type: ignore[misc]
+    finally:
+        abandoned.set()
+        thread.join(timeout=1)  # not longer: it may be waiting for a download that nobody needs any more

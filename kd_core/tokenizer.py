@@ -1,0 +1,264 @@
+"""Tokenizers for masked-language modelling: loaded from files or the hub, or trained on a corpus.
+
+Every tokenizer that leaves this file is a `PreTrainedTokenizerFast` with [CLS], [SEP], [PAD] and [MASK] (under whatever
+names it has for them; missing ones are added at the end of the vocabulary).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+
+from kd_core.documents import one_line, require_hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# For each role, the names it has in common tokenizers; the first is used when a vocabulary has none of them.
+ROLES = {
+    "pad_token": ("[PAD]", "<pad>"),
+    "unk_token": ("[UNK]", "<unk>"),
+    "cls_token": ("[CLS]", "<s>"),
+    "sep_token": ("[SEP]", "</s>"),
+    "mask_token": ("[MASK]", "<mask>"),
+}
+# Rarer characters become [UNK] with their word, so that the vocabulary goes to words: at most this many are kept, ...
+MAX_ALPHABET = 1000
+# ... and of a large text only those that are more frequent than this.
+MIN_CHARACTER_SHARE = 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerFast":
+    """A tokenizer from a hub name, a Hugging Face folder, a `tokenizer.json`, a `vocab.txt` or a SentencePiece `.model`.
+
+    A path is read without touching the network; code that comes with a tokenizer is never run.
+
+    Raises:
+        FileNotFoundError: a path at which nothing is.
+        ValueError: no tokenizer is there, it is damaged or of an unsupported kind, or the hub cannot be reached.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        tokenizer = _from_folder(path)
+    elif path.is_file():
+        tokenizer = _from_file(path)
+    elif _looks_like_path(name_or_path):
+        raise FileNotFoundError(
+            f"--tokenizer {name_or_path}: no such file or folder; give a Hugging Face folder, a tokenizer.json, a "
+            "SentencePiece .model, or a name on the hub"
+        )
+    else:
+        tokenizer = _from_hub(name_or_path)
+    tokenizer.name_or_path = name_or_path
+    return _with_special_tokens(tokenizer)
+
+
+def same_tokenizer(a: "PreTrainedTokenizerFast", b: "PreTrainedTokenizerFast") -> bool:
+    """Whether two tokenizers give every token, and every special role, the same id.
+
+    Then logits of models that were trained with them can be compared column by column.
+    """
+    return a is b or (a.get_vocab() == b.get_vocab() and _special_ids(a) == _special_ids(b))
+
+
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Identifies what a tokenizer does to a text: normalisation, model, vocabulary, special ids."""
+    content = tokenizer.backend_tokenizer.to_str() + json.dumps(_special_ids(tokenizer))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _special_ids(tokenizer: "PreTrainedTokenizerFast") -> dict[str, int | None]:
+    return {role: getattr(tokenizer, f"{role}_id") for role in ROLES}
+
+
+def _looks_like_path(name: str) -> bool:
+    parent = Path(name).expanduser().parent
+    return (
+        name.startswith((".", "/", "~"))
+        or name.endswith((".json", ".model", ".txt"))
+        or name.count("/") > 1
+        or (parent != Path(".") and parent.is_dir())
+    )
+
+
+def _from_file(path: Path) -> "PreTrainedTokenizerFast":
+    if path.suffix == ".json":
+        return _from_json(path)
+    if path.suffix == ".model":
+        return _from_sentencepiece(path)
+    if path.name == "vocab.txt":
+        return _from_folder(path.parent)
+    raise ValueError(
+        f"--tokenizer {path}: unsupported kind of file; give a Hugging Face folder, a tokenizer.json, a vocab.txt or a "
+        "SentencePiece .model"
+    )
+
+
+def _from_folder(folder: Path) -> Any:
+    from transformers import AutoTokenizer, BertTokenizer
+
+    has_config = any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))
+    models = sorted(folder.glob("*.model"))
+    vocabularies = [
+        folder / name for name in ("tokenizer.json", "vocab.txt", "vocab.json") if (folder / name).is_file()
+    ]
+    if not models and not vocabularies:
+        raise ValueError(
+            f"--tokenizer {folder} holds no tokenizer (tokenizer.json, vocab.txt or *.model); give another folder, or the "
+            "name of a tokenizer on the hub"
+        )
+    try:
+        if has_config:
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if (folder / "tokenizer.json").is_file():
+            return _from_json(folder / "tokenizer.json")
+        if (folder / "vocab.txt").is_file():
+            # Not BertTokenizer(vocab_file=...), which transformers 5 builds with an empty vocabulary.
+            return BertTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--tokenizer {folder} cannot be loaded ({one_line(error)}); give another folder") from error
+    if len(models) == 1:
+        return _from_sentencepiece(models[0])
+    raise ValueError(f"--tokenizer {folder} holds {[model.name for model in models]}; name the file")
+
+
+def _from_json(path: Path) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        content = path.read_text(encoding="utf-8")
+        if not isinstance(json.loads(content).get("model"), dict):
+            raise ValueError('it has no "model"')
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(content))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"--tokenizer {path} is not a tokenizer.json ({one_line(error)}); give another file"
+        ) from error
+
+
+def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
+    """The model in Rust, with the ids of the `.model` file."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import SpmConverter
+
+    class Converter(SpmConverter):
+        handle_byte_fallback = True
+
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise ValueError(f"--tokenizer {path} is not a SentencePiece model ({one_line(error)})") from error
+    kinds = proto.trainer_spec.ModelType
+    if proto.trainer_spec.model_type not in (kinds.UNIGRAM, kinds.BPE) or not proto.pieces:
+        kind = kinds.Name(proto.trainer_spec.model_type)
+        raise ValueError(f"--tokenizer {path} is a SentencePiece model of type {kind}; allowed are UNIGRAM and BPE")
+    settings = SimpleNamespace(vocab_file=str(path), add_prefix_space=proto.normalizer_spec.add_dummy_prefix)
+    converted = Converter(settings).converted()
+    roles = {1: "bos_token", 2: "eos_token"}
+    named = {
+        role: proto.pieces[i].piece for i, role in roles.items() if i < len(proto.pieces) and proto.pieces[i].type == 3
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=converted, unk_token=proto.trainer_spec.unk_piece, **named)
+
+
+def _from_hub(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
+        require_hub(f"--tokenizer {name} is no local path, and the tokenizer of that name")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer {name} cannot be loaded from the hub ({one_line(error)})") from error
+
+
+def _with_special_tokens(tokenizer: Any) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"--tokenizer {tokenizer.name_or_path} has no fast (Rust) form; give a tokenizer.json")
+    vocabulary = tokenizer.get_vocab()
+    missing: dict[str, Any] = {}
+    for role, names in ROLES.items():
+        if getattr(tokenizer, role) is None and (role != "unk_token" or names[0] in vocabulary):
+            missing[role] = next((name for name in names if name in vocabulary), names[0])
+    tokenizer.add_special_tokens(missing)
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """A lower-casing WordPiece tokenizer as BERT's, of at most `vocab_size` tokens.
+
+    The result is a pure function of its arguments. The trainer alone is not: it numbers characters in the order of a hash
+    map, and breaks ties between merges by these numbers. Characters that are given as special tokens are numbered in the
+    order given; rebuilding the model from the vocabulary makes them ordinary tokens again.
+
+    Raises:
+        ValueError: `vocab_size` is too small for the special tokens and the characters of the text.
+    """
+    texts = list(texts)
+    alphabet = _alphabet(texts)
+    needed = len(SPECIAL_TOKENS) + 2 * len(alphabet)
+    if vocab_size < needed:
+        raise ValueError(
+            f"--vocab-size {vocab_size} is too small: the text has {len(alphabet)} characters, which alone need {needed} "
+            f"tokens; give at least {2 * needed}"
+        )
+    fixed = SPECIAL_TOKENS + alphabet + ["##" + character for character in alphabet]
+    trainee = _bert_pipeline(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        special_tokens=fixed,
+        show_progress=False,
+    )
+    trainee.train_from_iterator(texts, trainer)
+    trained = _bert_pipeline(tokenizers.models.WordPiece(trainee.get_vocab(), unk_token="[UNK]"))
+    trained.add_special_tokens(SPECIAL_TOKENS)
+    ids = [(token, trained.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    trained.post_processor = tokenizers.processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ids
+    )
+    return trained
+
+
+def _bert_pipeline(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    return tokenizer
+
+
+def _alphabet(texts: list[str]) -> list[str]:
+    """The normalised characters of the texts that are worth a token, in the order of their code points."""
+    counts = np.zeros(0x110000, dtype=np.int64)
+    for start in range(0, len(texts), 1000):
+        code_points = np.frombuffer("".join(texts[start : start + 1000]).encode("utf-32-le"), dtype="<u4")
+        counts += np.bincount(code_points, minlength=len(counts))
+    normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    normalised: dict[str, int] = {}
+    for code_point in np.flatnonzero(counts):
+        for character in "".join(normalizer.normalize_str(chr(code_point)).split()):
+            normalised[character] = normalised.get(character, 0) + int(counts[code_point])
+    common = [c for c, count in normalised.items() if count >= MIN_CHARACTER_SHARE * counts.sum()]
+    return sorted(sorted(common, key=lambda c: (-normalised[c], c))[:MAX_ALPHABET])

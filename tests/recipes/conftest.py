@@ -1,0 +1,64 @@
+"""A small real corpus and short runs of the BERT recipe, each in a process of its own."""
+
+import json
+import pydoc_data.topics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, cpu_environment
+
+RECIPE = ROOT / "recipes" / "bert_kd.py"
+SMALL = (
+    "--student tiny --vocab-size 512 --seq-len 32 --steps 8 --global-batch-size 8 --micro-batch-size 4 --lr 1e-3 "
+    "--deepspeed-config zero0_fp32_cpu.json --log-every 1 --eval-every 4 --save-every 3"
+).split()
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python's language reference as one .txt, documents separated by blank lines."""
+    file = tmp_path_factory.mktemp("corpus") / "topics.txt"
+    file.write_text("\n\n".join(pydoc_data.topics.topics.values()), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def train(corpus_file: Path, cache: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python recipes/bert_kd.py` with the small flags and those given."""
+
+    def run(*words: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(RECIPE), *SMALL, "--data", str(corpus_file), *map(str, words)]
+        env = cpu_environment(KD_CACHE=str(cache), **environment)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+        assert not check or done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def teacher(train: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, used as a teacher."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    train("--out", folder, "--steps", 4, "--student", "mini")
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def trace(folder: Path) -> list[tuple[Any, ...]]:
+    """What must be equal to the last digit between runs that compute the same."""
+    names = ("step", "loss", "label_loss", "kd_loss", "kd_ratio", "lr", "grad_norm", "teacher", "eval/loss")
+    return [tuple(line.get(name) for name in names) for line in metrics(folder)]

@@ -1,0 +1,238 @@
+"""The BERT recipe end to end on the CPU: run folder, window, exact resume, clean stops, copies of it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from kd_core import text
+from kd_core.kernels.softmax_kl import softmax_kl
+from recipes.bert_kd import MaskedBert
+from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
+from tests.recipes.conftest import RECIPE, SMALL, metrics, trace
+
+Train = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_logits_at_masked_positions_equal_the_full_computation() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    masked, full = MaskedBert(config).eval(), BertForMaskedLM(config).eval()
+    full.load_state_dict(masked.state_dict())
+    input_ids, positions = torch.randint(64, (3, 16)), torch.tensor([0, 5, 17, 47])
+    with torch.no_grad():
+        expected = full(input_ids).logits.flatten(0, 1)[positions]
+        torch.testing.assert_close(masked(input_ids, positions), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def distilled(train: Train, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 steps on one process, the window open for the first 4, two teachers."""
+    folder = tmp_path_factory.mktemp("distilled") / "run"
+    train("--out", folder, "--teachers", teacher, teacher / "hf", "--kd-ratio", 0.9, "--kd-stop", 0.5)
+    return folder
+
+
+def test_run_folder_holds_what_other_programs_read(distilled: Path, teacher: Path) -> None:
+    run = json.loads((distilled / "run.json").read_text())
+    assert run["recipe"] == "bert_kd"
+    assert run["config"]["kd_stop"] == 0.5
+    assert run["config"]["teachers"] == [str(teacher), str(teacher / "hf")]
+    assert set(run["hardware"]) == {"device", "name", "count"}
+    assert run["world_size"] == 1
+    assert {"argv", "versions", "commit"} <= set(run)
+    assert run["result"]["stopped"] == "finished"
+    assert [t["name"] for t in run["teachers"]] == [str(teacher), str(teacher / "hf")]
+    assert run["teachers"][0]["eval/loss"] == pytest.approx(run["teachers"][1]["eval/loss"])
+    lines = metrics(distilled)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    needed = "samples tokens loss label_loss kd_loss kd_ratio lr grad_norm teacher train_s teacher_s data_s".split()
+    assert all(set(needed) <= set(line) for line in lines)
+    assert [line["step"] for line in lines if "eval/loss" in line] == [4, 8]
+    assert run["result"]["eval/loss"] == lines[-1]["eval/loss"]
+    assert list((distilled / "tensorboard").glob("events*"))
+    assert len(list((distilled / "checkpoints").glob("step*"))) == 2
+
+
+def test_window_closes_and_the_teachers_go(distilled: Path) -> None:
+    lines = metrics(distilled)
+    inside, outside = lines[:4], lines[4:]
+    assert all(line["kd_ratio"] == 0.9 and line["label_weight"] == pytest.approx(0.1) for line in inside)
+    assert all(line["kd_loss"] > 0 and len(line["teacher"]) == 1 for line in inside)
+    for line in inside:
+        assert line["loss"] == pytest.approx(0.1 * line["label_loss"] + 0.9 * line["kd_loss"])
+    assert all(line["kd_ratio"] == 0 and line["label_weight"] == 1 and line["teacher"] == [] for line in outside)
+    assert all(line["loss"] == line["label_loss"] and line["kd_loss"] == 0 for line in outside)
+    assert inside[-1]["teacher_s"] > 0
+    assert {line["teacher_s"] for line in outside} == {inside[-1]["teacher_s"]}
+
+
+def test_exported_student_has_the_same_validation_loss(distilled: Path, corpus_file: Path, cache: Path) -> None:
+    os.environ["KD_CACHE"] = str(cache)
+    corpus = text.prepare(str(corpus_file), tokenizer=None, vocab_size=512, seq_len=32)
+    model = BertForMaskedLM.from_pretrained(distilled / "hf").eval()
+    assert model.config.vocab_size == len(corpus.tokenizer)
+    assert text.same_tokenizer(text.load_tokenizer(str(distilled / "hf")), corpus.tokenizer)
+    loss_sum, tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in text.validation_batches(corpus, micro_batch_size=16, rank=0, world_size=1):
+            logits = model(batch.input_ids).logits.flatten(0, 1)[batch.positions]
+            loss_sum += float(softmax_kl(logits, None, batch.labels)[1].double().sum())
+            tokens += int((batch.labels != text.IGNORE_INDEX).sum())
+    assert loss_sum / tokens == pytest.approx(metrics(distilled)[-1]["eval/loss"], rel=1e-5)
+
+
+def test_ratio_0_is_bit_identical_to_no_teacher(train: Train, teacher: Path, tmp_path: Path) -> None:
+    train("--out", tmp_path / "without")
+    train("--out", tmp_path / "ratio0", "--teachers", teacher, "--kd-ratio", 0)
+    assert trace(tmp_path / "without") == trace(tmp_path / "ratio0")
+    assert all(line["teacher_s"] == 0 for line in metrics(tmp_path / "ratio0"))
+
+
+def start(cache: Path, *words: object) -> subprocess.Popen[str]:
+    env = cpu_environment(KD_CACHE=str(cache))
+    return subprocess.Popen([*map(str, words)], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not (
+        (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= step
+    ):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline, f"no step {step} within two minutes"
+        time.sleep(0.02)
+
+
+def test_kill_9_on_two_ranks_then_resume_gives_the_same_trace(
+    teacher: Path, corpus_file: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The window closes at step 6, after the checkpoint at step 3 and before the one at step 9."""
+    flags = [*SMALL, "--data", corpus_file, "--teachers", teacher, "--kd-ratio", 0.9, "--kd-stop", 0.5, "--steps", 12]
+    flags += ["--micro-batch-size", 2]
+    two = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", 2, "--master_port"]
+    os.environ["KD_CACHE"] = str(cache)
+    whole = deepspeed(2, str(RECIPE), *map(str, flags), "--out", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    process = start(cache, *two, free_port(), RECIPE, *flags, "--out", tmp_path / "killed")
+    wait_for_step(tmp_path / "killed", 5, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = deepspeed(2, str(RECIPE), "--out", str(tmp_path / "killed"), "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
+    assert len(trace(tmp_path / "whole")) == 12
+    again = deepspeed(2, str(RECIPE), "--out", str(tmp_path / "killed"), "--resume")
+    assert again.returncode == 0
+    assert "has finished" in again.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_with_a_checkpoint_and_resume_is_exact(
+    number: signal.Signals, code: int, corpus_file: Path, cache: Path, tmp_path: Path, train: Train
+) -> None:
+    flags = [*SMALL, "--data", corpus_file, "--steps", 400, "--save-every", 400, "--eval-every", 400]
+    process = start(cache, sys.executable, RECIPE, *flags, "--out", tmp_path / "run")
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(number)
+    began = time.monotonic()
+    process.send_signal(number)  # a second one changes nothing
+    assert process.wait(timeout=25) == code
+    assert time.monotonic() - began < 25
+    result = json.loads((tmp_path / "run" / "run.json").read_text())["result"]
+    assert result["stopped"] == number.name
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step{result['step']:08d}"]
+    assert not (tmp_path / "run" / "hf").exists()
+
+
+def test_max_minutes_ends_the_same_way_and_a_damaged_checkpoint_is_passed_over(train: Train, tmp_path: Path) -> None:
+    train("--out", tmp_path / "whole", "--steps", 10)
+    train("--out", tmp_path / "run", "--steps", 10, "--max-minutes", 0.0001)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["result"]["stopped"] == "max-minutes"
+    train("--out", tmp_path / "run", "--resume", "--steps", 10, "--max-minutes", 0.0001)
+    newest = max((tmp_path / "run" / "checkpoints").glob("step*"))
+    states = newest / "mp_rank_00_model_states.pt"
+    damaged = bytearray(states.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    states.write_bytes(damaged)
+    resumed = train("--out", tmp_path / "run", "--resume", "--steps", 10, "--max-minutes", 10)
+    assert f"{newest} is damaged" in resumed.stderr
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+
+
+def test_a_crash_while_saving_leaves_the_last_good_checkpoint(train: Train, tmp_path: Path) -> None:
+    train("--out", tmp_path / "whole")
+    train("--out", tmp_path / "run", "--max-minutes", 0.0001)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    good = next(checkpoints.glob("step*"))
+    shutil.copytree(good, checkpoints / ".incomplete" / "step00000099")
+    train("--out", tmp_path / "run", "--resume", "--max-minutes", 10)
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+    assert not (checkpoints / ".incomplete").exists()
+
+
+def test_a_non_finite_step_stops_with_its_samples(train: Train, tmp_path: Path) -> None:
+    done = train("--out", tmp_path / "run", "--lr", 1e30, "--warmup-fraction", 0, check=False)
+    assert done.returncode == 1
+    result = json.loads((tmp_path / "run" / "run.json").read_text())["result"]
+    assert result["stopped"] == "non-finite"
+    assert result["samples"]
+    assert "Traceback" not in done.stderr
+
+
+def test_zero_3_in_bf16_on_two_ranks_runs_and_exports(corpus_file: Path, cache: Path, tmp_path: Path) -> None:
+    os.environ["KD_CACHE"] = str(cache)
+    flags = [
+        *SMALL,
+        "--data",
+        str(corpus_file),
+        "--deepspeed-config",
+        "zero3_bf16.json",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    done = deepspeed(2, str(RECIPE), *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["label_loss"] < lines[0]["label_loss"]
+    assert BertForMaskedLM.from_pretrained(tmp_path / "run" / "hf").dtype == torch.bfloat16
+
+
+def test_when_one_rank_dies_the_others_end(corpus_file: Path, cache: Path, tmp_path: Path) -> None:
+    two = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", 2, "--master_port", free_port()]
+    flags = [*SMALL, "--data", corpus_file, "--steps", 4000, "--eval-every", 4000, "--save-every", 4000]
+    process = start(cache, *two, RECIPE, *flags, "--out", tmp_path / "run")
+    wait_for_step(tmp_path / "run", 2, process)
+    found = subprocess.run(["pgrep", "-f", f"local_rank=1.*{tmp_path}"], capture_output=True, text=True)
+    ranks = [int(pid) for pid in found.stdout.split()]
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    assert ranks
+    assert process.wait(timeout=40) != 0
+
+
+def test_a_copied_recipe_trains_with_the_project_uninstalled(corpus_file: Path, cache: Path, tmp_path: Path) -> None:
+    shutil.copy(RECIPE, tmp_path)
+    for folder in ("kd_core", "ds_configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    # An editable install is a path entry or an import hook: take both away.
+    code = (
+        f"import sys; sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]; sys.path.insert(0, '.');"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
+        "import runpy; sys.argv = ['bert_kd.py', *sys.argv[1:]]; runpy.run_path('bert_kd.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, *SMALL, "--data", str(corpus_file), "--steps", "4", "--out", "run"]
+    env = cpu_environment(KD_CACHE=str(cache))
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(metrics(tmp_path / "run")) == 4

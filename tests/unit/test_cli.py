@@ -1,0 +1,78 @@
+"""Flags from a dataclass, their order of precedence, and one line for what a user got wrong."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from kd_core import cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(cli.SharedFlags):
+    """A recipe's flags."""
+
+    student: str = "base"
+    """The student."""
+    steps: int = 100
+
+
+def test_typed_flags_win_over_the_preset_and_the_preset_over_defaults() -> None:
+    preset = """
+        --steps 7 --student tiny   # a comment
+        --teachers a b --kd-ratio 0.5
+    """
+    cfg = cli.parse(Config, ["--steps", "9", "--kd_ratio=0.25", "--local_rank=1", "--local-rank"], preset)
+    assert (cfg.steps, cfg.student, cfg.teachers, cfg.kd_ratio) == (9, "tiny", ("a", "b"), 0.25)
+    assert cli.parse(Config, []).steps == 100
+
+
+def test_load_starts_from_a_saved_run_and_typed_flags_win(tmp_path: Path) -> None:
+    saved = cli.parse(Config, ["--steps", "5", "--teachers", "a", "--out", str(tmp_path)])
+    (tmp_path / "run.json").write_text(json.dumps({"config": dataclasses.asdict(saved)}))
+    loaded = cli.parse(Config, ["--load", str(tmp_path / "run.json"), "--seed", "3"], preset="--steps 8")
+    assert loaded == dataclasses.replace(saved, seed=3, out=None)
+    resumed = cli.parse(Config, ["--resume", "--out", str(tmp_path)], preset="--steps 8")
+    assert resumed == dataclasses.replace(saved, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--kd-ratoi 1", "unknown flag --kd-ratoi; did you mean --kd-ratio?"),
+        ("--kd-ratio x", "--kd-ratio: could not convert string to float: 'x'"),
+        ("--kd-ratio 2 --teachers a", "--kd-ratio must be in [0, 1], got 2.0"),
+        ("--kd-ratio 0.5", "--kd-ratio must be 0 without --teachers"),
+        ("--kd-start 0.5 --kd-stop 0.2", "--kd-stop must be at least --kd-start, 0.5, got 0.2"),
+        ("--kd-stop 1.5", "--kd-stop must be in [0, 1], got 1.5"),
+        ("--temperature 0", "--temperature must be a finite number above 0, got 0.0"),
+        ("--temperature nan", "--temperature must be a finite number above 0, got nan"),
+        ("--steps 0", "--steps must be at least 1, got 0"),
+        ("--sampler best", "invalid choice 'best' for argument '--sampler'"),
+        ("stray", "stray"),
+        ("--load nowhere.json", "--load nowhere.json does not exist"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, cli.one_line_errors():
+        cli.parse(Config, words.split())
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_what_was_begun_is_undone_on_an_error_only(tmp_path: Path) -> None:
+    undone: list[str] = []
+    with pytest.raises(SystemExit), cli.one_line_errors() as undo:
+        undo.callback(undone.append, "failed")
+        raise FileNotFoundError("--data is missing")
+    with cli.one_line_errors() as undo:
+        undo.callback(undone.append, "succeeded")
+    assert undone == ["failed"]
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(AssertionError), cli.one_line_errors():
+        raise AssertionError("only we can break this")
