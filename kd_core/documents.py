@@ -86,6 +86,8 @@ def local_documents(source: Path, name: str | None = None) -> Documents:
     if not files:
         raise ValueError(f"--data {source} holds only test splits, which are never trained on; add train files")
     named = any(split == "validation" for split, _ in files)
+    if all(split == "validation" for split, _ in files):
+        raise ValueError(f"--data {source} holds only validation splits; add train files, or name one file to split it")
     files.sort(key=lambda file: file[0] != "validation")  # stable: validation first, then the order of names
     identity = [(str(path), stat.st_size, stat.st_mtime_ns, split) for split, path in files for stat in [path.stat()]]
 

@@ -6,9 +6,9 @@ names it has for them; missing ones are added at the end of the vocabulary).
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,16 +116,14 @@ def _from_folder(folder: Path) -> Any:
             f"--tokenizer {folder} holds no tokenizer (tokenizer.json, vocab.txt or *.model); give another folder, or the "
             "name of a tokenizer on the hub"
         )
-    try:
+    with _clear_errors(f"--tokenizer {folder} cannot be loaded"):
         if has_config:
             return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        if (folder / "tokenizer.json").is_file():
-            return _from_json(folder / "tokenizer.json")
-        if (folder / "vocab.txt").is_file():
+        if (folder / "vocab.txt").is_file() and not (folder / "tokenizer.json").is_file():
             # Not BertTokenizer(vocab_file=...), which transformers 5 builds with an empty vocabulary.
             return BertTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--tokenizer {folder} cannot be loaded ({one_line(error)}); give another folder") from error
+    if (folder / "tokenizer.json").is_file():
+        return _from_json(folder / "tokenizer.json")
     if len(models) == 1:
         return _from_sentencepiece(models[0])
     raise ValueError(f"--tokenizer {folder} holds {[model.name for model in models]}; name the file")
@@ -134,15 +132,20 @@ def _from_folder(folder: Path) -> Any:
 def _from_json(path: Path) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
+    with _clear_errors(f"--tokenizer {path} is not a tokenizer.json"):
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _clear_errors(complaint: str) -> Iterator[None]:
+    """Turns what the libraries raise for a tokenizer that they cannot read into one line."""
     try:
-        content = path.read_text(encoding="utf-8")
-        if not isinstance(json.loads(content).get("model"), dict):
-            raise ValueError('it has no "model"')
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(content))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"--tokenizer {path} is not a tokenizer.json ({one_line(error)}); give another file"
-        ) from error
+        yield
+    except BaseException as error:
+        # The Rust library raises a bare Exception, and nothing narrower, for a file that it cannot parse.
+        if not isinstance(error, OSError | ValueError | KeyError) and type(error) is not Exception:
+            raise
+        raise ValueError(f"{complaint} ({one_line(error)}); give another tokenizer") from error
 
 
 def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
@@ -150,27 +153,57 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
     from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import SpmConverter
-
-    class Converter(SpmConverter):
-        handle_byte_fallback = True
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError as error:
         raise ValueError(f"--tokenizer {path} is not a SentencePiece model ({one_line(error)})") from error
-    kinds = proto.trainer_spec.ModelType
-    if proto.trainer_spec.model_type not in (kinds.UNIGRAM, kinds.BPE) or not proto.pieces:
-        kind = kinds.Name(proto.trainer_spec.model_type)
+    kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
+    if kind not in ("UNIGRAM", "BPE") or not proto.pieces:
         raise ValueError(f"--tokenizer {path} is a SentencePiece model of type {kind}; allowed are UNIGRAM and BPE")
-    settings = SimpleNamespace(vocab_file=str(path), add_prefix_space=proto.normalizer_spec.add_dummy_prefix)
-    converted = Converter(settings).converted()
-    roles = {1: "bos_token", 2: "eos_token"}
-    named = {
-        role: proto.pieces[i].piece for i, role in roles.items() if i < len(proto.pieces) and proto.pieces[i].type == 3
-    }
-    return PreTrainedTokenizerFast(tokenizer_object=converted, unk_token=proto.trainer_spec.unk_piece, **named)
+    tokenizer = tokenizers.Tokenizer(_unigram_model(proto) if kind == "UNIGRAM" else _bpe_model(proto))
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(_sentencepiece_normalizers(proto.normalizer_spec))
+    scheme: Any = "always" if proto.normalizer_spec.add_dummy_prefix else "never"
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    space = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+    bytes_and_space = [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(), space]
+    tokenizer.decoder = tokenizers.decoders.Sequence(bytes_and_space) if proto.trainer_spec.byte_fallback else space
+    control, user_defined = 3, 4
+    for piece in proto.pieces:
+        if piece.type in (control, user_defined):
+            tokenizer.add_tokens([tokenizers.AddedToken(piece.piece, normalized=False, special=piece.type == control)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=proto.trainer_spec.unk_piece)
+
+
+def _unigram_model(proto: Any) -> tokenizers.models.Model:
+    scores = [(piece.piece, piece.score) for piece in proto.pieces]
+    return tokenizers.models.Unigram(scores, proto.trainer_spec.unk_id, proto.trainer_spec.byte_fallback)
+
+
+def _bpe_model(proto: Any) -> tokenizers.models.Model:
+    """SentencePiece merges any two pieces that form a piece, the best piece first; pieces are in this order."""
+    ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in ids
+        for cut in range(1, len(piece))
+        if piece[:cut] in ids and piece[cut:] in ids
+    ]
+    spec = proto.trainer_spec
+    return tokenizers.models.BPE(ids, merges, unk_token=spec.unk_piece, fuse_unk=True, byte_fallback=spec.byte_fallback)
+
+
+def _sentencepiece_normalizers(spec: Any) -> list[tokenizers.normalizers.Normalizer]:
+    steps: list[tokenizers.normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(tokenizers.normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [
+            tokenizers.normalizers.Strip(),
+            tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+        ]
+    return steps
 
 
 def _from_hub(name: str) -> Any:
@@ -180,10 +213,8 @@ def _from_hub(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         require_hub(f"--tokenizer {name} is no local path, and the tokenizer of that name")
-    try:
+    with _clear_errors(f"--tokenizer {name} cannot be loaded from the hub"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--tokenizer {name} cannot be loaded from the hub ({one_line(error)})") from error
 
 
 def _with_special_tokens(tokenizer: Any) -> "PreTrainedTokenizerFast":
