@@ -1,0 +1,86 @@
+"""launch/bert_kd.sh and its twin in every form that they are started in, and the small preset's own teacher."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, cpu_environment, free_port
+from tests.recipes.conftest import SMALL
+
+SHORT = [*SMALL, "--steps", "2", "--save-every", "2", "--eval-every", "2"]
+
+
+def run(*command: object, cwd: Path, cache: Path) -> subprocess.CompletedProcess[str]:
+    env = cpu_environment(KD_CACHE=str(cache), PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+
+
+def launch_forms(tmp_path: Path) -> dict[str, list[object]]:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=1\n")
+    kd, baseline = ROOT / "launch" / "bert_kd.sh", ROOT / "launch" / "bert_baseline.sh"
+    port = ["--master_port", free_port()]
+    return {
+        "deepspeed": ["deepspeed", "--num_gpus", 2, *port, kd, "--micro-batch-size", 4],
+        "hostfile": [
+            *("deepspeed", "--hostfile", hosts, "--no_ssh", "--node_rank", 0, "--master_addr", "127.0.0.1"),
+            *(*port, kd),
+        ],
+        "bash": ["bash", baseline],
+        "direct": [kd],
+    }
+
+
+@pytest.mark.parametrize("form", ["deepspeed", "hostfile", "bash", "direct"])
+def test_every_form_trains(form: str, teacher: Path, corpus_file: Path, cache: Path, tmp_path: Path) -> None:
+    flags = [*SHORT, "--data", corpus_file, "--teachers", teacher, "--out", tmp_path / "run out"]
+    words = launch_forms(tmp_path)[form]
+    # The form's own flags come last, so that they win.
+    script = next(i for i, word in enumerate(words) if str(word).endswith(".sh"))
+    done = run(*words[: script + 1], *flags, *words[script + 1 :], cwd=tmp_path, cache=cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "no GPU here: running the small preset" in done.stderr
+    record = json.loads((tmp_path / "run out" / "run.json").read_text())
+    assert record["result"]["stopped"] == "finished"
+    assert record["world_size"] == (2 if form == "deepspeed" else 1)
+    assert record["config"]["kd_ratio"] == (0 if form == "bash" else 0.9)
+    assert not (tmp_path / "runs").exists(), "a teacher was trained although --teachers names one"
+
+
+def test_bad_input_comes_through_the_launcher(tmp_path: Path, cache: Path) -> None:
+    done = run("bash", ROOT / "launch" / "bert_kd.sh", "--kd-stpo", "0.2", cwd=tmp_path, cache=cache)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
+        "error: unknown flag --kd-stpo; did you mean --kd-stop? --help lists all flags"
+    ]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_small_preset_trains_its_teacher_once(corpus_file: Path, cache: Path, tmp_path: Path) -> None:
+    script = tmp_path / "small.py"
+    script.write_text(
+        "from kd_core.presets import launch\n"
+        "from recipes.bert_kd import Config, main\n"
+        "if __name__ == '__main__':\n"
+        f"    flags = {' '.join(SHORT)!r}\n"
+        "    launch(main, Config, node=flags, small=flags + ' --kd-ratio 0.5', teacher=flags)\n"
+    )
+    data = ["--data", corpus_file]
+    baseline = run(sys.executable, script, *data, "--kd-ratio", 0, "--out", "baseline", cwd=tmp_path, cache=cache)
+    assert baseline.returncode == 0, baseline.stderr[-3000:]
+    assert not (tmp_path / "runs").exists()
+    first = run(sys.executable, script, *data, "--out", "first", cwd=tmp_path, cache=cache)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "teacher is not there yet: training it" in first.stderr
+    second = run(sys.executable, script, *data, "--out", "second", cwd=tmp_path, cache=cache)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "training it" not in second.stderr
+    (folder,) = (path for path in (tmp_path / "runs" / "small_teacher").iterdir() if path.is_dir())
+    for name in ("first", "second"):
+        config = json.loads((tmp_path / name / "run.json").read_text())["config"]
+        assert config["teachers"] == [str(folder.relative_to(tmp_path))]
