@@ -105,8 +105,8 @@ def one_line_errors() -> Iterator[contextlib.ExitStack]:
     """Set-up in which what a user can fix (ValueError, OSError) ends the process with one line and exit code 2.
 
     Yields a stack: what is put on it is undone when the block fails or is interrupted, so nothing half-made stays.
-    Local rank 0 prints. The other ranks meet the same error: they wait, because the launcher ends all ranks as soon
-    as one has exited, and the one with the message must not be cut off.
+    Local rank 0 speaks first. The others wait: if they met the same error, the launcher has ended them by then.
+    KD_VERBOSE=1 in the environment shows the traceback instead, and DeepSpeed's own log.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with contextlib.ExitStack() as undo:
@@ -117,10 +117,9 @@ def one_line_errors() -> Iterator[contextlib.ExitStack]:
         except (ValueError, OSError) as error:
             if os.environ.get("KD_VERBOSE"):
                 raise
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            else:
+            if os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(10)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         undo.pop_all()
 
@@ -157,13 +156,16 @@ def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset
 
 
 def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of `flag` in `words`, and the words without it."""
-    for index, word in enumerate(words):
-        if word == flag and index + 1 < len(words):
-            return words[index + 1], [*words[:index], *words[index + 2 :]]
-        if word.startswith(flag + "="):
-            return word[len(flag) + 1 :], [*words[:index], *words[index + 1 :]]
-    return None, list(words)
+    """The last value of `flag` in `words`, and the words without it."""
+    value, rest, waiting = None, [], iter(words)
+    for word in waiting:
+        if word == flag:
+            value = next(waiting, value)
+        elif word.startswith(flag + "="):
+            value = word[len(flag) + 1 :]
+        else:
+            rest.append(word)
+    return value, rest
 
 
 def _saved_config(path: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kd_core.cli import SharedFlags
-from kd_core.launch import die_with_parent, started_by_deepspeed
+from kd_core.launch import die_with_parent, free_port, started_by_deepspeed
 
 T = TypeVar("T")
 
@@ -91,10 +90,8 @@ def join(prepare: Callable[[], T]) -> T:
 
 def _init_distributed() -> None:
     if "RANK" not in os.environ:  # no launcher: a world of one, without MPI
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     import deepspeed
@@ -105,7 +102,11 @@ def _init_distributed() -> None:
     if not torch.cuda.is_available():
         # This op serves inference only, but would be compiled here: half a minute, and a compiler needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # A rank may wait here for minutes inside C++, where a Python handler cannot run and a signal would end in its trace.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
     deepspeed.init_distributed(timeout=PREPARE_TIMEOUT, verbose=False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def leave() -> None:
@@ -114,8 +115,12 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def end_process(code: int) -> NoReturn:
-    """Ends a rank without running C++ destructors: gloo's sometimes abort there, with the work long done."""
+def end_process(main: Callable[[], int]) -> NoReturn:
+    """Runs `main` and ends the process with its code, without C++ destructors: gloo's sometimes abort, work done."""
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -181,6 +186,8 @@ def _refuse_unknown_keys(config: dict[str, Any], file: Path) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     sections = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    if config.get("fp16", {}).get("enabled"):
+        raise ValueError(f"--deepspeed-config {file} enables fp16, whose loss scaling skips steps; use bf16")
     unknown = set(config) - KNOWN_KEYS - set(sections)
     for name, section in sections.items():
         keys = config.get(name, {})
@@ -206,17 +213,13 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     return engine
 
 
-def compute_dtype(config: dict[str, Any]) -> torch.dtype:
-    """The dtype of the engine's weights and activations."""
-    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if config.get(key, {}).get("enabled"):
-            return dtype
-    return torch.float32
-
-
 def total(value: float | Tensor) -> Tensor:
     """Sum of `value` over all ranks, on the device: reading it is the caller's choice."""
-    result = torch.as_tensor(value, dtype=torch.float64 if device().type == "cpu" else torch.float32, device=device())
+    dtype = torch.float64 if device().type == "cpu" else torch.float32
+    if isinstance(value, Tensor):
+        result = value.to(device(), dtype, copy=True)
+    else:
+        result = torch.full((), value, dtype=dtype, device=device())  # filled there: a copy would wait for the GPU
     dist.all_reduce(result)
     return result
 
@@ -312,8 +315,10 @@ def save_checkpoint(engine: Any, folder: Path, step: int, client_state: dict[str
         (hidden / name).rename(folder / name)
         _sync(folder)
         shutil.rmtree(hidden)
-        for old in sorted(folder.glob("step*"))[:-keep]:
-            shutil.rmtree(old)
+        there = sorted(path.name for path in folder.glob("step*"))
+        newer = [other for other in there if step_of(other) > step]  # damaged: the run was resumed before them
+        for old in newer + [other for other in there if other not in newer][:-keep]:
+            shutil.rmtree(folder / old)
     dist.barrier()
 
 
@@ -326,6 +331,7 @@ def _write_manifest(folder: Path) -> None:
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps(sums, indent=1))
     _sync(manifest)
+    _sync(folder)
 
 
 def _sha256(file: Path) -> str:
@@ -346,8 +352,14 @@ def newest_checkpoint(folder: Path) -> str | None:
     """Name of the newest checkpoint in `folder` whose manifest holds; the same on every rank.
 
     A damaged one is named and passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
     """
-    return broadcast(_newest_sound(folder) if rank() == 0 else None)
+    name = broadcast(_newest_sound(folder) if rank() == 0 else None)
+    if name is None and any(folder.glob("step*")):
+        raise ValueError(f"--resume: all checkpoints in {folder} are damaged; start a new run in another --out")
+    return name
 
 
 def _newest_sound(folder: Path) -> str | None:
@@ -379,33 +391,37 @@ def load_checkpoint(engine: Any, folder: Path, name: str) -> dict[str, Any]:
 
 
 class StopSignal:
-    """Why to stop, agreed by all ranks: the first SIGTERM or SIGINT of any rank, or `max_minutes` on rank 0.
+    """Why to stop, agreed by all ranks: the first SIGTERM or SIGINT of any rank, or `max_minutes` of rank 0.
 
     Further signals are ignored, so that the checkpoint can be written. A launcher signals its ranks one after the
-    other, and a rank that saved by itself would wait for the others for ever.
+    other, and a rank that saved by itself would wait for the others for ever: so the ranks' votes travel with the
+    losses, in the one collective of a step that the host reads.
     """
 
+    REASONS = ("SIGTERM", "SIGINT", "max-minutes")
+
     def __init__(self, max_minutes: float | None = None) -> None:
-        self._reasons = ("", "SIGTERM", "SIGINT", "max-minutes")
-        self._mine = 0
+        self.agreed = ""
+        self._mine = ""
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes and rank() == 0 else math.inf
-        self._vote: Tensor | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: object) -> None:
-        self._mine = self._mine or self._reasons.index(signal.Signals(number).name)
+        self._mine = self._mine or signal.Signals(number).name
 
-    def agreed(self) -> str:
-        """The reason to stop after this step, "" to go on; the same on every rank. Call it once a step.
-
-        It reads the vote of the step before, which has arrived by now, so that it never waits for the GPU.
-        """
+    def votes(self) -> Tensor:
+        """float [3]: this rank's vote for each reason."""
         if time.monotonic() > self._deadline:
-            self._mine = self._mine or self._reasons.index("max-minutes")
-        before, self._vote = self._vote, torch.tensor(self._mine, device=device())
-        dist.all_reduce(self._vote, op=dist.ReduceOp.MAX)
-        return "" if before is None else self._reasons[int(before)]
+            self._mine = self._mine or "max-minutes"
+        votes = torch.zeros(len(self.REASONS), device=device())
+        if self._mine:
+            votes[self.REASONS.index(self._mine)] = 1
+        return votes
+
+    def count(self, votes: Sequence[float]) -> None:
+        """Takes the sum of all ranks' votes; from then on `agreed` is the reason, "" while there is none."""
+        self.agreed = next((reason for reason, vote in zip(self.REASONS, votes, strict=True) if vote), "")
 
 
 # --- randomness -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ def mean_teacher_logits(teacher_logits_NV: Sequence[Tensor], temperature: float)
     ensemble of Hinton et al. 2015. One teacher is returned as it is.
 
     Args:
-        teacher_logits_NV: float [N, V] each, any float dtype; computed in float32.
+        teacher_logits_NV: float [N, V] each, without padded columns, any float dtype; computed in float32.
         temperature: tau > 0, dimensionless; the one the divergence will divide by.
 
     Returns:

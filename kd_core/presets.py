@@ -5,16 +5,18 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from filelock import FileLock
 
-from kd_core import cli, engine
+from kd_core import cli, engine, report
 from kd_core.launch import die_with_parent
 
-# What decides how text is read; a teacher is shared by all runs that read the same text in the same way.
+# What decides how text is read, by student and teacher alike.
 TEXT_FIELDS = ("data", "tokenizer", "vocab_size", "seq_len")
 UNSET = "the preset's own teacher"
 
@@ -22,65 +24,79 @@ UNSET = "the preset's own teacher"
 def launch(
     main: Callable[[Sequence[str], str], int],
     config_type: type[cli.SharedFlags],
+    build_data: Callable[[Any], Any],
     *,
     node: str,
     small: str,
     teacher: str,
-) -> None:
-    """Runs a recipe's `main` with a launch file's flags, over which the command line's win; never returns.
+) -> NoReturn:
+    """Runs a recipe's `main` with a launch file's flags, over which the command line's win; ends the process.
 
     Args:
         main: the recipe's `main`.
         config_type: the recipe's `Config`.
+        build_data: the recipe's; its fingerprint says which runs can share a teacher.
         node: flags for GPUs; chosen where there is one, or by `--preset node`.
         small: flags for a CPU; chosen where there is no GPU, or by `--preset small`.
         teacher: flags that train the small preset's teacher, for when distillation is on and --teachers names none.
             It is kept under runs/small_teacher/ and shared by later runs.
     """
-    with cli.one_line_errors():
-        preset, typed = cli.take(sys.argv[1:], "--preset")
-        if preset not in (None, "node", "small"):
-            raise ValueError(f"--preset must be node or small, got {preset}")
-        if preset is None:
-            preset = "node" if torch.cuda.is_available() else "small"
+
+    def run() -> int:
+        with cli.one_line_errors():
+            preset, typed = cli.take(sys.argv[1:], "--preset")
+            if preset not in (None, "node", "small"):
+                raise ValueError(f"--preset must be node or small, got {preset}")
+            if preset is None:
+                preset = "node" if torch.cuda.is_available() else "small"
+                if preset == "small":
+                    _say("no GPU here: running the small preset of this file (--preset node for the full one)")
+            flags = node if preset == "node" else small
             if preset == "small":
-                _say("no GPU here: running the small preset of this file (--preset node for the full one)")
-        flags = node if preset == "node" else small
-        if preset == "small":
-            cfg = cli.parse(config_type, typed, f"{small} --teachers {shlex.quote(UNSET)}")
-            if cfg.kd_ratio > 0 and cfg.teachers == (UNSET,):
-                flags += f" --teachers {shlex.quote(str(_small_teacher(main, teacher, cfg)))}"
-    engine.end_process(main(typed, flags))
+                cfg = cli.parse(config_type, typed, f"{small} --teachers {shlex.quote(UNSET)}")
+                if cfg.kd_ratio > 0 and cfg.teachers == (UNSET,):
+                    engine.load_config(cfg)  # what is wrong with the run shows before minutes go into its teacher
+                    report.check_folder(cfg)
+                    folder = _teacher_folder(teacher, cfg, build_data)
+                    _train_once(folder, main, teacher, cfg)
+                    flags += f" --teachers {shlex.quote(str(folder))}"
+        return main(typed, flags)
+
+    engine.end_process(run)
 
 
 def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if engine.rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
-def _small_teacher(main: Callable[..., int], flags: str, cfg: cli.SharedFlags) -> Path:
-    """The folder of the finished teacher; one process trains it, the other ranks and runs wait for it."""
-    words = shlex.split(flags, comments=True)
-    for field in TEXT_FIELDS:
-        if getattr(cfg, field) is not None:
-            words += ["--" + field.replace("_", "-"), str(getattr(cfg, field))]
-    folder = Path("runs/small_teacher") / hashlib.sha256(repr(words).encode()).hexdigest()[:8]
+def _teacher_folder(flags: str, cfg: cli.SharedFlags, build_data: Callable[[Any], Any]) -> Path:
+    """A name that follows from the teacher's flags and from the text, tokenizer included."""
+    key = repr((shlex.split(flags, comments=True), build_data(cfg).fingerprint))
+    return Path("runs/small_teacher") / hashlib.sha256(key.encode()).hexdigest()[:8]
+
+
+def _train_once(folder: Path, main: Callable[..., int], flags: str, cfg: cli.SharedFlags) -> None:
+    """Trains the teacher unless it is there; local rank 0 does it, under a lock, and the other ranks and runs wait."""
+    while engine.local_rank() != 0 and not (folder / "hf").exists():
+        time.sleep(0.5)  # should the training fail, the launcher ends this rank
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
+        if (folder / "hf").exists():
+            return
+        _say(f"the small preset's teacher is not there yet: training it into {folder} (minutes, once)")
+        words = [sys.executable, str(sys.modules[main.__module__].__file__), *shlex.split(flags, comments=True)]
+        for field in TEXT_FIELDS:
+            if getattr(cfg, field) is not None:
+                words += ["--" + field.replace("_", "-"), str(getattr(cfg, field))]
+        words += ["--out", str(folder)] + (["--resume"] if (folder / "run.json").exists() else [])
+        # A run of its own, in a world of one.
+        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+        with subprocess.Popen(words, env=alone, preexec_fn=die_with_parent) as training:
+            try:
+                code = training.wait()
+            except BaseException:  # SIGTERM or Ctrl-C: the teacher saves, and the next call resumes it
+                training.terminate()
+                raise
         if not (folder / "hf").exists():
-            _say(f"the small preset's teacher is not there yet: training it into {folder} (minutes, once)")
-            words += ["--out", str(folder)] + (["--resume"] if (folder / "run.json").exists() else [])
-            # A run of its own, in a world of one.
-            alone = {
-                k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
-            }
-            recipe = str(sys.modules[main.__module__].__file__)
-            with subprocess.Popen([sys.executable, recipe, *words], env=alone, preexec_fn=die_with_parent) as training:
-                try:
-                    code = training.wait()
-                except BaseException:  # SIGTERM or Ctrl-C: the teacher saves, and the next call resumes it
-                    training.terminate()
-                    raise
-            if not (folder / "hf").exists():
-                sys.exit(code or 143)
-    return folder
+            sys.exit(code or 143)

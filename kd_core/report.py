@@ -68,58 +68,63 @@ class Stopwatch:
         return dict(self.seconds)
 
     def _add(self, name: str, seconds: float) -> None:
-        if self._compiling:
-            if name == "train":
-                self._compiling -= 1
-                self._skipped += 1
-            return
-        if name == "train":
-            seconds *= 1 + self._skipped
-            self._skipped = 0
-        self.seconds[name] += seconds
+        if not self._compiling:
+            self.seconds[name] += seconds * (1 + self._skipped)
+        if name == "train":  # the end of a step: its other parts came before
+            self._skipped = self._skipped + 1 if self._compiling else 0
+            self._compiling = max(0, self._compiling - 1)
+
+
+def check_folder(cfg: SharedFlags) -> dict[str, Any]:
+    """run.json of the run to resume, {} for a new run.
+
+    Raises:
+        ValueError: `--out` holds a run and --resume is not set, or the reverse, or a changed flag would alter it.
+    """
+    folder = Path(cfg.out or "")
+    if cfg.out is None and cfg.resume:
+        raise ValueError("--resume needs --out, the folder of the run to continue")
+    if cfg.resume:
+        return _check_resumed(cfg, folder)
+    if cfg.out and (folder / "run.json").exists():
+        raise ValueError(f"--out {folder} holds a run; add --resume to continue it, or choose another folder")
+    if cfg.out and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--out {folder} exists and is not an empty folder; choose another folder")
+    return {}
 
 
 def says_finished(cfg: SharedFlags) -> bool:
     """Whether `--resume` names a run that has finished; says so. Every rank must ask, before joining the others."""
-    run_json = Path(cfg.out or "") / "run.json"
-    if not (cfg.resume and cfg.out and run_json.exists()):
-        return False
-    if json.loads(run_json.read_text()).get("result", {}).get("stopped") != "finished":
-        return False
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    finished = cfg.resume and check_folder(cfg).get("result", {}).get("stopped") == "finished"
+    if finished and engine.local_rank() == 0:
         print(f"{cfg.out} has finished; there is nothing to resume")
-    return True
+    return finished
 
 
 def claim_folder(cfg: SharedFlags, recipe: str, undo: contextlib.ExitStack) -> Path:
-    """The run folder: `--out`, or the next free number under runs/<recipe>; `undo` removes it if it was made here.
+    """The run folder: `--out`, or the next free number under runs/<recipe>; `undo` takes away what is made here.
 
     Rank 0 claims it; the other ranks get its answer by broadcast, once all have joined.
 
     Raises:
-        ValueError: the folder holds a run and --resume is not set, or the reverse, or a changed flag would alter it.
+        ValueError: as `check_folder`.
         OSError: the folder cannot be made or written.
     """
     if engine.rank() != 0:
         return Path()
+    check_folder(cfg)
+    folder = Path(cfg.out or "")
     if cfg.resume:
-        return _claim_resumed(cfg)
-    if cfg.out is None:
-        parent = Path("runs") / recipe
-        number = 1 + max((int(child.name) for child in parent.glob("*") if child.name.isdecimal()), default=0)
-        while (parent / str(number)).exists():
-            number += 1
-        folder = parent / str(number)
-    else:
-        folder = Path(cfg.out)
-        if (folder / "run.json").exists():
-            raise ValueError(f"--out {folder} holds a run; add --resume to continue it, or choose another folder")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"--out {folder} exists and is not an empty folder; choose another folder")
+        return folder
     try:
-        folder.mkdir(parents=True, exist_ok=cfg.out is not None)
-        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        if cfg.out is None:
+            folder = _next_free(Path("runs") / recipe)
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        elif not folder.exists():
+            folder.mkdir(parents=True)
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
         write_atomic(folder / "run.json", json.dumps(describe(recipe, cfg), indent=2) + "\n")
+        undo.callback((folder / "run.json").unlink, missing_ok=True)
     except OSError as error:
         raise OSError(
             f"--out {folder} cannot be written ({error.strerror}); choose a folder on a disk with room"
@@ -127,10 +132,18 @@ def claim_folder(cfg: SharedFlags, recipe: str, undo: contextlib.ExitStack) -> P
     return folder
 
 
-def _claim_resumed(cfg: SharedFlags) -> Path:
-    if cfg.out is None:
-        raise ValueError("--resume needs --out, the folder of the run to continue")
-    folder = Path(cfg.out)
+def _next_free(parent: Path) -> Path:
+    """Makes and returns the folder with the number after the largest; another run may take one at the same moment."""
+    parent.mkdir(parents=True, exist_ok=True)
+    number = max((int(child.name) for child in parent.iterdir() if child.name.isdecimal()), default=0)
+    while True:
+        number += 1
+        with contextlib.suppress(FileExistsError):
+            (parent / str(number)).mkdir()
+            return parent / str(number)
+
+
+def _check_resumed(cfg: SharedFlags, folder: Path) -> dict[str, Any]:
     if not (folder / "run.json").exists():
         raise ValueError(f"--resume: --out {folder} holds no run (no run.json); leave out --resume to start one")
     before = json.loads((folder / "run.json").read_text())
@@ -142,10 +155,18 @@ def _claim_resumed(cfg: SharedFlags) -> Path:
                 f"--resume: {flag} was {before['config'].get(name)!r} and is now {value!r}, which would alter the run; "
                 f"leave {flag} out, or start a new run in another --out"
             )
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if before["world_size"] != ranks:
-        raise ValueError(f"--resume: the run had {before['world_size']} rank(s), now {ranks}; use as many as before")
-    return folder
+    if before["world_size"] != engine.world_size():
+        raise ValueError(
+            f"--resume: the run had {before['world_size']} rank(s), now {engine.world_size()}; use as many as before"
+        )
+    return dict(before)
+
+
+def check_data(cfg: SharedFlags, fingerprint: str) -> None:
+    """Raises ValueError when a run is resumed on other data than it began with."""
+    before = check_folder(cfg).get("data", fingerprint) if cfg.resume else fingerprint
+    if before != fingerprint:
+        raise ValueError("--resume: --data does not hold what the run began with; restore it, or start a new run")
 
 
 def replace_folder(folder: Path, *savers: Callable[[str], Any]) -> None:
@@ -165,10 +186,12 @@ class Run:
         folder: the run folder, from `claim_folder`.
         steps: length of the run, for the progress bar.
         first: the checkpoint's step on resume, else 0; lines after it are dropped, so that each step appears once.
+        record: fields of run.json to set, such as the data's fingerprint.
     """
 
-    def __init__(self, folder: Path, *, steps: int, first: int = 0) -> None:
-        self.folder, self.steps, self.first = folder, steps, first
+    def __init__(self, folder: Path, cfg: SharedFlags, *, first: int = 0, **record: Any) -> None:
+        self.folder, self.steps, self.first = folder, cfg.steps, first
+        self._rate_from = first
         self.writer = engine.rank() == 0
         if not self.writer:
             return
@@ -176,13 +199,16 @@ class Run:
 
         self._record = json.loads((folder / "run.json").read_text())
         self._record.pop("result", None)
+        self.update(config=dataclasses.asdict(cfg), argv=sys.argv, **record)
         metrics = folder / "metrics.jsonl"
         self._drop_lines_after(metrics, first)
         self._metrics = metrics.open("a")
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
-        self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
-        self._began = time.perf_counter()
-        self.say(f"{steps} steps into {folder}" + (f", from step {first}" if first else ""))
+        self._bar = tqdm(
+            total=self.steps, initial=first, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+        self._began: float | None = None
+        self.say(f"{self.steps} steps into {folder}" + (f", from step {first}" if first else ""))
 
     @staticmethod
     def _drop_lines_after(metrics: Path, step: int) -> None:
@@ -214,10 +240,11 @@ class Run:
 
     def log(self, line: dict[str, Any], clock: Stopwatch, *, write: bool) -> None:
         """Shows a step's line; with `write`, or when it holds an evaluation, also metrics.jsonl and TensorBoard."""
+        evaluated = {name: value for name, value in line.items() if name.startswith("eval/")}
+        seconds = clock.read(wait=bool(evaluated))  # on every rank: it frees what has been read
         if not self.writer:
             return
-        evaluated = {name: value for name, value in line.items() if name.startswith("eval/")}
-        values = line | {f"{part}_s": round(seconds, 6) for part, seconds in clock.read(wait=bool(evaluated)).items()}
+        values = line | {f"{part}_s": round(value, 6) for part, value in seconds.items()}
         if write or evaluated:
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
@@ -231,7 +258,11 @@ class Run:
 
     def _show(self, values: dict[str, Any]) -> None:
         step, train_s = values["step"], max(values["train_s"], 1e-9)
-        rate = (step - self.first) / (time.perf_counter() - self._began)  # steps per second of this process
+        if self._began is None:  # after the first step, so that compilation is not in the rate
+            self._began, self._rate_from = time.perf_counter(), step
+        rate = (step - self._rate_from) / max(
+            time.perf_counter() - self._began, 1e-9
+        )  # steps per second of this process
         shown = {
             "loss": f"{values['loss']:.3f}",
             "kd_ratio": f"{values['kd_ratio']:.2f}",
@@ -240,7 +271,7 @@ class Run:
             "data": f"{values['data_s'] / train_s:.0%}",
         }
         if self._bar.disable:
-            left = timedelta(seconds=round((self.steps - step) / rate))
+            left = timedelta(seconds=round((self.steps - step) / rate)) if rate else "?"
             text = " ".join(f"{name} {value}" for name, value in shown.items())
             print(f"step {step}/{self.steps} {text} left {left}", file=sys.stderr, flush=True)
         else:
@@ -258,7 +289,7 @@ class Run:
             self._tensorboard.close()
             self._bar.close()
             lines = read_metrics(self.folder)
-            self.update(result={"stopped": stopped, **fields, **(lines[-1] if lines else {})})
+            self.update(result={**(lines[-1] if lines else {}), "stopped": stopped, **fields})
             print(f"{stopped}: {self.folder}", *(f"{k} {v}" for k, v in fields.items()), file=sys.stderr, flush=True)
         engine.leave()
         return {"SIGINT": 130, "non-finite": 1}.get(stopped, 0)
@@ -278,7 +309,7 @@ def describe(recipe: str, config: Any) -> dict[str, Any]:
             "name": torch.cuda.get_device_name() if cuda else _cpu_name(),
             "count": torch.cuda.device_count() if cuda else os.cpu_count(),
         },
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": engine.world_size(),
     }
 
 

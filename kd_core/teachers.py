@@ -70,11 +70,14 @@ class TeacherPool:
     Args:
         names: what the log calls them.
         models: modules in the same order; frozen and set to evaluation here.
+        columns: V, the columns of their logits that mean something; None for all.
         compiled: whether their forwards go through torch.compile.
     """
 
-    def __init__(self, names: Sequence[str], models: Sequence[nn.Module], *, compiled: bool = False) -> None:
-        self.names = tuple(names)
+    def __init__(
+        self, names: Sequence[str], models: Sequence[nn.Module], *, columns: int | None = None, compiled: bool = False
+    ) -> None:
+        self.names, self.columns = tuple(names), columns
         self.models = [model.eval().requires_grad_(False) for model in models]
         for model in self.models if compiled else ():
             model.compile()
@@ -85,7 +88,7 @@ class TeacherPool:
     @torch.no_grad()
     def logits(self, drawn: Sequence[int], inputs: tuple[Tensor, ...], temperature: float) -> Tensor:
         """[N, V] logits of the drawn teachers, the mean of their probabilities at `temperature` when several."""
-        return mean_teacher_logits([self.models[index](*inputs) for index in drawn], temperature)
+        return mean_teacher_logits([self.models[index](*inputs)[:, : self.columns] for index in drawn], temperature)
 
     def release(self) -> None:
         """Gives the teachers' memory back to the device and, on a CPU, to the operating system."""

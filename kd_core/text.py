@@ -36,6 +36,7 @@ from kd_core.packing import (
 )
 from kd_core.packing import prefetch as prefetch
 from kd_core.tokenizer import load_tokenizer, tokenizer_digest, train_wordpiece
+from kd_core.tokenizer import require_same_tokenizer as require_same_tokenizer
 from kd_core.tokenizer import same_tokenizer as same_tokenizer
 
 if TYPE_CHECKING:

@@ -70,6 +70,23 @@ def same_tokenizer(a: "PreTrainedTokenizerFast", b: "PreTrainedTokenizerFast") -
     return a is b or (a.get_vocab() == b.get_vocab() and _special_ids(a) == _special_ids(b))
 
 
+def require_same_tokenizer(ours: "PreTrainedTokenizerFast", source: str, *, flag: str) -> None:
+    """Refuses a model, named by `flag`, whose tokenizer is not `ours`.
+
+    Raises:
+        ValueError: another tokenizer, with both names, or none that can be loaded.
+    """
+    try:
+        theirs = load_tokenizer(source)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag} {source} comes without a tokenizer to compare with the run's: {error}") from error
+    if not same_tokenizer(theirs, ours):
+        raise ValueError(
+            f"{flag} {source} has another tokenizer ({len(theirs)} tokens) than the run ({ours.name_or_path}, {len(ours)} "
+            f"tokens); give --tokenizer {source}, or another model"
+        )
+
+
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
     """Identifies what a tokenizer does to a text: normalisation, model, vocabulary, special ids."""
     content = tokenizer.backend_tokenizer.to_str() + json.dumps(_special_ids(tokenizer))

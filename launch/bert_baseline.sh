@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The twin of launch/bert_kd.sh without a teacher: the same file with --kd-ratio 0, started in the same ways.
+# The twin of launch/bert_kd.sh without a teacher: the same file, flags and forms, with --kd-ratio 0 over all of them.
 #
 # To a shell the next line is a command that sets up, starts DeepSpeed on this file and never returns; to Python it is
 # an unused string.

@@ -12,7 +12,7 @@
 "eval" 'exec bash "$(dirname "$0")/env.sh" python3 -m kd_core.launch "$0" "$@"'  # fmt: skip
 
 from kd_core.presets import launch
-from recipes.bert_kd import Config, main
+from recipes.bert_kd import Config, build_data, main
 
 # BERT-base on C4 as in the paper; steps, batch, learning rate and optimizer are the recipe's defaults (the authors').
 NODE = """
@@ -31,7 +31,7 @@ SMALL = """
     --student tiny
     --data embedded --vocab-size 4096 --seq-len 64 --mask-fraction 0.3
     --kd-ratio 0.9 --temperature 1 --kd-stop 0.35
-    --steps 800 --global-batch-size 64 --micro-batch-size 64
+    --steps 800 --global-batch-size 64 --micro-batch-size 32
     --lr 2e-3 --clip 1 --dropout 0
     --deepspeed-config zero0_fp32_cpu.json
     --eval-every 100 --save-every 400 --log-every 20
@@ -46,4 +46,4 @@ SMALL_TEACHER = """
 """
 
 if __name__ == "__main__":
-    launch(main, Config, node=NODE, small=SMALL, teacher=SMALL_TEACHER)
+    launch(main, Config, build_data, node=NODE, small=SMALL, teacher=SMALL_TEACHER)

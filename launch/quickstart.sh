@@ -4,7 +4,9 @@
 set -euo pipefail
 here=$(dirname "$0")
 out=runs/quickstart/$(date +%Y%m%d-%H%M%S)
+export NUM_GPUS=${NUM_GPUS:-1}
 for arm in kd baseline; do
     bash "$here/bert_$arm.sh" --preset small "$@" --out "$out/$arm"
+    [ -d "$out/$arm/hf" ] || exit 1 # stopped by a signal
 done
 exec bash "$here/env.sh" python3 -m kd_core.compare "$out/baseline" "$out/kd" --plot "$out/quickstart.png"

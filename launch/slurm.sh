@@ -22,4 +22,4 @@ export LAUNCHER_ARGS="--hostfile=$out.hosts --no_ssh --master_addr=${hosts%%$'\n
 [ ! -d "$out" ] || set -- --resume "$@"
 
 # One launcher a node, each told its number.
-srun bash -c 'LAUNCHER_ARGS+=" --node_rank=$SLURM_NODEID" exec bash launch/bert_kd.sh "$@"' _ --out "$out" "$@"
+srun --kill-on-bad-exit=1 bash -c 'LAUNCHER_ARGS+=" --node_rank=$SLURM_NODEID" exec bash launch/bert_kd.sh "$@"' _ --out "$out" "$@"

@@ -7,6 +7,7 @@ Command: deepspeed recipes/bert_kd.py --data c4 --teachers google-bert/bert-larg
 Smoke:   python recipes/bert_kd.py --student tiny --vocab-size 1024 --seq-len 32 --steps 4 --global-batch-size 8 --micro-batch-size 4 --deepspeed-config zero0_fp32_cpu.json
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ class Config(cli.SharedFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("seq_len", 8 <= self.seq_len <= 512, "between 8 and 512")
-        self.check("mask_fraction", 0 < self.mask_fraction < 1, "in (0, 1)")
+        masked = round(self.mask_fraction * self.seq_len)
+        self.check("mask_fraction", 1 <= masked <= self.seq_len - 2, "in (0, 1), at least one position of --seq-len")
         self.check("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         self.check("weight_decay", 0 <= self.weight_decay < 1, "in [0, 1)")
 
@@ -80,6 +82,12 @@ class MaskedBert(BertForMaskedLM):
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """input_ids [B, T], positions [N] into B*T -> logits [N, V]."""
         return self.cls(self.bert(input_ids).last_hidden_state.flatten(0, 1)[positions])
+
+
+def build_data(cfg: Config) -> text.Corpus:
+    return text.prepare(
+        cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len, progress=engine.rank() == 0
+    )
 
 
 def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
@@ -99,14 +107,26 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
     return student
 
 
-def build_teachers(cfg: Config) -> teachers.TeacherPool:
+def build_teachers(cfg: Config, vocab_size: int) -> teachers.TeacherPool:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.teacher_dtype]
     models = [teachers.load_pretrained(MaskedBert, path, dtype=dtype).to(engine.device()) for path in cfg.teachers]
-    return teachers.TeacherPool(cfg.teachers, models, compiled=cfg.compile)
+    for path, model in zip(cfg.teachers, models, strict=True):
+        if model.config.vocab_size < vocab_size:
+            raise ValueError(
+                f"--teachers {path} knows {model.config.vocab_size} tokens, its tokenizer has {vocab_size}"
+            )
+    return teachers.TeacherPool(cfg.teachers, models, columns=vocab_size, compiled=cfg.compile)
 
 
 def train_step(
-    cfg: Config, student: Any, pool: teachers.TeacherPool, vocab_size: int, batch: text.Step, step: int, clock: Any
+    cfg: Config,
+    student: Any,
+    pool: teachers.TeacherPool,
+    vocab_size: int,
+    batch: text.Step,
+    step: int,
+    clock: report.Stopwatch,
+    stop: engine.StopSignal,
 ) -> dict[str, Any]:
     """The method: one optimizer step on `batch`. Returns the step's line of the log, over all ranks."""
     kd_ratio = schedule.window_ratio(step, cfg.steps, ratio=cfg.kd_ratio, start=cfg.kd_start, stop=cfg.kd_stop)
@@ -128,8 +148,12 @@ def train_step(
         kd_loss, label_loss = kd_N.where(labels != text.IGNORE_INDEX, 0).sum(), label_N.sum()
         engine.backward_token_mean(student, label_weight * label_loss + kd_ratio * kd_loss, step_tokens)
         losses.append(torch.stack([label_loss.detach(), kd_loss.detach()]))
-    totals = engine.total(torch.stack(losses).sum(0)) / step_tokens
-    label_loss, kd_loss, tokens = torch.cat([totals, step_tokens[None]]).tolist()
+    totals = engine.total(torch.cat([torch.stack(losses).sum(0), stop.votes()]))
+    label_sum, kd_sum, *votes, tokens = torch.cat(
+        [totals, step_tokens[None]]
+    ).tolist()  # waits for the GPU, once a step
+    stop.count(votes)
+    label_loss, kd_loss = label_sum / tokens, kd_sum / tokens
     loss = label_weight * label_loss + kd_ratio * kd_loss
     try:
         grad_norm = engine.apply_step(student, loss, lr)
@@ -174,31 +198,24 @@ def export(student: Any, corpus: text.Corpus, folder: Path) -> None:
     """Writes `hf/`: the student alone, cropped to the tokenizer's vocabulary, and the tokenizer."""
     state = engine.gathered_state_dict(student)  # every rank takes part
     if engine.rank() == 0:
-        model = student.module
-        padded, vocab_size = model.config.vocab_size, len(corpus.tokenizer)
-        config = BertConfig.from_dict(model.config.to_dict() | {"vocab_size": vocab_size})
-        cropped = {name: value[:vocab_size] if value.shape[:1] == (padded,) else value for name, value in state.items()}
-        plain: Any = BertForMaskedLM(config)
-        plain.to(next(iter(state.values())).dtype).load_state_dict(cropped)
+        plain: Any = BertForMaskedLM(copy.deepcopy(student.module.config))
+        plain.to(next(iter(state.values())).dtype).load_state_dict(state)
+        plain.resize_token_embeddings(len(corpus.tokenizer), mean_resizing=False)
         report.replace_folder(folder / "hf", plain.save_pretrained, corpus.tokenizer.save_pretrained)
 
 
 def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus]:
-    """What bad input makes fail, cheapest first, before any model is built: config, teachers, run folder, data."""
+    """What bad input makes fail, cheapest first, before any model is built: config, models, run folder, data."""
     ds_config = engine.load_config(cfg)
-    sources = [teachers.model_source(path) for path in cfg.teachers if cfg.kd_ratio]
+    models = [("--teachers", path) for path in cfg.teachers if cfg.kd_ratio]
+    models += [("--student", cfg.student)] if cfg.student not in SIZES else []
+    sources = [(flag, teachers.model_source(path, flag)) for flag, path in models]
     folder = report.claim_folder(cfg, RECIPE, undo)
-    corpus = text.prepare(
-        cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len, progress=engine.rank() == 0
-    )
+    corpus = build_data(cfg)
     corpus.check_batch(cfg.global_batch_size)
-    for path, source in zip(cfg.teachers, sources, strict=False):
-        theirs, ours = text.load_tokenizer(source), corpus.tokenizer
-        if not text.same_tokenizer(theirs, ours):
-            raise ValueError(
-                f"--teachers {path} has another tokenizer ({theirs.name_or_path}, {len(theirs)} tokens) than the student "
-                f"({ours.name_or_path}, {len(ours)} tokens); give --tokenizer {path}, or another teacher"
-            )
+    report.check_data(cfg, corpus.fingerprint)
+    for flag, source in sources:
+        text.require_same_tokenizer(corpus.tokenizer, source, flag=flag)
     return folder, ds_config, corpus
 
 
@@ -209,12 +226,12 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         if report.says_finished(cfg):
             return 0
         folder, ds_config, corpus = engine.join(lambda: prepare(cfg, undo))
-        folder = engine.broadcast(folder)
+        folder, vocab_size = engine.broadcast(folder), len(corpus.tokenizer)
         checkpoint = engine.newest_checkpoint(folder / "checkpoints") if cfg.resume else None
         first = engine.step_of(checkpoint)
         closed = cfg.kd_ratio == 0 or schedule.window_closed(first, cfg.steps, stop=cfg.kd_stop)
-        pool = teachers.TeacherPool((), ()) if closed else build_teachers(cfg)
-        model = build_student(cfg, len(corpus.tokenizer))
+        pool = teachers.TeacherPool((), ()) if closed else build_teachers(cfg, vocab_size)
+        model = build_student(cfg, vocab_size)
         # torch multiplies the decay by the learning rate, the authors' decoupled AdamW only by its share of the peak.
         decay = cfg.weight_decay / cfg.lr
         optimizer = torch.optim.AdamW(
@@ -226,48 +243,46 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         state: dict[str, Any] = {"position": (0, 0, 0), "seconds": {}}
         if checkpoint:
             state = engine.load_checkpoint(student, folder / "checkpoints", checkpoint)
-        run = report.Run(folder, steps=cfg.steps, first=first)
+        run = report.Run(folder, cfg, first=first, data=corpus.fingerprint)
+        stop = engine.StopSignal(cfg.max_minutes)
     run.teachers(pool, lambda teacher: evaluate(cfg, teacher, corpus))
     clock = report.Stopwatch(state["seconds"], compiling=cfg.compile)
-    stop = engine.StopSignal(cfg.max_minutes)
-    batches = text.prefetch(
-        text.MaskedBatches(
-            corpus,
-            seed=cfg.seed,
-            global_batch_size=cfg.global_batch_size,
-            micro_batch_size=cfg.micro_batch_size,
-            rank=engine.rank(),
-            world_size=engine.world_size(),
-            mask_fraction=cfg.mask_fraction,
-            position=text.Position(*state["position"]),
-            steps=cfg.steps - first,
-        ),
-        pin_memory=torch.cuda.is_available(),
+    batches = text.MaskedBatches(
+        corpus,
+        seed=cfg.seed,
+        global_batch_size=cfg.global_batch_size,
+        micro_batch_size=cfg.micro_batch_size,
+        rank=engine.rank(),
+        world_size=engine.world_size(),
+        mask_fraction=cfg.mask_fraction,
+        position=text.Position(*state["position"]),
+        steps=cfg.steps - first,
     )
+    ahead = text.prefetch(batches, pin_memory=torch.cuda.is_available())
     for step in range(first, cfg.steps):
         if len(pool) and schedule.window_closed(step, cfg.steps, stop=cfg.kd_stop):
             pool.release()
             run.say(f"step {step}: the window has closed, the teachers are released")
         with clock.part("train"):
             with clock.part("data", on_host=True):
-                batch = next(batches)
+                batch = next(ahead)
             student.train()
             try:
-                line = train_step(cfg, student, pool, len(corpus.tokenizer), batch, step, clock)
+                line = train_step(cfg, student, pool, vocab_size, batch, step, clock, stop)
             except engine.NonFiniteStepError as error:
-                return run.finish("non-finite", step=step, error=str(error), samples=error.samples)
-        last, stopped = step + 1 == cfg.steps, stop.agreed()
-        if last or (step + 1) % cfg.eval_every == 0:
+                return run.finish("non-finite", step=step + 1, error=str(error), sample_ids=error.samples)
+        last = step + 1 == cfg.steps
+        if last or (not stop.agreed and (step + 1) % cfg.eval_every == 0):
             line |= evaluate(cfg, student, corpus)
-        run.log(line, clock, write=last or bool(stopped) or (step + 1) % cfg.log_every == 0)
-        if last or stopped or (step + 1) % cfg.save_every == 0:
+        run.log(line, clock, write=last or bool(stop.agreed) or (step + 1) % cfg.log_every == 0)
+        if last or stop.agreed or (step + 1) % cfg.save_every == 0:
             state = {"position": tuple(batch.position), "seconds": clock.read(wait=True)}
             engine.save_checkpoint(student, folder / "checkpoints", step + 1, state, cfg.keep)
-        if stopped and not last:
-            return run.finish(stopped, step=step + 1)
+        if stop.agreed and not last:
+            return run.finish(stop.agreed, step=step + 1)
     export(student, corpus, folder)
     return run.finish("finished", step=cfg.steps)
 
 
 if __name__ == "__main__":
-    engine.end_process(main())
+    engine.end_process(main)

@@ -88,14 +88,13 @@ class Recipe:
         with contextlib.ExitStack() as undo:
             report.claim_folder(self.cfg, RECIPE, undo)
             undo.pop_all()
-        self.run = report.Run(folder, steps=cfg.steps)
+        self.run = report.Run(folder, self.cfg)
         self.clock, self.stop, self.count = report.Stopwatch({}), engine.StopSignal(), 0
 
     def step(self, batch: text.Step) -> None:
         with self.clock.part("train"):
-            line = train_step(self.cfg, self.student, self.pool, self.valid, batch, self.count, self.clock)
+            line = train_step(self.cfg, self.student, self.pool, self.valid, batch, self.count, self.clock, self.stop)
         self.count += 1
-        self.stop.agreed()
         self.run.log(line, self.clock, write=self.count % self.cfg.log_every == 0)
 
 
@@ -114,7 +113,7 @@ def timed(function: Callable[[text.Step], None], batches: Iterator[text.Step], s
     return (time.perf_counter() - began) / steps
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="base", choices=SIZES)
     parser.add_argument("--teachers", nargs="*", default=["base", "large"], choices=SIZES)
@@ -214,8 +213,8 @@ def main() -> None:
                 json.dumps({**head, "args": vars(args) | {"out": None}, "rounds": rounds, "peak": peak}) + "\n"
             )
     engine.leave()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
-    engine.end_process(0)
+    engine.end_process(main)

@@ -22,7 +22,7 @@ def loss_sum(outputs: torch.Tensor) -> torch.Tensor:
     return outputs.square().sum()
 
 
-def main() -> None:
+def main() -> int:
     alone = model()
     everything = torch.cat([rows(rank, micro) for rank in range(2) for micro in range(2)])
     (loss_sum(alone(everything)) / len(everything)).backward()
@@ -56,8 +56,8 @@ def main() -> None:
     if engine.rank() == 0:
         print("ERRORS " + json.dumps(errors))
     engine.leave()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
-    engine.end_process(0)
+    engine.end_process(main)

@@ -25,7 +25,7 @@ def launch_forms(tmp_path: Path) -> dict[str, list[object]]:
     kd, baseline = ROOT / "launch" / "bert_kd.sh", ROOT / "launch" / "bert_baseline.sh"
     port = ["--master_port", free_port()]
     return {
-        "deepspeed": ["deepspeed", "--num_gpus", 2, *port, kd, "--micro-batch-size", 4],
+        "deepspeed": ["deepspeed", "--num_gpus", 2, *port, kd],
         "hostfile": [
             *("deepspeed", "--hostfile", hosts, "--no_ssh", "--node_rank", 0, "--master_addr", "127.0.0.1"),
             *(*port, kd),
@@ -39,9 +39,7 @@ def launch_forms(tmp_path: Path) -> dict[str, list[object]]:
 def test_every_form_trains(form: str, teacher: Path, corpus_file: Path, cache: Path, tmp_path: Path) -> None:
     flags = [*SHORT, "--data", corpus_file, "--teachers", teacher, "--out", tmp_path / "run out"]
     words = launch_forms(tmp_path)[form]
-    # The form's own flags come last, so that they win.
-    script = next(i for i, word in enumerate(words) if str(word).endswith(".sh"))
-    done = run(*words[: script + 1], *flags, *words[script + 1 :], cwd=tmp_path, cache=cache)
+    done = run(*words, *flags, cwd=tmp_path, cache=cache)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "no GPU here: running the small preset" in done.stderr
     record = json.loads((tmp_path / "run out" / "run.json").read_text())
@@ -49,6 +47,14 @@ def test_every_form_trains(form: str, teacher: Path, corpus_file: Path, cache: P
     assert record["world_size"] == (2 if form == "deepspeed" else 1)
     assert record["config"]["kd_ratio"] == (0 if form == "bash" else 0.9)
     assert not (tmp_path / "runs").exists(), "a teacher was trained although --teachers names one"
+
+
+def test_the_small_preset_runs_on_two_ranks_as_it_stands(corpus_file: Path, cache: Path, tmp_path: Path) -> None:
+    words = ["deepspeed", "--num_gpus", 2, "--master_port", free_port(), ROOT / "launch" / "bert_baseline.sh"]
+    done = run(*words, "--steps", 10, "--data", corpus_file, cwd=tmp_path, cache=cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "runs" / "bert_kd" / "1" / "run.json").read_text())
+    assert (record["world_size"], record["result"]["step"]) == (2, 10)
 
 
 def test_bad_input_comes_through_the_launcher(tmp_path: Path, cache: Path) -> None:
@@ -65,10 +71,10 @@ def test_the_small_preset_trains_its_teacher_once(corpus_file: Path, cache: Path
     script = tmp_path / "small.py"
     script.write_text(
         "from kd_core.presets import launch\n"
-        "from recipes.bert_kd import Config, main\n"
+        "from recipes.bert_kd import Config, build_data, main\n"
         "if __name__ == '__main__':\n"
         f"    flags = {' '.join(SHORT)!r}\n"
-        "    launch(main, Config, node=flags, small=flags + ' --kd-ratio 0.5', teacher=flags)\n"
+        "    launch(main, Config, build_data, node=flags, small=flags + ' --kd-ratio 0.5', teacher=flags)\n"
     )
     data = ["--data", corpus_file]
     baseline = run(sys.executable, script, *data, "--kd-ratio", 0, "--out", "baseline", cwd=tmp_path, cache=cache)
