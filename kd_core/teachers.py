@@ -46,11 +46,15 @@ def model_source(path: str, flag: str = "--teachers") -> str:
     return path
 
 
-def load_pretrained(model_class: Any, path: str, *, flag: str = "--teachers", **settings: Any) -> Any:
+def load_pretrained(model_class: Any, path: str, vocab_size: int, *, flag: str = "--teachers", **settings: Any) -> Any:
     """`model_class.from_pretrained`, refusing what would silently be half a model or would run code.
 
+    Args:
+        vocab_size: tokens of the run's tokenizer, which the model must know.
+        settings: passed on; they become part of the model's config.
+
     Raises:
-        ValueError: another architecture, missing weights, an unreadable or unsafe weight file.
+        ValueError: another architecture, missing weights, too small a vocabulary, an unreadable or unsafe weight file.
     """
     source = model_source(path, flag)
     try:
@@ -61,6 +65,8 @@ def load_pretrained(model_class: Any, path: str, *, flag: str = "--teachers", **
     missing = sorted(set(info["missing_keys"]) - tied)
     if missing or info["mismatched_keys"]:
         raise ValueError(f"{flag} {path} lacks weights of {model_class.__name__}: {missing or info['mismatched_keys']}")
+    if model.config.vocab_size < vocab_size:
+        raise ValueError(f"{flag} {path} knows {model.config.vocab_size} tokens, the run's tokenizer has {vocab_size}")
     return model
 
 

@@ -26,14 +26,7 @@ from kd_core.samplers import draw_teachers
 RECIPE = Path(__file__).stem
 disable_progress_bar()  # Hugging Face's, for files that load in a moment
 # Layers and width of Turc et al. 2019 (arXiv 1908.08962) and Devlin et al. 2018; heads of 64, feed-forward 4 x width.
-SIZES = {
-    "tiny": (2, 128),
-    "mini": (4, 256),
-    "small": (4, 512),
-    "medium": (8, 512),
-    "base": (12, 768),
-    "large": (24, 1024),
-}
+SIZES = dict(tiny=(2, 128), mini=(4, 256), small=(4, 512), medium=(8, 512), base=(12, 768), large=(24, 1024))
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,9 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
         shape: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
         student = MaskedBert(BertConfig(vocab_size=padded, num_attention_heads=width // 64, **shape, **settings))
     else:
-        student = teachers.load_pretrained(MaskedBert, cfg.student, flag="--student", dtype=torch.float32, **settings)
+        student = teachers.load_pretrained(
+            MaskedBert, cfg.student, vocab_size, flag="--student", dtype=torch.float32, **settings
+        )
         student.resize_token_embeddings(padded, mean_resizing=False)
     if cfg.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -109,24 +104,13 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
 
 def build_teachers(cfg: Config, vocab_size: int) -> teachers.TeacherPool:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.teacher_dtype]
-    models = [teachers.load_pretrained(MaskedBert, path, dtype=dtype).to(engine.device()) for path in cfg.teachers]
-    for path, model in zip(cfg.teachers, models, strict=True):
-        if model.config.vocab_size < vocab_size:
-            raise ValueError(
-                f"--teachers {path} knows {model.config.vocab_size} tokens, its tokenizer has {vocab_size}"
-            )
+    models = [teachers.load_pretrained(MaskedBert, path, vocab_size, dtype=dtype) for path in cfg.teachers]
+    models = [model.to(engine.device()) for model in models]
     return teachers.TeacherPool(cfg.teachers, models, columns=vocab_size, compiled=cfg.compile)
 
 
 def train_step(
-    cfg: Config,
-    student: Any,
-    pool: teachers.TeacherPool,
-    vocab_size: int,
-    batch: text.Step,
-    step: int,
-    clock: report.Stopwatch,
-    stop: engine.StopSignal,
+    cfg: Config, student: Any, pool: teachers.TeacherPool, batch: text.Step, step: int, clock: Any, stop: Any
 ) -> dict[str, Any]:
     """The method: one optimizer step on `batch`. Returns the step's line of the log, over all ranks."""
     kd_ratio = schedule.window_ratio(step, cfg.steps, ratio=cfg.kd_ratio, start=cfg.kd_start, stop=cfg.kd_stop)
@@ -144,14 +128,13 @@ def train_step(
             with clock.part("teacher"):
                 teacher_logits = pool.logits(drawn, (input_ids, positions), cfg.temperature)
         student_logits = student(input_ids, positions)
-        kd_N, label_N = softmax_kl(student_logits, teacher_logits, labels, valid_columns=vocab_size, **divergence)
+        kd_N, label_N = softmax_kl(student_logits, teacher_logits, labels, valid_columns=pool.columns, **divergence)
         kd_loss, label_loss = kd_N.where(labels != text.IGNORE_INDEX, 0).sum(), label_N.sum()
         engine.backward_token_mean(student, label_weight * label_loss + kd_ratio * kd_loss, step_tokens)
         losses.append(torch.stack([label_loss.detach(), kd_loss.detach()]))
     totals = engine.total(torch.cat([torch.stack(losses).sum(0), stop.votes()]))
-    label_sum, kd_sum, *votes, tokens = torch.cat(
-        [totals, step_tokens[None]]
-    ).tolist()  # waits for the GPU, once a step
+    # The one place of a step where the host waits for the GPU.
+    label_sum, kd_sum, *votes, tokens = torch.cat([totals, step_tokens[None]]).tolist()
     stop.count(votes)
     label_loss, kd_loss = label_sum / tokens, kd_sum / tokens
     loss = label_weight * label_loss + kd_ratio * kd_loss
@@ -230,7 +213,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         checkpoint = engine.newest_checkpoint(folder / "checkpoints") if cfg.resume else None
         first = engine.step_of(checkpoint)
         closed = cfg.kd_ratio == 0 or schedule.window_closed(first, cfg.steps, stop=cfg.kd_stop)
-        pool = teachers.TeacherPool((), ()) if closed else build_teachers(cfg, vocab_size)
+        pool = teachers.TeacherPool((), (), columns=vocab_size) if closed else build_teachers(cfg, vocab_size)
         model = build_student(cfg, vocab_size)
         # torch multiplies the decay by the learning rate, the authors' decoupled AdamW only by its share of the peak.
         decay = cfg.weight_decay / cfg.lr
@@ -268,7 +251,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
                 batch = next(ahead)
             student.train()
             try:
-                line = train_step(cfg, student, pool, vocab_size, batch, step, clock, stop)
+                line = train_step(cfg, student, pool, batch, step, clock, stop)
             except engine.NonFiniteStepError as error:
                 return run.finish("non-finite", step=step + 1, error=str(error), sample_ids=error.samples)
         last = step + 1 == cfg.steps

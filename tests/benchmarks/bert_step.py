@@ -78,8 +78,8 @@ class Recipe:
     """The recipe's own step with everything around it: normalisation, checks, clock, agreement to stop, log."""
 
     def __init__(self, cfg: Config, corpus: text.Corpus, pool: teachers.TeacherPool, folder: Path) -> None:
-        self.cfg, self.valid, self.pool = dataclasses.replace(cfg, out=str(folder)), len(corpus.tokenizer), pool
-        model: Any = build_student(cfg, self.valid)
+        self.cfg, self.pool = dataclasses.replace(cfg, out=str(folder)), pool
+        model: Any = build_student(cfg, len(corpus.tokenizer))
         if cfg.compile:
             model.compile()
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), fused=True)
@@ -93,14 +93,15 @@ class Recipe:
 
     def step(self, batch: text.Step) -> None:
         with self.clock.part("train"):
-            line = train_step(self.cfg, self.student, self.pool, self.valid, batch, self.count, self.clock, self.stop)
+            line = train_step(self.cfg, self.student, self.pool, batch, self.count, self.clock, self.stop)
         self.count += 1
         self.run.log(line, self.clock, write=self.count % self.cfg.log_every == 0)
 
 
 def build_pool(sizes: list[str], cfg: Config, vocab_size: int, dtype: torch.dtype) -> teachers.TeacherPool:
     models = [build_student(dataclasses.replace(cfg, student=size), vocab_size) for size in sizes]
-    return teachers.TeacherPool(sizes, [m.to(engine.device(), dtype) for m in models], compiled=cfg.compile)
+    models = [model.to(engine.device(), dtype) for model in models]
+    return teachers.TeacherPool(sizes, models, columns=vocab_size, compiled=cfg.compile)
 
 
 def timed(function: Callable[[text.Step], None], batches: Iterator[text.Step], steps: int) -> float:
@@ -155,7 +156,7 @@ def main() -> int:
         pin_memory=CUDA,
     )
     pools = {size: build_pool([size], base, len(corpus.tokenizer), torch.bfloat16) for size in args.teachers}
-    none = teachers.TeacherPool((), ())
+    none = teachers.TeacherPool((), (), columns=len(corpus.tokenizer))
 
     variants: dict[str, Callable[[text.Step], None]] = {"bare loop": Bare(base, corpus, dtype).step}
     peak: dict[str, float] = {}
