@@ -204,7 +204,8 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     """A DeepSpeed engine around `model`, with every process group given a finite timeout."""
     import deepspeed
 
-    with contextlib.redirect_stdout(None) if rank() else contextlib.nullcontext():
+    quiet = contextlib.nullcontext() if os.environ.get("KD_VERBOSE") else contextlib.redirect_stdout(None)
+    with quiet:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     c10d = dist.distributed_c10d
     set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # public since torch 2.15

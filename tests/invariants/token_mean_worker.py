@@ -1,6 +1,11 @@
-"""Run under DeepSpeed on 2 ranks: one step on 2 ragged micro-batches a rank, for every ZeRO stage; prints the errors."""
+"""Run under DeepSpeed on 2 ranks: one step on 2 ragged micro-batches a rank, for every ZeRO stage; prints the errors.
 
+Then a step with an infinite gradient on one rank, which must change nothing.
+"""
+
+import contextlib
 import json
+import math
 
 import torch
 
@@ -48,11 +53,20 @@ def main() -> int:
         for micro in range(2):
             engine.backward_token_mean(wrapped, loss_sum(wrapped(rows(engine.rank(), micro))), step_tokens)
         grad_norm = engine.apply_step(wrapped, 1.0, lr=1.0)
-        state = engine.gathered_state_dict(wrapped)
+        state = {name: value.clone() for name, value in engine.gathered_state_dict(wrapped).items()}
         if engine.rank() == 0:
             moved = [state[name] for name, _ in alone.named_parameters()]
             worst = max(float((a - b).abs().max()) for a, b in zip(moved, expected, strict=True))
             errors[stage] = [worst, abs(grad_norm - norm)]
+        # A gradient that is not finite on one rank stops all ranks before the optimizer has moved.
+        for micro in range(2):
+            broken = math.inf if engine.rank() == 1 and micro == 0 else 1.0
+            engine.backward_token_mean(wrapped, broken * loss_sum(wrapped(rows(engine.rank(), micro))), step_tokens)
+        with contextlib.suppress(engine.NonFiniteStepError):
+            engine.apply_step(wrapped, 1.0, lr=1.0)
+            raise AssertionError(f"stage {stage} took a step with an infinite gradient")
+        after = engine.gathered_state_dict(wrapped)
+        assert all(torch.equal(value, state[name]) for name, value in after.items()), f"stage {stage} moved"
     if engine.rank() == 0:
         print("ERRORS " + json.dumps(errors))
     engine.leave()
