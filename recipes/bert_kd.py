@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.utils.logging import disable_progress_bar
 
 from kd_core import cli, engine, report, schedule, teachers, text
-from kd_core.kernels.softmax_kl import softmax_kl
+from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_sum
 from kd_core.samplers import draw_teachers
 
 RECIPE = Path(__file__).stem
@@ -119,7 +119,11 @@ def train_step(
     lr = cfg.lr * schedule.linear_warmup_decay(step, cfg.steps, warmup_fraction=cfg.warmup_fraction, floor=0.02)
     step_tokens = engine.total(batch.tokens)
     engine.seed_step(cfg.seed, step)
-    divergence: dict[str, Any] = {"temperature": cfg.temperature, "direction": cfg.divergence.removesuffix("_kl")}
+    divergence: dict[str, Any] = {
+        "temperature": cfg.temperature,
+        "direction": cfg.divergence.removesuffix("_kl"),
+        "valid_columns": pool.columns,
+    }
     losses = []
     for micro in batch.micro_batches:
         input_ids, positions, labels = engine.to_device(micro.input_ids, micro.positions, micro.labels)
@@ -128,10 +132,13 @@ def train_step(
             with clock.part("teacher"):
                 teacher_logits = pool.logits(drawn, (input_ids, positions), cfg.temperature)
         student_logits = student(input_ids, positions)
-        kd_N, label_N = softmax_kl(student_logits, teacher_logits, labels, valid_columns=pool.columns, **divergence)
-        kd_loss, label_loss = kd_N.where(labels != text.IGNORE_INDEX, 0).sum(), label_N.sum()
-        engine.backward_token_mean(student, label_weight * label_loss + kd_ratio * kd_loss, step_tokens)
-        losses.append(torch.stack([label_loss.detach(), kd_loss.detach()]))
+        supervised_N = (labels != text.IGNORE_INDEX).float()
+        loss_sum, kd_loss, label_loss = softmax_kl_sum(
+            student_logits, teacher_logits, labels, kd_weight=kd_ratio, label_weight=label_weight,
+            row_weight_N=supervised_N, **divergence,
+        )  # fmt: skip
+        engine.backward_token_mean(student, loss_sum, step_tokens)
+        losses.append(torch.stack([label_loss, kd_loss]))
     totals = engine.total(torch.cat([torch.stack(losses).sum(0), stop.votes()]))
     # The one place of a step where the host waits for the GPU.
     label_sum, kd_sum, *votes, tokens = torch.cat([totals, step_tokens[None]]).tolist()

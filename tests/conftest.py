@@ -10,6 +10,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# Without a GPU, Triton's kernels run in its interpreter, which has to be known before they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Real data sets: $KD_DATA, or shared/data beside the repository.
 DATA = Path(os.environ.get("KD_DATA", ROOT.parent / "shared" / "data"))
 
@@ -29,9 +33,9 @@ def free_port() -> int:
 
 
 def cpu_environment(**extra: str) -> dict[str, str]:
-    """The environment of a CPU run outside any launcher, one thread a rank."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    base = {name: value for name, value in os.environ.items() if name not in launcher}
+    """The environment of a CPU run outside any launcher, one thread a rank, without Triton's interpreter."""
+    left_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET")
+    base = {name: value for name, value in os.environ.items() if name not in left_out}
     return base | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | extra
 
 

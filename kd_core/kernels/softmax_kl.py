@@ -5,8 +5,16 @@
     reverse:  kd = tau_s * tau_t * sum_j q_j (log q_j - log p_j)     d kd / d student_logits = tau_t q (log(q / p) - KL)
     label = -log softmax(student_logits)[label]                      d label / d student_logits = softmax - onehot
 
-The factor tau^2 keeps the size of the KD gradient independent of the temperature. Logits are read twice, once for the row
-statistics and once for the gradient; nothing of size N x V is stored but the gradient itself.
+The factor tau^2 keeps the size of the KD gradient independent of the temperature. Logits are read twice, once for seven
+statistics of each row and once for the gradient; nothing of size N x V is stored but the gradient itself. What reads them:
+
+    impl          file                    for
+    "triton"      softmax_kl_triton.py    GPUs (its head lists the kernels by V)
+    "torch"       softmax_kl_native.py    CPUs with a C compiler: float32, bfloat16 and float16
+                  softmax_kl_torch.py     everything else
+    "reference"   this file               the definition, differentiable any number of times
+
+"auto" is triton for logits on a GPU, except float64, and torch elsewhere.
 
 Shape letters: N rows (supervised tokens or images), V classes or vocabulary; N1 is a column, one number a row.
 
@@ -15,24 +23,17 @@ that the KL includes the teacher's entropy, so that equal models give zero.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import triton
+
+from kd_core.kernels import softmax_kl_native, softmax_kl_torch, softmax_kl_triton
+from kd_core.kernels.softmax_kl_torch import Options, Rows
 
 DIRECTIONS = ("forward", "reverse")
-IMPLEMENTATIONS = ("auto", "torch", "reference")
-
-# Exponents are kept in units of log 2: PyTorch's vectorised exp2 was 4 times faster than exp on an AMD EPYC (torch 2.15).
-LOG2_E = 1.0 / math.log(2.0)
-LN_2 = math.log(2.0)
-
-# A row maximum below this is that of a row of -inf.
-MIN_MAX = -1e30
-
-# Size of one of the two or three buffers of a chunk: on a CPU they stay in the cache, on a GPU a chunk fills the device.
-CPU_CHUNK_BYTES = 1 << 20
-GPU_CHUNK_BYTES = 1 << 26
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,227 +98,252 @@ def softmax_kl_reference(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PyTorch, a few rows at a time
+# Autograd. Each pass is a plain function, which eager mode calls as it is: an operator of torch.library would cost the
+# host more than the launches of the kernels. torch.compile gets the same functions as operators that it does not look into
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Options(NamedTuple):
-    """Everything of a call but the logits and labels. A temperature is a float, or float32 [N, 1]."""
-
-    student_tau: float | torch.Tensor
-    teacher_tau: float | torch.Tensor
-    direction: str
-    ignore_index: int
-    columns: int
-
-    @property
-    def one_exponential(self) -> bool:
-        """Whether label and KD term need the same softmax of the student."""
-        return isinstance(self.student_tau, float) and self.student_tau == 1.0
-
-
-class _Rows(NamedTuple):
-    """What the gradient needs to know of each row, float32 [N, 1]; uninitialised where a side takes no part.
-
-    Sums are of exp2(u), with u = (logits - max) * log2(e) / tau for the student, v the same for the teacher.
-    """
-
-    student_max: torch.Tensor
-    student_sum: torch.Tensor
-    label_sum: torch.Tensor  # the student's sum at temperature 1; the same tensor as student_sum where tau_s is 1
-    teacher_max: torch.Tensor
-    teacher_sum: torch.Tensor
-    difference: torch.Tensor  # forward: mean of v - u under p; reverse: mean of u - v under q
+def _options(
+    student: torch.Tensor,
+    student_tau: float,
+    teacher_tau: float,
+    student_tau_N: torch.Tensor | None,
+    teacher_tau_N: torch.Tensor | None,
+    reverse: bool,
+    ignore_index: int,
+    columns: int,
+) -> Options:
+    return Options(
+        student_tau if student_tau_N is None else student_tau_N.to(_dtype(student)),
+        teacher_tau if teacher_tau_N is None else teacher_tau_N.to(_dtype(student)),
+        reverse,
+        ignore_index,
+        columns,
+    )
 
 
-def _chunks(logits_NV: torch.Tensor) -> Iterator[slice]:
-    """Slices of rows whose float32 copy fits the chunk size; at least one row each."""
-    num_rows, num_columns = logits_NV.shape
-    chunk_bytes = CPU_CHUNK_BYTES if logits_NV.device.type == "cpu" else GPU_CHUNK_BYTES
-    size = max(1, chunk_bytes // (4 * num_columns))
-    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+def _taking_part(logits_NV: torch.Tensor | None, columns: int) -> torch.Tensor | None:
+    return None if logits_NV is None else logits_NV[:, :columns]
 
 
-def _buffers(logits_NV: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """`count` float32 buffers, each as large as the largest chunk."""
-    first = next(_chunks(logits_NV), slice(0, 0))
-    return [logits_NV.new_empty((first.stop, logits_NV.shape[1]), dtype=torch.float32) for _ in range(count)]
+def _empty_gradient(student_NV: torch.Tensor, columns: int) -> torch.Tensor:
+    """[N, V]; zero beyond the columns that take part."""
+    grad_NV = torch.empty(student_NV.shape, dtype=student_NV.dtype, device=student_NV.device)
+    if columns < student_NV.shape[1]:
+        grad_NV[:, columns:] = 0.0
+    return grad_NV
 
 
-def _exponents(
-    logits: torch.Tensor, max_N1: torch.Tensor, tau: float | torch.Tensor, rows: slice, out: torch.Tensor
+def _softmax_kl(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    student_tau_N: torch.Tensor | None,
+    teacher_tau_N: torch.Tensor | None,
+    student_tau: float,
+    teacher_tau: float,
+    reverse: bool,
+    ignore_index: int,
+    columns: int,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """kd_N, label_N, and the statistics [7, N] that the gradient needs (`Rows`)."""
+    options = _options(student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns)
+    student, teacher = student[:, :columns], _taking_part(teacher, columns)
+    if impl == "triton":
+        return softmax_kl_triton.statistics(student, teacher, labels, options)
+    native = softmax_kl_native.supports(student, teacher)
+    stats = (softmax_kl_native if native else softmax_kl_torch).statistics(student, teacher, labels, options)
+    kd_N, label_N = softmax_kl_torch.values(stats, labels, teacher is not None, options)
+    return kd_N, label_N, torch.stack(stats)
+
+
+def _softmax_kl_fake(student: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    kd_N, label_N = (student.new_empty(student.shape[0], dtype=_dtype(student)) for _ in range(2))
+    return kd_N, label_N, student.new_empty((7, student.shape[0]), dtype=_dtype(student))
+
+
+def _softmax_kl_gradient(
+    kd_upstream: torch.Tensor | None,
+    label_upstream: torch.Tensor | None,
+    stats: torch.Tensor,
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    student_tau_N: torch.Tensor | None,
+    teacher_tau_N: torch.Tensor | None,
+    student_tau: float,
+    teacher_tau: float,
+    reverse: bool,
+    ignore_index: int,
+    columns: int,
+    impl: str,
 ) -> torch.Tensor:
-    """out = (logits - max) * log2(e) / tau, in float32 whatever the dtype of the logits, which are those of `rows` alone."""
-    if isinstance(tau, torch.Tensor):
-        return torch.sub(logits, max_N1[rows], out=out).mul_(LOG2_E / tau[rows])
-    # One fused multiply-add. The shift is rounded once a row, alike for the row's elements and its sum, so it cancels.
-    return torch.add(max_N1[rows] * (-LOG2_E / tau), logits, alpha=LOG2_E / tau, out=out)
+    options = _options(student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns)
+    grad_NV = _empty_gradient(student, columns)
+    student, teacher, out = student[:, :columns], _taking_part(teacher, columns), grad_NV[:, :columns]
+    if impl == "triton":
+        kd, label = (0.0 if given is None else given for given in (kd_upstream, label_upstream))
+        softmax_kl_triton.gradient(student, teacher, labels, stats, options, kd, label, out)
+        return grad_NV
+    upstream = [torch.zeros_like(stats[0]) if given is None else given for given in (kd_upstream, label_upstream)]
+    native = softmax_kl_native.supports(student, teacher)
+    gradient = (softmax_kl_native if native else softmax_kl_torch).gradient
+    gradient(student, teacher, labels, Rows(*stats.unbind()), options, *upstream, out)
+    return grad_NV
 
 
-def _row_statistics(
-    student_NV: torch.Tensor, teacher_NV: torch.Tensor | None, with_labels: bool, options: _Options
-) -> _Rows:
-    """The first read of the logits: maxima, sums and mean differences."""
-    stats = _Rows(*student_NV.new_empty((6, student_NV.shape[0], 1), dtype=torch.float32).unbind())
-    if options.one_exponential:
-        stats = stats._replace(label_sum=stats.student_sum)
-    buffers = _buffers(student_NV, 3)
-    for rows in _chunks(student_NV):
-        u, v, weight = (buffer[: rows.stop - rows.start] for buffer in buffers)
-        student = student_NV[rows]
-        # A finite maximum keeps the exponents of a row of -inf from being NaN: they are -inf and the sum is zero.
-        stats.student_max[rows] = student.amax(dim=1, keepdim=True).float().clamp(min=MIN_MAX)
-        if with_labels and not options.one_exponential:
-            _exponents(student, stats.student_max, 1.0, rows, out=weight).exp2_()
-            torch.sum(weight, dim=1, keepdim=True, out=stats.label_sum[rows])
-        _exponents(student, stats.student_max, options.student_tau, rows, out=u)
-        if teacher_NV is None:
-            torch.sum(u.exp2_(), dim=1, keepdim=True, out=stats.student_sum[rows])
-            continue
-        torch.exp2(u, out=weight)
-        torch.sum(weight, dim=1, keepdim=True, out=stats.student_sum[rows])
-        teacher = teacher_NV[rows]
-        stats.teacher_max[rows] = teacher.amax(dim=1, keepdim=True).float().clamp(min=MIN_MAX)
-        _exponents(teacher, stats.teacher_max, options.teacher_tau, rows, out=v)
-        if options.direction == "forward":
-            torch.sub(v, u, out=u)
-            torch.exp2(v, out=weight)
-            torch.sum(weight, dim=1, keepdim=True, out=stats.teacher_sum[rows])
-        else:
-            u.sub_(v)
-            torch.sum(v.exp2_(), dim=1, keepdim=True, out=stats.teacher_sum[rows])
-        # nansum, because a column of weight zero adds zero also where its difference is infinite, or -inf minus -inf.
-        # A NaN among the logits is in the sums too and is not lost.
-        torch.nansum(u.mul_(weight), dim=1, keepdim=True, out=stats.difference[rows])
-    if teacher_NV is not None:
-        stats.difference.div_(stats.teacher_sum if options.direction == "forward" else stats.student_sum)
-    return stats
+def _softmax_kl_gradient_fake(
+    kd_upstream: Any, label_upstream: Any, stats: Any, student: torch.Tensor, *_: Any
+) -> torch.Tensor:
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
-def _kd_values(stats: _Rows, options: _Options) -> torch.Tensor:
-    """tau_s * tau_t * KL, float32 [N, 1]."""
-    log_ratio_N1 = (stats.student_sum / stats.teacher_sum).log2()
-    kl_N1 = LN_2 * (stats.difference + (log_ratio_N1 if options.direction == "forward" else -log_ratio_N1))
-    # Rounding may leave a value just below zero.
-    kl_N1 = kl_N1.clamp(min=0.0).masked_fill((stats.student_sum == 0) | (stats.teacher_sum == 0), 0.0)
-    return options.student_tau * options.teacher_tau * kl_N1
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(output[2], *inputs[:5])
+    ctx.rest = inputs[5:]
+    ctx.set_materialize_grads(False)
 
 
-def _label_values(student_NV: torch.Tensor, labels_N1: torch.Tensor, stats: _Rows, options: _Options) -> torch.Tensor:
-    """Cross-entropy at temperature 1, float32 [N, 1]."""
-    ignored_N1 = labels_N1 == options.ignore_index
-    label_logits_N1 = student_NV.gather(1, labels_N1.masked_fill(ignored_N1, 0))
-    exponents_N1 = torch.empty_like(stats.label_sum)
-    _exponents(label_logits_N1, stats.student_max, 1.0, slice(None), out=exponents_N1)
-    values_N1 = LN_2 * (stats.label_sum.log2() - exponents_N1)
-    return values_N1.masked_fill(ignored_N1 | (stats.label_sum == 0), 0.0)
+def _backward(gradient: Callable[..., torch.Tensor]) -> Callable[..., tuple[Any, ...]]:
+    def backward(
+        ctx: Any, kd_upstream: torch.Tensor | None, label_upstream: torch.Tensor | None, _: None
+    ) -> tuple[Any, ...]:
+        # torch.autograd.function.once_differentiable lets a second derivative pass as zero where the upstream gradient
+        # is a constant, as that of a sum is.
+        if torch.is_grad_enabled():
+            raise RuntimeError("softmax_kl can be differentiated once; for create_graph=True pass impl='reference'")
+        return gradient(kd_upstream, label_upstream, *ctx.saved_tensors, *ctx.rest), *[None] * 10
 
-
-def _student_gradient(
-    student_NV: torch.Tensor,
-    teacher_NV: torch.Tensor | None,
-    labels_N1: torch.Tensor | None,
-    stats: _Rows,
-    options: _Options,
-    kd_upstream_N1: torch.Tensor,
-    label_upstream_N1: torch.Tensor,
-    grad_NV: torch.Tensor,
-) -> None:
-    """The second read of the logits; fills grad_NV. Upstream gradients enter in float32, before the store."""
-    # Factors of exp2(u), of exp2(v), and of the student's exponentials at temperature 1.
-    q_factor = p_factor = label_factor = torch.zeros_like(kd_upstream_N1)
-    if teacher_NV is not None:
-        empty_N1 = (stats.student_sum == 0) | (stats.teacher_sum == 0)
-        kd_upstream_N1 = kd_upstream_N1 * options.teacher_tau
-        q_factor = (kd_upstream_N1 / stats.student_sum).masked_fill(empty_N1, 0.0)
-        p_factor = (kd_upstream_N1 / stats.teacher_sum).masked_fill(empty_N1, 0.0)
-        q_factor.masked_fill_(stats.teacher_sum.isnan(), math.nan)  # reverse: nan_to_num_ below hides it
-    if labels_N1 is not None:
-        ignored_N1 = labels_N1 == options.ignore_index
-        labels_N1 = labels_N1.masked_fill(ignored_N1, 0)
-        ignored_N1 = ignored_N1 | (stats.label_sum == 0)
-        label_factor = (label_upstream_N1 / stats.label_sum).masked_fill(ignored_N1, 0.0)
-        label_upstream_N1 = label_upstream_N1.masked_fill(ignored_N1, 0.0)
-    # One multiplication serves both terms where both have the student's softmax as a summand.
-    merged = options.one_exponential and (teacher_NV is None or options.direction == "forward")
-    if merged:
-        q_factor = q_factor + label_factor
-
-    buffers = _buffers(student_NV, 2)
-    for rows in _chunks(student_NV):
-        grad, other = (buffer[: rows.stop - rows.start] for buffer in buffers)
-        if grad_NV.dtype == torch.float32:
-            grad = grad_NV[rows]
-        student = student_NV[rows]
-        _exponents(student, stats.student_max, options.student_tau, rows, out=grad)
-        if teacher_NV is None:
-            grad.exp2_().mul_(q_factor[rows])
-        elif options.direction == "forward":
-            grad.exp2_().mul_(q_factor[rows])
-            _exponents(teacher_NV[rows], stats.teacher_max, options.teacher_tau, rows, out=other).exp2_()
-            grad.addcmul_(other, p_factor[rows], value=-1.0)
-        else:
-            _exponents(teacher_NV[rows], stats.teacher_max, options.teacher_tau, rows, out=other)
-            torch.sub(grad, other, out=other).sub_(stats.difference[rows])
-            # Not finite where q is zero or the row's KL is infinite: no gradient from there.
-            other.nan_to_num_(0.0, 0.0, 0.0).mul_(LN_2)
-            grad.exp2_().mul_(q_factor[rows]).mul_(other)
-        if labels_N1 is not None:
-            if not merged:
-                _exponents(student, stats.student_max, 1.0, rows, out=other).exp2_()
-                grad.addcmul_(other, label_factor[rows])
-            grad.scatter_add_(1, labels_N1[rows], -label_upstream_N1[rows])
-        if grad_NV.dtype != torch.float32:
-            grad_NV[rows] = grad
+    return backward
 
 
 class _SoftmaxKL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        student_logits_NV: torch.Tensor,
-        teacher_logits_NV: torch.Tensor | None,
-        labels_N: torch.Tensor | None,
-        options: _Options,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        student_NV = student_logits_NV[:, : options.columns]
-        teacher_NV = None if teacher_logits_NV is None else teacher_logits_NV[:, : options.columns]
-        stats = _row_statistics(student_NV, teacher_NV, labels_N is not None, options)
-        kd_N1 = torch.zeros_like(stats.student_sum) if teacher_NV is None else _kd_values(stats, options)
-        if labels_N is None:
-            label_N1 = torch.zeros_like(kd_N1)
-        else:
-            label_N1 = _label_values(student_NV, labels_N[:, None], stats, options)
-        ctx.save_for_backward(student_logits_NV, teacher_logits_NV, labels_N, *stats)
-        ctx.options = options
-        return kd_N1.squeeze(1), label_N1.squeeze(1)
+    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+        output = _softmax_kl(*args)
+        _save(ctx, args, output)  # a setup_context of its own costs an inspect.signature at every call
+        return output
 
-    @staticmethod
-    def backward(ctx: Any, kd_upstream_N: torch.Tensor, label_upstream_N: torch.Tensor) -> tuple[Any, ...]:
-        # torch.autograd.function.once_differentiable lets a second derivative pass as zero where the upstream gradient is
-        # a constant, as that of a sum is.
+    backward = staticmethod(_backward(_softmax_kl_gradient))
+
+
+_gradient_operator = torch.library.custom_op("kd_core::softmax_kl_gradient", _softmax_kl_gradient, mutates_args=())
+_gradient_operator.register_fake(_softmax_kl_gradient_fake)
+_operator = torch.library.custom_op("kd_core::softmax_kl", _softmax_kl, mutates_args=())
+_operator.register_fake(_softmax_kl_fake)
+_operator.register_autograd(_backward(_gradient_operator), setup_context=_save)
+
+
+def _softmax_kl_sum(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    student_tau_N: torch.Tensor | None,
+    teacher_tau_N: torch.Tensor | None,
+    student_tau: float,
+    teacher_tau: float,
+    reverse: bool,
+    ignore_index: int,
+    columns: int,
+    impl: str,
+    row_weight_N: torch.Tensor | None,
+    kd_weight: float,
+    label_weight: float,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss, kd_sum, label_sum, and the gradient of the loss, [N, V], or [0] where none is asked for."""
+    options = _options(student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns)
+    grad_NV = _empty_gradient(student, columns) if with_gradient else student.new_empty(0)
+    student, teacher = student[:, :columns], _taking_part(teacher, columns)
+    out = grad_NV[:, :columns] if with_gradient else None
+    if impl == "triton":
+        weights = row_weight_N, kd_weight, label_weight
+        return *softmax_kl_triton.weighted_sum(student, teacher, labels, options, *weights, out), grad_NV
+    weight_N = (
+        student.new_ones((), dtype=_dtype(student)).expand(len(student)) if row_weight_N is None else row_weight_N
+    )
+    upstream = kd_weight * weight_N, label_weight * weight_N
+    backend = softmax_kl_native if softmax_kl_native.supports(student, teacher) else softmax_kl_torch
+    if out is None:
+        stats = backend.statistics(student, teacher, labels, options)
+    else:
+        stats = backend.statistics_and_gradient(student, teacher, labels, options, *upstream, out)
+    values = softmax_kl_torch.values(stats, labels, teacher is not None, options)
+    # A row of weight zero takes no part, whatever its value.
+    kd_sum, label_sum = ((weight_N * value_N).masked_fill_(weight_N == 0, 0.0).sum() for value_N in values)
+    return kd_weight * kd_sum + label_weight * label_sum, kd_sum, label_sum, grad_NV
+
+
+def _softmax_kl_sum_fake(
+    student: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    loss, kd_sum, label_sum = (student.new_empty((), dtype=_dtype(student)) for _ in range(3))
+    shape = student.shape if rest[-1] else (0,)
+    return loss, kd_sum, label_sum, torch.empty(shape, dtype=student.dtype, device=student.device)
+
+
+def _scale_(grad: torch.Tensor, upstream: torch.Tensor) -> None:
+    """grad *= upstream, a scalar that the host does not read on a GPU; nothing is touched where it is 1."""
+    if grad.is_cuda and grad.dtype != torch.float64:
+        softmax_kl_triton.scale_(grad, upstream)
+    elif grad.is_cuda or upstream.item() != 1.0:
+        grad.mul_(upstream)
+
+
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[3])
+    ctx.handed_over = False
+    ctx.set_materialize_grads(False)
+
+
+def _backward_sum(scale_: Callable[..., None]) -> Callable[..., tuple[Any, ...]]:
+    def backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("softmax_kl can be differentiated once; for create_graph=True pass impl='reference'")
-        student_logits_NV, teacher_logits_NV, labels_N, *stats = ctx.saved_tensors
-        columns = ctx.options.columns
-        grad_NV = torch.empty(student_logits_NV.shape, dtype=student_logits_NV.dtype, device=student_logits_NV.device)
-        grad_NV[:, columns:] = 0.0
-        _student_gradient(
-            student_logits_NV[:, :columns],
-            None if teacher_logits_NV is None else teacher_logits_NV[:, :columns],
-            None if labels_N is None else labels_N[:, None],
-            _Rows(*stats),
-            ctx.options,
-            kd_upstream_N[:, None],
-            label_upstream_N[:, None],
-            grad_NV[:, :columns],
-        )
-        return grad_NV, None, None, None
+            raise RuntimeError("softmax_kl_sum can be differentiated once; for create_graph=True pass impl='reference'")
+        if ctx.handed_over:
+            raise RuntimeError(
+                "softmax_kl_sum keeps its gradient for one backward pass; for retain_graph=True use softmax_kl"
+            )
+        ctx.handed_over = True
+        (grad_NV,) = ctx.saved_tensors
+        scale_(grad_NV, upstream)
+        return grad_NV, *[None] * 14
+
+    return backward
+
+
+class _SoftmaxKLSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+        output = _softmax_kl_sum(*args)
+        _save_sum(ctx, args, output)
+        return output
+
+    backward = staticmethod(_backward_sum(_scale_))
+
+
+_scale_operator = torch.library.custom_op("kd_core::scale_", _scale_, mutates_args={"grad"})
+_sum_operator = torch.library.custom_op("kd_core::softmax_kl_sum", _softmax_kl_sum, mutates_args=())
+_sum_operator.register_fake(_softmax_kl_sum_fake)
+_sum_operator.register_autograd(_backward_sum(_scale_operator), setup_context=_save_sum)
+
+
+def _dtype(student: torch.Tensor) -> torch.dtype:
+    """What the operators compute in and return: float64 for float64 logits where no kernel serves them."""
+    return softmax_kl_torch.compute_dtype(student)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Public function
+# Public functions
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    """Whether looking at values costs neither waiting for a GPU nor a graph of torch.compile."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_temperature(name: str, tau: float | torch.Tensor, num_rows: int) -> None:
@@ -332,7 +358,7 @@ def _check_temperature(name: str, tau: float | torch.Tensor, num_rows: int) -> N
         )
     if tau.requires_grad:
         raise ValueError(f"{name} requires a gradient, but is not differentiated here; detach it")
-    if tau.device.type == "cpu" and not ((tau > 0) & (tau < math.inf)).all():
+    if _readable(tau) and not ((tau > 0) & (tau < math.inf)).all():
         raise ValueError(f"{name} must be positive and finite in every row, got {tau.min()} to {tau.max()}")
 
 
@@ -376,8 +402,7 @@ def _check_labels(labels: torch.Tensor, num_rows: int, columns: int, ignore_inde
             f"labels_N must be int64 of shape ({num_rows},), one per row of logits, "
             f"got {labels.dtype} of shape {tuple(labels.shape)}"
         )
-    # On a GPU this would wait for the device; there the gather of the label's logit asserts.
-    if labels.device.type == "cpu":
+    if _readable(labels):
         wrong = labels[((labels < 0) | (labels >= columns)) & (labels != ignore_index)]
         if len(wrong) > 0:
             raise ValueError(
@@ -386,47 +411,18 @@ def _check_labels(labels: torch.Tensor, num_rows: int, columns: int, ignore_inde
             )
 
 
-def softmax_kl(
+def _check_call(
     student_logits_NV: torch.Tensor,
     teacher_logits_NV: torch.Tensor | None,
-    labels_N: torch.Tensor | None = None,
-    *,
-    temperature: float | torch.Tensor = 1.0,
-    teacher_temperature: float | torch.Tensor | None = None,
-    direction: str = "forward",
-    ignore_index: int = -100,
-    valid_columns: int | None = None,
-    impl: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per row, tau_s * tau_t * KL(teacher || student) and the cross-entropy of the label at temperature 1.
-
-    Differentiable in the student's logits, once (twice with impl="reference"). Weights, masks and the division by a token count are the caller's, on
-    [N] vectors; their gradient is applied in float32. Memory beyond the gradient is a few floats a row and three chunks
-    of rows.
-
-    A term of probability zero is zero, also where both logits are -inf. A column that the teacher allows and the student
-    excludes by -inf makes the value inf with a finite gradient (reverse: the roles are swapped and the row's gradient is
-    zero). A row that is -inf throughout, on either side, has value and gradient zero. NaN stays NaN.
-
-    Args:
-        student_logits_NV: float [N, V], any float dtype, which is the gradient's too; rows may be strided.
-        teacher_logits_NV: float [N, at least the columns that take part], any float dtype; None for labels alone.
-        labels_N: int64 [N], in [0, V) or ignore_index; None for the KD term alone.
-        temperature: tau > 0, dimensionless; divides both sides' logits. A float, or float32 [N].
-        teacher_temperature: the teacher's own tau, where it differs.
-        direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
-        ignore_index: label of rows without a label term; they keep their KD term.
-        valid_columns: columns from here on take part in nothing, on either side; default all of the student's.
-        impl: "torch" (rows in chunks), "reference" (plain and slow, float32 or wider), or "auto" for the fastest there is.
-
-    Returns:
-        kd_N: float32 [N], nats, never negative, exactly zero for equal logits; zeros without a teacher.
-        label_N: float32 [N], nats; zero where the label is ignore_index; zeros without labels.
-
-    Raises:
-        ValueError: an argument has a wrong shape, dtype, device or value, the teacher's logits require a gradient, or
-            there is neither a teacher nor labels. Values of labels and temperatures are checked on a CPU only.
-    """
+    labels_N: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    teacher_temperature: float | torch.Tensor | None,
+    direction: str,
+    ignore_index: int,
+    valid_columns: int | None,
+    impl: str,
+) -> tuple[Any, ...]:
+    """The operators' arguments that follow from a call's; raises ValueError for what is wrong with it."""
     num_rows = student_logits_NV.shape[0] if student_logits_NV.ndim else 0
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
@@ -444,26 +440,168 @@ def softmax_kl(
     columns = student_logits_NV.shape[1] if valid_columns is None else valid_columns
     if labels_N is not None:
         _check_labels(labels_N, num_rows, columns, ignore_index)
-
-    if impl == "reference":
-        dtype = torch.promote_types(student_logits_NV.dtype, torch.float32)
-        kd_N, label_N = softmax_kl_reference(
-            student_logits_NV,
-            teacher_logits_NV,
-            labels_N,
-            temperature=temperature,
-            teacher_temperature=teacher_temperature,
-            direction=direction,
-            ignore_index=ignore_index,
-            valid_columns=valid_columns,
-            dtype=dtype,
+    if impl == "auto":
+        impl = (
+            "triton" if student_logits_NV.is_cuda and _triton_serves(student_logits_NV, teacher_logits_NV) else "torch"
         )
-        return kd_N.float(), label_N.float()
-
+    elif impl == "triton" and not _triton_serves(student_logits_NV, teacher_logits_NV):
+        raise ValueError(
+            f"impl='triton' computes in float32 on a GPU, got {student_logits_NV.dtype} on {student_logits_NV.device}; "
+            "pass impl='auto'"
+        )
     if teacher_logits_NV is None:
         temperature = teacher_temperature = 1.0  # the label term's: one exponential does
-    student_tau, teacher_tau = (
-        tau[:, None] if isinstance(tau, torch.Tensor) else float(tau) for tau in (temperature, teacher_temperature)
+    taus = temperature, teacher_temperature
+    tensors = (tau if isinstance(tau, torch.Tensor) else None for tau in taus)
+    floats = (1.0 if isinstance(tau, torch.Tensor) else float(tau) for tau in taus)
+    rest = direction == "reverse", ignore_index, columns, impl
+    return student_logits_NV, teacher_logits_NV, labels_N, *tensors, *floats, *rest
+
+
+def _triton_serves(*logits: torch.Tensor | None) -> bool:
+    on_device = [tensor.is_cuda or triton.knobs.runtime.interpret for tensor in logits if tensor is not None]
+    return all(on_device) and all(tensor.dtype != torch.float64 for tensor in logits if tensor is not None)
+
+
+def _reference(args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    (
+        student,
+        teacher,
+        labels,
+        student_tau_N,
+        teacher_tau_N,
+        student_tau,
+        teacher_tau,
+        reverse,
+        ignore_index,
+        columns,
+        _,
+    ) = args
+    options = _options(student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns)
+    kd_N, label_N = softmax_kl_reference(
+        student,
+        teacher,
+        labels,
+        temperature=options.student_tau,
+        teacher_temperature=options.teacher_tau,
+        direction=DIRECTIONS[reverse],
+        ignore_index=ignore_index,
+        valid_columns=columns,
+        dtype=torch.promote_types(student.dtype, torch.float32),
     )
-    options = _Options(student_tau, teacher_tau, direction, ignore_index, columns)
-    return _SoftmaxKL.apply(student_logits_NV, teacher_logits_NV, labels_N, options)
+    return kd_N.float(), label_N.float()
+
+
+def softmax_kl(
+    student_logits_NV: torch.Tensor,
+    teacher_logits_NV: torch.Tensor | None,
+    labels_N: torch.Tensor | None = None,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    teacher_temperature: float | torch.Tensor | None = None,
+    direction: str = "forward",
+    ignore_index: int = -100,
+    valid_columns: int | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per row, tau_s * tau_t * KL(teacher || student) and the cross-entropy of the label at temperature 1.
+
+    Differentiable in the student's logits, once (any number of times with impl="reference"). Weights, masks and the
+    division by a token count are the caller's, on [N] vectors; their gradient is applied in float32. Kept for the backward
+    pass: the logits themselves, and seven floats a row.
+
+    A term of probability zero is zero, also where both logits are -inf. A column that the teacher allows and the student
+    excludes by -inf makes the value inf with a finite gradient (reverse: the roles are swapped and the row's gradient is
+    zero). A row that is -inf throughout, on either side, has value and gradient zero. NaN stays NaN.
+
+    Args:
+        student_logits_NV: float [N, V], any float dtype, which is the gradient's too; rows may be strided.
+        teacher_logits_NV: float [N, at least the columns that take part], any float dtype; None for labels alone.
+        labels_N: int64 [N], in [0, V) or ignore_index; None for the KD term alone.
+        temperature: tau > 0, dimensionless; divides both sides' logits. A float, or float32 [N].
+        teacher_temperature: the teacher's own tau, where it differs.
+        direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
+        ignore_index: label of rows without a label term; they keep their KD term.
+        valid_columns: columns from here on take part in nothing, on either side; default all of the student's.
+        impl: "triton", "torch", "reference" (plain and slow, float32 or wider), or "auto" for the fastest on the device.
+
+    Returns:
+        kd_N: float32 [N], nats, never negative, exactly zero for equal logits; zeros without a teacher.
+        label_N: float32 [N], nats; zero where the label is ignore_index; zeros without labels.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value, the teacher's logits require a gradient, or
+            there is neither a teacher nor labels. Values of temperatures and labels are checked on a CPU only, and not
+            under torch.compile; elsewhere a label out of range makes its row's loss NaN.
+    """
+    args = _check_call(
+        student_logits_NV, teacher_logits_NV, labels_N, temperature, teacher_temperature, direction, ignore_index,
+        valid_columns, impl,
+    )  # fmt: skip
+    if impl == "reference":
+        return _reference(args)
+    kd_N, label_N, _ = (_operator if torch.compiler.is_compiling() else _SoftmaxKL.apply)(*args)
+    return kd_N.float(), label_N.float()
+
+
+def softmax_kl_sum(
+    student_logits_NV: torch.Tensor,
+    teacher_logits_NV: torch.Tensor | None,
+    labels_N: torch.Tensor | None = None,
+    *,
+    kd_weight: float = 1.0,
+    label_weight: float = 0.0,
+    row_weight_N: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    teacher_temperature: float | torch.Tensor | None = None,
+    direction: str = "forward",
+    ignore_index: int = -100,
+    valid_columns: int | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums of `softmax_kl` over rows, for weights that are known in advance.
+
+    loss = kd_weight * kd_sum + label_weight * label_sum, of which kd_sum = sum_n row_weight_n kd_n, and label_sum alike.
+    The gradient is made in the forward pass, so the logits can be freed before the backward pass, which only multiplies by
+    the upstream gradient, on the device, where that is not 1. One backward pass: for retain_graph=True use `softmax_kl`.
+
+    Args:
+        kd_weight, label_weight: factors of the two terms.
+        row_weight_N: float32 [N], without a gradient; a row of weight 0 takes no part. Default 1 each.
+
+    The other arguments are those of `softmax_kl`.
+
+    Returns:
+        loss: float32, a scalar, differentiable in the student's logits, once.
+        kd_sum, label_sum: float32, scalars, detached; without kd_weight and label_weight.
+
+    Raises:
+        ValueError: as `softmax_kl`; or float16 logits that require a gradient, most of whose elements would underflow
+            before a loss scale reaches them.
+    """
+    args = _check_call(
+        student_logits_NV, teacher_logits_NV, labels_N, temperature, teacher_temperature, direction, ignore_index,
+        valid_columns, impl,
+    )  # fmt: skip
+    num_rows, student = student_logits_NV.shape[0], student_logits_NV
+    if row_weight_N is not None and (
+        row_weight_N.shape != (num_rows,) or row_weight_N.dtype != torch.float32 or row_weight_N.requires_grad
+    ):
+        raise ValueError(
+            f"row_weight_N must be float32 of shape ({num_rows},) without a gradient, "
+            f"got {row_weight_N.dtype} of shape {tuple(row_weight_N.shape)}"
+        )
+    with_gradient = torch.is_grad_enabled() and student.requires_grad
+    if with_gradient and student.dtype == torch.float16 and impl != "reference":
+        raise ValueError(
+            "student_logits_NV is float16, whose gradient would underflow here; use softmax_kl, or bfloat16"
+        )
+    if impl == "reference":
+        weight_N = torch.ones_like(args[0][:, 0], dtype=torch.float32) if row_weight_N is None else row_weight_N
+        kd_sum, label_sum = ((weight_N * value_N)[weight_N != 0].sum() for value_N in _reference(args))
+        loss = kd_weight * kd_sum + label_weight * label_sum
+    else:
+        weights = row_weight_N, float(kd_weight), float(label_weight)
+        function = _sum_operator if torch.compiler.is_compiling() else _SoftmaxKLSum.apply
+        loss, kd_sum, label_sum, _ = function(*args, *weights, with_gradient)
+    return loss.float(), kd_sum.detach().float(), label_sum.detach().float()

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from kd_core.kernels import softmax_kl as module
+from kd_core.kernels import softmax_kl_native, softmax_kl_torch, softmax_kl_triton
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_reference
 
 INF = math.inf
-IMPLS = ("torch", "reference")
+# What `impl` can mean. Triton's kernels run in its interpreter (tests/conftest.py), each as if it served every V.
+VARIANTS = ("torch", "native", "resident", "streaming", "reference")
 # Shapes: one row and one column, odd sizes, several chunks (CHUNK_BYTES below), a vocabulary with a ragged tail.
 SHAPES = ((1, 1), (3, 2), (5, 7), (13, 1000), (4, 30522))
 CHUNK_BYTES = 3 * 4 * 1000  # three rows of 1000: the last chunk of 13 rows has one
@@ -17,7 +18,32 @@ CHUNK_BYTES = 3 * 4 * 1000  # three rows of 1000: the last chunk of 13 rows has 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(softmax_kl_torch, "CPU_CHUNK_BYTES", CHUNK_BYTES)
+
+
+@pytest.fixture(params=VARIANTS)
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    variant = request.param
+    if variant == "torch":
+        monkeypatch.setattr(softmax_kl_native, "supports", lambda *_: False)
+    if variant == "native":
+        if softmax_kl_native.library() is None:
+            pytest.skip("no C compiler here")
+        return "torch"
+    if variant in ("resident", "streaming"):
+        if torch.cuda.is_available():
+            pytest.skip("Triton compiles here; tests marked gpu cover it")
+        monkeypatch.setattr(softmax_kl_triton, "plan", PLANS[variant])
+        return "triton"
+    return variant
+
+
+SERVED = softmax_kl_triton.plan
+# Two tiles where there are columns for them, and a streaming loop of several turns.
+PLANS = {
+    "resident": lambda columns: SERVED(columns) if columns <= 1000 else softmax_kl_triton.cluster_plan(columns),
+    "streaming": lambda columns: softmax_kl_triton.STREAMING._replace(block=64 if columns <= 1000 else 256),
+}
 
 
 def make(num_rows: int, num_columns: int, seed: int = 0, scale: float = 3.0) -> tuple[torch.Tensor, ...]:
@@ -78,16 +104,17 @@ def with_tensors(options: dict, num_rows: int) -> dict:
     return {name: per_row if value == "per row" else value for name, value in options.items()}
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradient_equal_float64(shape, options, direction, impl) -> None:
+    if impl == "triton" and shape[1] > 5000:
+        shape = (3, 4099)  # the interpreter is slow
     student, teacher, labels = make(*shape)
     options = with_tensors(options, shape[0]) | {"direction": direction}
     want = truth(student, teacher, labels, **options)
     # The plain sum of p (log p - log q) in float32 is less accurate than sums shifted by the maximum.
-    value_rtol = 2e-6 if impl == "torch" else 1e-5
+    value_rtol = 1e-5 if impl == "reference" else 2e-6
     got = value_and_gradient(softmax_kl, student, teacher, labels, impl=impl, **options)
     assert_close(got, want, value_rtol=value_rtol)
 
@@ -112,13 +139,12 @@ def test_reference_equals_torch_functional() -> None:
     torch.testing.assert_close(reverse, 4.0 * kl(log_p, log_q, log_target=True, reduction="none").sum(1))
 
 
-def test_auto_is_the_chunked_one() -> None:
+def test_auto_is_torch_on_a_cpu() -> None:
     student, teacher, labels = make(13, 1000)
     got, want = (value_and_gradient(softmax_kl, student, teacher, labels, impl=impl) for impl in ("auto", "torch"))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_ignored_rows_keep_their_kd_term(impl) -> None:
     student, teacher, labels = make(13, 1000)
     kd, label, gradient = value_and_gradient(softmax_kl, student, teacher, labels, impl=impl)
@@ -135,7 +161,6 @@ def test_ignored_rows_keep_their_kd_term(impl) -> None:
     assert torch.equal(with_other_index[2][unaffected], gradient[unaffected])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_all_rows_ignored(impl) -> None:
     student, _, labels = make(13, 1000)
     labels = torch.full_like(labels, -100)
@@ -143,7 +168,6 @@ def test_all_rows_ignored(impl) -> None:
     assert (label == 0).all() and (gradient == 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_columns_that_take_no_part(temperature, direction, impl) -> None:
@@ -162,7 +186,6 @@ def test_columns_that_take_no_part(temperature, direction, impl) -> None:
         assert (got[2][:, 1000:] == 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_without_teacher_the_label_term_is_the_same(temperature, impl) -> None:
     student, teacher, labels = make(13, 1000)
@@ -171,21 +194,25 @@ def test_without_teacher_the_label_term_is_the_same(temperature, impl) -> None:
         softmax_kl, student, None, labels, upstream, impl=impl, temperature=temperature
     )
     want = value_and_gradient(softmax_kl, student, teacher, labels, upstream, impl=impl, temperature=temperature)
-    assert (kd == 0).all() and torch.equal(label, want[1])
+    assert (kd == 0).all()
+    torch.testing.assert_close(label, want[1], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(gradient, want[2], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("student_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.bfloat16])
 def test_dtypes(student_dtype, teacher_dtype, impl) -> None:
+    if impl == "triton" and student_dtype == torch.float64:
+        pytest.skip("its kernels compute in float32; refused")
     student, teacher, labels = make(13, 1000)
     student, teacher = student.to(student_dtype), teacher.to(teacher_dtype)
     want = truth(student, teacher, labels, temperature=2.0)
     got = value_and_gradient(softmax_kl, student, teacher, labels, impl=impl, temperature=2.0)
     assert got[2].dtype == student_dtype
-    # Half a unit in the last place of the gradient's dtype, and a little for the arithmetic before the store.
-    rtol = max(0.51 * torch.finfo(student_dtype).eps, 3e-6)
+    # Half a unit in the last place of the gradient's dtype, and a little for the arithmetic before the store; Triton's
+    # interpreter truncates to bfloat16 where hardware rounds.
+    units = 1.0 if impl == "triton" else 0.51
+    rtol = max(units * torch.finfo(student_dtype).eps, 3e-6)
     assert_close(got, want, rtol)
 
 
@@ -203,7 +230,6 @@ def test_upstream_enters_before_rounding() -> None:
     assert ((got[2].double() - want).abs()[small] <= 2.0**-10.5 * want.abs()[small]).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_strides(direction, impl) -> None:
     student, teacher, labels = make(13, 1000)
@@ -223,7 +249,6 @@ def test_strides(direction, impl) -> None:
     assert_close(got, truth(student, one_teacher, labels, direction=direction))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("teacher", [True, False])
 def test_no_rows(teacher, impl) -> None:
     logits = torch.empty(0, 7)
@@ -233,7 +258,6 @@ def test_no_rows(teacher, impl) -> None:
     assert [x.shape for x in got] == [(0,), (0,), (0, 7)]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 class TestMinusInfinity:
     """Rows of four columns, so that what is wrong is easy to see."""
@@ -305,18 +329,16 @@ class TestMinusInfinity:
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_models_have_exactly_zero_kl(dtype, temperature, direction) -> None:
+def test_equal_models_have_exactly_zero_kl(dtype, temperature, direction, impl) -> None:
     student = make(13, 1000)[0].to(dtype)
-    for impl in IMPLS:
-        options = {"temperature": temperature, "direction": direction, "impl": impl}
-        kd, _, gradient = value_and_gradient(softmax_kl, student, student.clone(), None, **options)
-        assert (kd == 0).all() and gradient.abs().max() <= 1e-6
+    options = {"temperature": temperature, "direction": direction, "impl": impl}
+    kd, _, gradient = value_and_gradient(softmax_kl, student, student.clone(), None, **options)
+    assert (kd == 0).all() and gradient.abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_kl_is_never_negative(direction, impl) -> None:
-    student, _, _ = make(200, 1000)
+    student, _, _ = make(10 if impl == "triton" else 200, 1000)
     noise = torch.randn(student.shape, generator=torch.Generator().manual_seed(1))
     for size in (1e-2, 1e-4, 1e-6):
         kd, _ = softmax_kl(student, student + size * noise, direction=direction, impl=impl)
@@ -325,27 +347,30 @@ def test_kl_is_never_negative(direction, impl) -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_gradient_rows_sum_to_zero(options, direction) -> None:
+def test_gradient_rows_sum_to_zero(options, direction, impl) -> None:
     student, teacher, labels = make(13, 1000)
     options = with_tensors(options, 13)
     upstream = torch.ones(13), torch.ones(13)
-    _, _, gradient = value_and_gradient(softmax_kl, student, teacher, labels, upstream, direction=direction, **options)
+    _, _, gradient = value_and_gradient(
+        softmax_kl, student, teacher, labels, upstream, direction=direction, impl=impl, **options
+    )
     assert gradient.abs().sum(1).min() > 0.01
     assert gradient.double().sum(1).abs().max() < 5e-6
 
 
+@pytest.mark.parametrize("impl", VARIANTS[:-1], indirect=True)  # the reference in float32 is not made for it
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_shift_of_the_logits_changes_nothing(options, direction) -> None:
+def test_a_shift_of_the_logits_changes_nothing(options, direction, impl) -> None:
     student, teacher, labels = make(13, 1000)
     # Multiples of 2^-8, so that adding the offset is exact in float32.
     student, teacher = ((256 * x).round() / 256 for x in (student, teacher))
     options = with_tensors(options, 13) | {"direction": direction}
     want = truth(student, teacher, labels, **options)
-    assert_close(value_and_gradient(softmax_kl, student + 3000.0, teacher - 500.0, labels, **options), want)
+    got = value_and_gradient(softmax_kl, student + 3000.0, teacher - 500.0, labels, impl=impl, **options)
+    assert_close(got, want)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_tau_squared_is_in_value_and_gradient(direction, impl) -> None:
     """Logits and temperature times 3: the same distributions, so 9 times the value and 3 times the gradient."""
@@ -357,10 +382,10 @@ def test_tau_squared_is_in_value_and_gradient(direction, impl) -> None:
     torch.testing.assert_close(gradient_3, 3 * gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_backward_twice_with_different_gradients() -> None:
+def test_backward_twice_with_different_gradients(impl) -> None:
     student, teacher, labels = make(13, 1000)
     student.requires_grad_()
-    kd, label = softmax_kl(student, teacher, labels, temperature=2.0)
+    kd, label = softmax_kl(student, teacher, labels, temperature=2.0, impl=impl)
     (first,) = torch.autograd.grad(kd.sum(), student, retain_graph=True)
     (second,) = torch.autograd.grad(label.sum(), student, retain_graph=True)
     (both,) = torch.autograd.grad(2 * kd.sum() + 3 * label.sum(), student)
@@ -396,7 +421,8 @@ LABELS = torch.zeros(3, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((LOGITS, LOGITS), {"impl": "triton"}, "impl must be one of auto, torch, reference, got 'triton'"),
+        ((LOGITS, LOGITS), {"impl": "cuda"}, "impl must be one of auto, triton, torch, reference, got 'cuda'"),
+        ((LOGITS.double(), LOGITS), {"impl": "triton"}, "got torch.float64 on cpu; pass impl='auto'"),
         ((LOGITS, LOGITS), {"direction": "back"}, "direction must be one of forward, reverse, got 'back'"),
         ((LOGITS, None), {}, "both None"),
         ((LOGITS[None], LOGITS), {}, r"student_logits_NV must be floating-point \[N, V\].*flatten"),

@@ -1,0 +1,213 @@
+"""softmax_kl in C for CPUs: the functions of softmax_kl_torch, each row read once a pass.
+
+softmax_kl.c is compiled for the machine at first use and kept in `$KD_CACHE` (default `~/.cache/kd_recipes`). Where there is
+no C compiler (`$CC`, cc, gcc, clang) the module says so through `supports` alone.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from kd_core.kernels.softmax_kl_torch import Options, Rows
+
+SOURCE = Path(__file__).with_name("softmax_kl.c")
+COMPILERS = ("cc", "gcc", "clang")
+# The loops are written for contraction to fused multiply-adds; nothing here reads errno or floating-point traps.
+FLAGS = "-std=gnu11 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math".split()
+
+# Numbers of softmax_kl.c.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# A thread is worth waking for this many logits.
+ELEMENTS_A_THREAD = 1 << 16
+
+# Gradients from this size on come from the operating system, page by page, which took longer than to compute them.
+HUGE_PAGES_FROM_BYTES = 1 << 22
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The library
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("row_bytes", ctypes.c_int64), ("dtype", ctypes.c_int64))
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("step", ctypes.c_int64))
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, _Matrix) for name in ("student", "teacher", "gradient")),
+        *((name, _Vector) for name in ("labels", "student_tau", "teacher_tau", "kd_upstream", "label_upstream")),
+        ("statistics", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("rows", "columns", "ignore_index", "with_statistics", "reverse", "next_row")
+        ),
+    )
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
+
+
+def _compile(compiler: str) -> Path:
+    """The compiled library, from the cache where it is there."""
+    # All macros that the compiler predefines: its version and the processor that it compiles for.
+    target = _run([compiler, *FLAGS, "-dM", "-E", "-x", "c", os.devnull])
+    digest = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, target)).encode()).hexdigest()
+    folder = Path(os.environ.get("KD_CACHE") or "~/.cache/kd_recipes").expanduser() / "kernels"
+    path = folder / f"softmax_kl-{digest[:16]}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Several processes may do this at once: the last one's file stays, and they are all alike.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            new = Path(scratch, path.name)
+            _run([compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(new), "-lm"])
+            new.rename(path)
+    return path
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The C functions; None where there is no compiler, and with a warning where it fails."""
+    named = os.environ.get("CC")
+    compiler = next(filter(shutil.which, [named] if named else COMPILERS), None)
+    if compiler is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_compile(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        warnings.warn(
+            f"softmax_kl runs in PyTorch, slower: {compiler} cannot compile {SOURCE.name}: {lines[-1]}", stacklevel=2
+        )
+        return None
+
+
+def supports(student_NV: torch.Tensor, teacher_NV: torch.Tensor | None) -> bool:
+    """Whether the functions below take these logits: on a CPU, at most 32 bits each, columns side by side."""
+    return all(_is_readable(logits_NV) for logits_NV in (student_NV, teacher_NV) if logits_NV is not None) and (
+        library() is not None
+    )
+
+
+def _is_readable(logits_NV: torch.Tensor) -> bool:
+    adjacent = logits_NV.stride(1) == 1 or logits_NV.shape[1] == 1
+    return logits_NV.device.type == "cpu" and logits_NV.dtype in DTYPES and adjacent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The functions of softmax_kl_torch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Of this process: a fork has none of its parent's threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="softmax_kl")
+
+
+def _matrix(tensor_NV: torch.Tensor | None) -> _Matrix:
+    if tensor_NV is None:
+        return _Matrix()
+    return _Matrix(tensor_NV.data_ptr(), tensor_NV.stride(0) * tensor_NV.element_size(), DTYPES[tensor_NV.dtype])
+
+
+def _vector(tensor_N: torch.Tensor | None) -> _Vector:
+    return _Vector() if tensor_N is None else _Vector(tensor_N.data_ptr(), tensor_N.stride(0))
+
+
+def _work(
+    student_NV: torch.Tensor,
+    teacher_NV: torch.Tensor | None,
+    labels_N: torch.Tensor | None,
+    options: Options,
+    statistics_7N: torch.Tensor,
+    *,
+    with_statistics: bool,
+    upstream: tuple[torch.Tensor, torch.Tensor] | None = None,
+    out: torch.Tensor | None = None,
+) -> None:
+    """Fills `statistics_7N`, or `out` from it, or both one row after the other."""
+    native = library()
+    assert native is not None, "called without asking `supports`"
+    num_rows, columns = student_NV.shape
+    taus = [
+        torch.as_tensor(tau, dtype=torch.float64).expand(num_rows) for tau in (options.student_tau, options.teacher_tau)
+    ]
+    weights = [None, None] if upstream is None else [weight_N.float().expand(num_rows) for weight_N in upstream]
+    call = _Call(
+        *(_matrix(tensor) for tensor in (student_NV, teacher_NV, out)),
+        *(_vector(tensor) for tensor in (labels_N, *taus, *weights)),
+        statistics_7N.data_ptr(),
+        *(num_rows, columns, options.ignore_index, with_statistics, options.reverse, 0),
+    )
+    if out is not None and out.nbytes >= HUGE_PAGES_FROM_BYTES and out.is_contiguous():
+        native.softmax_kl_huge_pages(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
+    threads = min(torch.get_num_threads(), 1 + num_rows * columns // ELEMENTS_A_THREAD)
+    # Each takes rows until none is left, so a helper that comes too late has nothing to do.
+    helpers = [
+        _pool(os.getpid(), torch.get_num_threads()).submit(native.softmax_kl, ctypes.byref(call))
+        for _ in range(threads - 1)
+    ]
+    native.softmax_kl(ctypes.byref(call))
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
+
+
+def _new_statistics(student_NV: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(7, student_NV.shape[0])
+
+
+def statistics(
+    student_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labels_N: torch.Tensor | None, options: Options
+) -> Rows:
+    """The first read of the logits, whose columns are all taken: maxima, sums and mean differences."""
+    statistics_7N = _new_statistics(student_NV)
+    _work(student_NV, teacher_NV, labels_N, options, statistics_7N, with_statistics=True)
+    return Rows(*statistics_7N.unbind())
+
+
+def gradient(
+    student_NV: torch.Tensor,
+    teacher_NV: torch.Tensor | None,
+    labels_N: torch.Tensor | None,
+    stats: Rows,
+    options: Options,
+    kd_upstream_N: torch.Tensor,
+    label_upstream_N: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """The second read of the logits; fills `out`. Upstream gradients enter before the rounding to its dtype."""
+    upstream = kd_upstream_N, label_upstream_N
+    statistics_7N = torch.stack(stats)
+    _work(student_NV, teacher_NV, labels_N, options, statistics_7N, with_statistics=False, upstream=upstream, out=out)
+
+
+def statistics_and_gradient(
+    student_NV: torch.Tensor,
+    teacher_NV: torch.Tensor | None,
+    labels_N: torch.Tensor | None,
+    options: Options,
+    kd_upstream_N: torch.Tensor,
+    label_upstream_N: torch.Tensor,
+    out: torch.Tensor,
+) -> Rows:
+    """Both, for one row after the other: the second read finds the row in the cache."""
+    upstream, statistics_7N = (kd_upstream_N, label_upstream_N), _new_statistics(student_NV)
+    _work(student_NV, teacher_NV, labels_N, options, statistics_7N, with_statistics=True, upstream=upstream, out=out)
+    return Rows(*statistics_7N.unbind())
