@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -256,8 +257,10 @@ def copy_function(device: str) -> tuple[Function, int]:
 
 
 def _in_a_new_process(function: Callable[..., Any], *args: Any) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    context = multiprocessing.get_context("forkserver")  # of a process that has done nothing but this import
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *args).result()
 
 
 def _resident_bytes(field: str) -> int:

@@ -42,7 +42,6 @@ static const float MIN_MAX = -1e30f;   // a row maximum below this is that of a 
 static const float MAX_EXCESS = 4.0f;  // in units of log 2: exponents stay small, and so do their rounding errors
 static const double LOG2_E = 1.44269504088896340736;
 static const double LN_2 = 0.69314718055994530942;
-static const int64_t ELEMENTS_AT_ONCE = 1 << 15;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The call: softmax_kl_native.py has the same structures
@@ -65,7 +64,7 @@ struct call {
     struct vector student_tau, teacher_tau;      // double
     struct vector kd_upstream, label_upstream;   // float
     float *statistics;                           // [7, rows], in the order of Rows
-    int64_t rows, columns, ignore_index, with_statistics, reverse;
+    int64_t rows, columns, ignore_index, with_statistics, reverse, rows_at_once;
     _Atomic int64_t next_row;
 };
 
@@ -584,12 +583,11 @@ static void take_gradient(const struct call *call, const struct row *row) {
 
 // Any number of threads may work on one call: each takes rows until none is left.
 void softmax_kl(struct call *call) {
-    int64_t at_once = 1 + ELEMENTS_AT_ONCE / call->columns;
     for (;;) {
-        int64_t first = atomic_fetch_add(&call->next_row, at_once);
+        int64_t first = atomic_fetch_add(&call->next_row, call->rows_at_once);
         if (first >= call->rows) return;
-        int64_t end = first + at_once < call->rows ? first + at_once : call->rows;
-        for (int64_t index = first; index < end; index++) {
+        int64_t last = first + call->rows_at_once;
+        for (int64_t index = first; index < last && index < call->rows; index++) {
             struct row row = row_at(call, index);
             if (call->with_statistics) take_statistics(call, &row);
             if (call->gradient.data != NULL) take_gradient(call, &row);

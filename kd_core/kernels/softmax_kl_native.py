@@ -30,6 +30,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # A thread is worth waking for this many logits.
 ELEMENTS_A_THREAD = 1 << 16
 
+# A thread takes rows of about this many logits at once: two do not write to the same huge page then, unless at its ends.
+ELEMENTS_AT_ONCE = 1 << 20
+
 # Gradients from this size on come from the operating system, page by page, which took longer than to compute them.
 HUGE_PAGES_FROM_BYTES = 1 << 22
 
@@ -54,7 +57,7 @@ class _Call(ctypes.Structure):
         ("statistics", ctypes.c_void_p),
         *(
             (name, ctypes.c_int64)
-            for name in ("rows", "columns", "ignore_index", "with_statistics", "reverse", "next_row")
+            for name in ("rows", "columns", "ignore_index", "with_statistics", "reverse", "rows_at_once", "next_row")
         ),
     )
 
@@ -149,20 +152,23 @@ def _work(
         torch.as_tensor(tau, dtype=torch.float64).expand(num_rows) for tau in (options.student_tau, options.teacher_tau)
     ]
     weights = [None, None] if upstream is None else [weight_N.float().expand(num_rows) for weight_N in upstream]
+    threads = min(torch.get_num_threads(), 1 + num_rows * columns // ELEMENTS_A_THREAD)
+    rows_at_once = max(1, min(ELEMENTS_AT_ONCE // columns, num_rows // (4 * threads)))
     call = _Call(
         *(_matrix(tensor) for tensor in (student_NV, teacher_NV, out)),
         *(_vector(tensor) for tensor in (labels_N, *taus, *weights)),
         statistics_7N.data_ptr(),
-        *(num_rows, columns, options.ignore_index, with_statistics, options.reverse, 0),
+        *(num_rows, columns, options.ignore_index, with_statistics, options.reverse, rows_at_once, 0),
     )
     if out is not None and out.nbytes >= HUGE_PAGES_FROM_BYTES and out.is_contiguous():
         native.softmax_kl_huge_pages(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
-    threads = min(torch.get_num_threads(), 1 + num_rows * columns // ELEMENTS_A_THREAD)
-    # Each takes rows until none is left, so a helper that comes too late has nothing to do.
-    helpers = [
-        _pool(os.getpid(), torch.get_num_threads()).submit(native.softmax_kl, ctypes.byref(call))
-        for _ in range(threads - 1)
-    ]
+    _work_in(threads, native, call)
+
+
+def _work_in(threads: int, native: ctypes.CDLL, call: _Call) -> None:
+    """Each thread takes rows until none is left, so a helper that comes too late has nothing to do."""
+    pool = _pool(os.getpid(), torch.get_num_threads()) if threads > 1 else None
+    helpers = [pool.submit(native.softmax_kl, ctypes.byref(call)) for _ in range(threads - 1)] if pool else []
     native.softmax_kl(ctypes.byref(call))
     for helper in helpers:
         if not helper.cancel():

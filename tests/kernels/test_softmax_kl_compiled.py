@@ -19,7 +19,7 @@ LIMITS = {
     "_gradient_kernel": 64,
     "_resident_kernel": 128,
     "_total_kernel": 64,
-    "_scale_kernel": 64,
+    "_scale_kernel": 96,
 }
 VOCABULARIES = (1000, 4096, 30522, 32000, 50257, 128256, 151936)
 
