@@ -1,36 +1,79 @@
 """softmax_kl is faster and leaner than the losses composed from PyTorch functions. Figures: python -m kd_core.kernels.bench."""
 
+import functools
+import json
 import statistics
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from kd_core.kernels.bench import eager, interleaved_ms, make_inputs, peak_bytes, step
-from kd_core.kernels.softmax_kl import softmax_kl
+from kd_core.kernels import bench, bench_measure, softmax_kl_native
+from kd_core.kernels.bench_measure import Case
+
+CASES = [
+    Case(rows, columns, "float32", temperature, labels=True, threads=threads)
+    for rows, columns, temperature, threads in [
+        (512, 30522, 1.0, 1),
+        (512, 30522, 2.0, 2),
+        (128, 128256, 2.0, 1),
+        (128, 128256, 1.0, 2),
+    ]
+]
 
 
-@pytest.fixture
-def one_thread():
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_at_least_twice_as_fast_on_one_thread(temperature, one_thread) -> None:
-    """5 to 8 on an idle AMD EPYC core, so a bound of 2 leaves room for a busy one."""
-    inputs = make_inputs(512, 30522, torch.float32)
-    times = interleaved_ms(
-        lambda: step(eager, *inputs, temperature), lambda: step(softmax_kl, *inputs, temperature), rounds=7
-    )
-    assert statistics.median(eager_ms / ours_ms for eager_ms, ours_ms in times) >= 2.0, times
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.columns}-{case.threads}-threads")
+def test_speed(case: Case) -> None:
+    """The bounds of the requirement; an idle machine shows three times as much (kd_core/kernels/README.md)."""
+    torch.set_num_threads(case.threads)
+    inputs, upstream = bench_measure.make_inputs(case, "cpu"), torch.ones(())
+    functions = {
+        name: functools.partial(step, inputs, case.temperature, upstream)
+        for name, step in bench_measure.providers("cpu", case.columns).items()
+    }
+    times = bench_measure.cpu_times(functions, rounds=7)
+
+    def speedup(ours: str, theirs: str) -> float:
+        return statistics.median(slow / fast for slow, fast in zip(times[theirs], times[ours], strict=True))
+
+    assert speedup("softmax_kl, no C compiler", "eager") >= 2.0, times
+    if softmax_kl_native.library() is None:
+        pytest.skip("no C compiler: the other bounds are for the compiled form")
+    for name in "softmax_kl", "softmax_kl_sum":
+        assert speedup(name, "eager") >= 6.0, times
+        assert speedup(name, "torch.compile") >= 1.8, times
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-def test_a_tenth_of_the_memory() -> None:
-    ours, theirs = (peak_bytes(loss, 512, 30522, torch.float32, 2.0) for loss in (softmax_kl, eager))
+@pytest.mark.parametrize("provider", ["softmax_kl", "softmax_kl_sum", "softmax_kl, no C compiler"])
+def test_a_tenth_of_the_memory(provider: str) -> None:
+    ours, theirs = (bench_measure.cpu_peak_bytes(name, CASES[1]) for name in (provider, "eager"))
     # At the very least the eager form keeps both log-softmaxes: a smaller figure would mean that nothing was measured.
     assert theirs > 2 * 512 * 30522 * 4
     assert ours <= theirs / 10, f"{ours / 2**20:.1f} MiB against {theirs / 2**20:.1f} MiB"
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench, "run_tests", lambda: "all passed")  # this is one of them
+    monkeypatch.setattr(bench, "report_first_calls", lambda *_: {})
+    words = "--device cpu --rows 16 --columns 100 200 --dtypes float32 --temperatures 2 --labels on --rounds 2"
+    bench.main([*words.split(), "--out", str(tmp_path)])
+    cases = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    assert [case["columns"] for case in cases] == [100, 200]
+    for case in cases:
+        assert {"eager", "torch.compile", "softmax_kl", "softmax_kl_sum"} <= set(case["providers"])
+        assert not bench.wrong(case)
+    shown, table = capsys.readouterr().out, (tmp_path / "table.md").read_text()
+    assert table in shown and "| 16 x 200 | float32 | 2 | on | 1 | softmax_kl_sum |" in table
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+    bad = cases[0] | {"providers": {"softmax_kl": cases[0]["providers"]["softmax_kl"] | {"gradient_error": 0.1}}}
+    assert bench.wrong(bad) == ["softmax_kl"]
