@@ -197,7 +197,7 @@ def table_lines(record: dict[str, Any]) -> Iterator[str]:
         mark = " WRONG" if name in wrong(record) else ""
         yield (
             start
-            + "{0} | {ms:.3f} ({ms_20:.3f}-{ms_80:.3f}) | {1} | {gbps:.0f} | {of_copy:.0%} | {of_copy_two_reads:.0%} "
+            + "{0} | {ms:.3f} ({ms_20:.3f}-{ms_80:.3f}) | {1} | {gbps:.3g} | {of_copy:.0%} | {of_copy_two_reads:.0%} "
             "| {speedup:.2f} ({speedup_min:.2f}-{speedup_max:.2f}) | {2} | {value_error:.0e} | {gradient_error:.0e}{3} |"
         ).format(name, half, memory, mark, **r)
 
