@@ -57,13 +57,13 @@ def _evaluated(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]
     config, result = record["config"], record.get("result") or {"stopped": "no result yet"}
     if result.get("stopped", "finished") != "finished":
         raise ValueError(f"{folder} has not finished ({result['stopped']}); continue it with --resume, or leave it out")
-    if metric not in result:
-        raise ValueError(
-            f"{folder} has no {metric}; --metric must be one of {[name for name in result if '/' in name]}"
-        )
+    end = {**(lines[-1] if lines else {}), **result}
+    if metric not in end:
+        raise ValueError(f"{folder} has no {metric}; --metric must be one of {[name for name in end if '/' in name]}")
+    steps = config.get("steps", end.get("step"))
     # An evaluation before the first counted step has no time to compare.
-    points = [line for line in lines if metric in line and line["step"] < config["steps"] and line["train_s"] > 0]
-    points.append({**(lines[-1] if lines else {}), **result, "step": config["steps"]})
+    points = [line for line in lines if metric in line and line["step"] < steps and line["train_s"] > 0]
+    points.append(end | {"step": steps})
     quality = np.array([point[metric] for point in points], dtype=float)
     spent = np.array([_spent(point) for point in points], dtype=float)
     if not np.isfinite(quality).all() or not (spent[:, 0] > 0).all():
@@ -72,7 +72,7 @@ def _evaluated(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]
     closes = 1 + max((i for i, inside in enumerate(distils) if inside), default=len(lines))
     return Run(
         folder,
-        {name: record[name] for name in ("hardware", "world_size") if name in record} | config,
+        {name: record[name] for name in ("hardware", "world_size") if name in record} | config | {"steps": steps},
         sign * quality,
         spent,
         lines[closes]["train_s"] if closes < len(lines) else None,

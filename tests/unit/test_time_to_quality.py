@@ -294,6 +294,16 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, timeout=120)
 
 
+def test_length_and_quality_may_stand_in_the_log_alone(tmp_path: Path) -> None:
+    arms = [make_arm(tmp_path / name, speed=speed) for name, speed in (("baseline", 1.0), ("kd", 2.0))]
+    whole = report(*arms, out=tmp_path / "whole")
+    for folder in (*arms[0], *arms[1]):
+        record = json.loads((folder / "run.json").read_text())
+        del record["config"]["steps"]
+        (folder / "run.json").write_text(json.dumps(record | {"result": {"stopped": "finished"}}))
+    assert report(*arms, out=tmp_path / "log") == whole
+
+
 def test_a_hundred_runs_of_a_thousand_lines_take_under_five_seconds(tmp_path: Path) -> None:
     lengths = (1000, 2000)
     arms = [
