@@ -21,6 +21,7 @@ import tyro
 from kd_core.samplers import Sampler
 
 ConfigT = TypeVar("ConfigT", bound="SharedFlags")
+FlagsT = TypeVar("FlagsT", bound=Any)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +146,14 @@ def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset
     if load is None and out and "--resume" in words and (Path(out) / "run.json").exists():
         load = str(Path(out) / "run.json")
     if load is None:
-        return _tyro(config_type, shlex.split(preset, comments=True) + words, config_type())
+        return read_flags(config_type, shlex.split(preset, comments=True) + words, config_type())
     saved = _saved_config(load)
     unknown = sorted(set(saved) - {field.name for field in dataclasses.fields(config_type)})
     if unknown:
         raise ValueError(f"{load} has settings that this recipe lacks: {unknown}; use the recipe that wrote it")
     # A loaded run is a starting point, not the same run: its folder is not taken over.
     saved |= {"out": None, "resume": False}
-    return _tyro(config_type, words, dataclasses.replace(config_type(), **saved))
+    return read_flags(config_type, words, dataclasses.replace(config_type(), **saved))
 
 
 def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
@@ -178,8 +179,12 @@ def _saved_config(path: str) -> dict[str, Any]:
         raise ValueError(f"{path} is no run.json of a run ({error!r}); give runs/<recipe>/<run>/run.json") from None
 
 
-def _tyro(config_type: type[ConfigT], words: list[str], default: ConfigT) -> ConfigT:
-    """tyro's parser with its error box reduced to a ValueError of one line."""
+def read_flags(config_type: type[FlagsT], words: list[str], default: FlagsT) -> FlagsT:
+    """`words` over the fields of `default`: tyro's parser for any dataclass, its error box reduced to one line.
+
+    Raises:
+        ValueError: an unknown flag (with the nearest known one), a value of the wrong type.
+    """
     known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(config_type)}
     known |= {flag.replace("--", "--no-", 1) for flag in known} | {"--help", "--load"}
     for word in words:

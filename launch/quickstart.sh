@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job in small: a teacher, then the same student without and with it, then a table and a plot.
+# The main job in small: a teacher, then the same student with and without it, then what that was worth.
 # About ten minutes on two CPU cores. Flags go to both student runs, for example: --data my_texts --steps 500
 set -euo pipefail
 here=$(dirname "$0")
@@ -9,4 +9,4 @@ for arm in kd baseline; do
     bash "$here/bert_$arm.sh" --preset small "$@" --out "$out/$arm"
     [ -d "$out/$arm/hf" ] || exit 1 # stopped by a signal
 done
-exec bash "$here/env.sh" python3 -m kd_core.compare "$out/baseline" "$out/kd" --plot "$out/quickstart.png"
+exec bash "$here/env.sh" python3 -m kd_core.time_to_quality "$out/baseline" --against "$out/kd" --out "$out/report"

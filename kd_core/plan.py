@@ -1,0 +1,289 @@
+"""What a run with teachers will cost on many GPUs, and by how much distillation must shorten it to break even.
+
+    python -m kd_core.plan --measured runs/bert_kd/1 --global-batch-size 4096 --steps 70000 --dollars-per-gpu-hour 2
+    python -m kd_core.plan --student-step-ms 820 --teacher-forward-ms 310 --measured-batch-size 512 --parameters 110e6 ...
+
+Model, with b the samples of a GPU and step divided by those of a GPU when measured, S and T the measured milliseconds
+of the student's step and of one teacher's forwards, n GPUs:
+
+    student        b * (S - communication exposed on the measured GPUs)
+    teacher        b * mean(T) where one teacher is drawn a step, b * sum(T) where all answer
+    communication  (1 - overlap) * all-reduce of the gradients, once a step; the teachers communicate nothing
+    step           outside the window: t = student + communication; inside: t + teacher
+    run            steps * (t + f * teacher), f the window's share of the steps
+    break-even     distillation must need at most t / (t + f * teacher) of the steps
+
+An all-reduce of M bytes over a ring of n sends 2 (n - 1) / n * M bytes through each link, in 2 (n - 1) hops. Several
+nodes of g GPUs: reduce-scatter within the node, a ring over the nodes for each g-th of the bytes, all-gather within the
+node. ZeRO 1 sends as much (reduce-scatter and all-gather); ZeRO 2 and 3 send more, and are not modelled.
+
+Assumed, and to be measured where it matters: time is proportional to samples (rows with less than the measured
+micro-batch on a GPU are marked *), the optimizer's step shrinks as the rest, links are not shared, data is ready,
+evaluation and checkpoints are not counted, nor is the training of the teachers.
+
+Source: the step's cost 1 + f r / 3 (r the teacher's forward in forwards of the student, whose step is 3) is the special
+case without communication. Ring: Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
+workstations". Pool modes and window: arXiv 2211.00683.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from kd_core import cli, report
+from kd_core.samplers import Sampler
+
+# What must be equal for the step times of two runs to describe one step; the rest of a config does not cost time.
+SAME_STEP = ("student", "seq_len", "global_batch_size", "micro_batch_size", "deepspeed_config", "compile")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Step times measured on few GPUs, and the run planned on many. Milliseconds are per optimizer step."""
+
+    measured: tuple[str, ...] = ()
+    """Run folders (with and without teacher) that give the defaults of all flags down to --sampler."""
+    student_step_ms: float = 0.0
+    """A step without teacher: forward, backward, update, of --measured-batch-size samples on --measured-gpus."""
+    teacher_forward_ms: tuple[float, ...] = ()
+    """Forwards of that step for each teacher of the pool; none: a run without distillation."""
+    measured_gpus: int = 1
+    """GPUs on which the times were measured."""
+    measured_batch_size: int = 0
+    """Samples of the measured step, over all its GPUs."""
+    micro_batch_size: int = 1
+    """Samples of one forward when measured."""
+    parameters: float = 0.0
+    """Parameters of the student."""
+    steps: int = 0
+    """Length of the planned run in optimizer steps, with and without teacher."""
+    global_batch_size: int = 0
+    """Samples of a step of the planned run, over all GPUs; default: as measured."""
+    kd_start: float = 0.0
+    """Start of the window, as a fraction of --steps."""
+    kd_stop: float = 1.0
+    """End of the window, as a fraction of --steps."""
+    sampler: Sampler = "uniform"
+    """uniform: one teacher's forward a step; all: every teacher's."""
+    gpus: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
+    """Numbers of GPUs to plan for."""
+    gpus_per_node: int = 8
+    """GPUs that the fast links connect."""
+    bytes_per_gradient: int = 2
+    """2 for bf16, 4 for fp32."""
+    intra_node_gb_per_s: float = 240.0
+    """10^9 bytes a second, per GPU and direction, within a node; default 80 % of an A100's NVLink, 300."""
+    inter_node_gb_per_s: float = 20.0
+    """The same between nodes; default 80 % of one 200 Gbit/s adapter a GPU, 25."""
+    latency_us: float = 10.0
+    """Microseconds of one hop of a ring."""
+    overlap: float = 0.0
+    """Share of the communication that is hidden behind the backward pass; 0 is the upper bound of the cost."""
+    dollars_per_gpu_hour: float | None = None
+    """Adds a column with the price."""
+    json: str | None = None
+    """Also writes the table, with its inputs, to this file."""
+
+
+def check(plan: Plan) -> None:
+    """Raises ValueError naming the flag, what is allowed and what was given."""
+    nodes_whole = all(n <= plan.gpus_per_node or n % plan.gpus_per_node == 0 for n in (*plan.gpus, plan.measured_gpus))
+    checks = {
+        "student_step_ms": (plan.student_step_ms > 0, "above 0; or name --measured runs"),
+        "teacher_forward_ms": (min(plan.teacher_forward_ms, default=0) >= 0, "at least 0"),
+        "measured_gpus": (plan.measured_gpus >= 1, "at least 1"),
+        "measured_batch_size": (plan.measured_batch_size >= 1, "at least 1; or name --measured runs"),
+        "steps": (plan.steps >= 1, "at least 1"),
+        "kd_stop": (0 <= plan.kd_start <= plan.kd_stop <= 1, f"in [--kd-start, 1] = [{plan.kd_start}, 1]"),
+        "gpus_per_node": (plan.gpus_per_node >= 1 and nodes_whole, "such that every number of --gpus fills its nodes"),
+        "gpus": (min(plan.gpus, default=0) >= 1, "one or more numbers, each at least 1"),
+        "parameters": (plan.parameters >= 1 or max(plan.gpus, default=0) == 1, "at least 1 for more than one GPU"),
+        "intra_node_gb_per_s": (plan.intra_node_gb_per_s > 0, "above 0"),
+        "inter_node_gb_per_s": (plan.inter_node_gb_per_s > 0, "above 0"),
+        "latency_us": (plan.latency_us >= 0, "at least 0"),
+        "overlap": (0 <= plan.overlap <= 1, "in [0, 1]"),
+    }
+    for name, (ok, allowed) in checks.items():
+        if not ok:
+            raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(plan, name)}")
+    for gpus in plan.gpus:
+        if plan.global_batch_size % gpus:
+            raise ValueError(
+                f"--global-batch-size {plan.global_batch_size} must be a multiple of --gpus {gpus}; "
+                "give another batch or other --gpus"
+            )
+
+
+def all_reduce_ms(num_bytes: float, gpus: int, plan: Plan) -> float:
+    """Milliseconds of an all-reduce of `num_bytes` over `gpus`, ring within nodes and ring across them."""
+    inside = min(gpus, plan.gpus_per_node)
+    nodes = gpus // inside
+    link_bytes_inside = 2 * (inside - 1) / inside * num_bytes
+    link_bytes_across = 2 * (nodes - 1) / nodes * num_bytes / inside
+    hops = 2 * (inside - 1) + 2 * (nodes - 1)
+    seconds = link_bytes_inside / (plan.intra_node_gb_per_s * 1e9) + link_bytes_across / (
+        plan.inter_node_gb_per_s * 1e9
+    )
+    return 1000 * seconds + plan.latency_us / 1000 * hops
+
+
+def window_share(steps: int, start: float, stop: float) -> float:
+    """Share of the `steps` that distil: those with start <= step / steps < stop, as in `schedule.window_ratio`."""
+    return (math.ceil(stop * steps) - math.ceil(start * steps)) / steps
+
+
+def predict(plan: Plan, gpus: int) -> dict[str, float]:
+    """The planned run on `gpus` GPUs, as by the model at the top of this file.
+
+    Raises:
+        ValueError: the communication that the model expects on the measured GPUs takes longer than the measured step.
+    """
+
+    def exposed_ms(n: int) -> float:
+        return (1 - plan.overlap) * all_reduce_ms(plan.parameters * plan.bytes_per_gradient, n, plan)
+
+    computing_ms = plan.student_step_ms - exposed_ms(plan.measured_gpus)
+    if computing_ms <= 0:
+        raise ValueError(
+            f"--student-step-ms {plan.student_step_ms} is less than the communication expected on "
+            f"{plan.measured_gpus} GPUs, {exposed_ms(plan.measured_gpus):.3g} ms; correct the bandwidths or --overlap"
+        )
+    share = plan.global_batch_size / gpus / (plan.measured_batch_size / plan.measured_gpus)
+    forwards_ms = plan.teacher_forward_ms or (0.0,)
+    teacher_ms = share * (sum(forwards_ms) if plan.sampler == "all" else statistics.fmean(forwards_ms))
+    step_ms = share * computing_ms + exposed_ms(gpus)
+    kd_step_ms = step_ms + teacher_ms
+    mean_ms = step_ms + window_share(plan.steps, plan.kd_start, plan.kd_stop) * teacher_ms
+    hours, kd_hours = (plan.steps * ms / 3.6e6 for ms in (step_ms, mean_ms))
+    return {
+        "gpus": gpus,
+        "samples_per_gpu": plan.global_batch_size // gpus,
+        "student_ms": share * computing_ms,
+        "teacher_ms": teacher_ms,
+        "communication_ms": exposed_ms(gpus),
+        "step_ms": step_ms,
+        "kd_step_ms": kd_step_ms,
+        "hours": hours,
+        "kd_hours": kd_hours,
+        "gpu_hours": gpus * hours,
+        "kd_gpu_hours": gpus * kd_hours,
+        "cost_ratio": mean_ms / step_ms,
+        "break_even_steps": step_ms / mean_ms,
+    }
+
+
+def measure(folders: Sequence[Path]) -> dict[str, Any]:
+    """Fields of a `Plan` from runs of one kind of step, with a teacher or without: medians over the log's intervals.
+
+    The time up to the first line of the log is left out: it holds what is slow once.
+
+    Raises:
+        FileNotFoundError: no run there.
+        ValueError: the runs' steps are not alike, or their logs have fewer than two lines.
+    """
+    runs = [_load(folder) for folder in folders]
+    kinds = [{name: run["config"].get(name) for name in SAME_STEP} | {"GPUs": run["world_size"]} for run in runs]
+    for folder, kind in zip(folders, kinds, strict=True):
+        for name, value in kind.items():
+            if value != kinds[0][name]:
+                raise ValueError(f"--measured {folder} has {name} {value}, {folders[0]} has {kinds[0][name]}")
+    student_s, forward_s = [], []
+    for folder in folders:
+        lines = report.read_metrics(folder)
+        for before, line in itertools.pairwise(lines):
+            train_s, teacher_s = (
+                (line[part] - before[part]) / (line["step"] - before["step"]) for part in ("train_s", "teacher_s")
+            )
+            student_s.append(train_s - teacher_s)
+            if before["teacher"] and line["teacher"]:
+                forward_s.append(teacher_s / len(line["teacher"]))
+    if not student_s:
+        raise ValueError(f"--measured {folders[0]} has fewer than two lines in its log; choose a smaller --log-every")
+    distilled = next((run["config"] for run in runs if run["config"]["kd_ratio"]), None)
+    config = distilled or runs[0]["config"]
+    fields = {name: config[name] for name in ("micro_batch_size", "global_batch_size", "steps", "kd_start", "kd_stop")}
+    return fields | {
+        "student_step_ms": 1000 * statistics.median(student_s),
+        "teacher_forward_ms": (1000 * statistics.median(forward_s),) * len(config["teachers"]) if forward_s else (),
+        "measured_gpus": runs[0]["world_size"],
+        "measured_batch_size": config["global_batch_size"],
+        "parameters": next((count for count in map(_parameters, folders) if count), 0.0),
+        "sampler": config["sampler"],
+    }
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    if not (folder / "run.json").exists():
+        raise FileNotFoundError(f"--measured {folder} holds no run (no run.json)")
+    return dict(json.loads((folder / "run.json").read_text()))
+
+
+def _parameters(folder: Path) -> float:
+    """Parameters of a finished run's student, 0 for a run without one."""
+    file = folder / "hf" / "model.safetensors"
+    if not file.exists():
+        return 0.0
+    with safe_open(file, "pt") as weights:
+        return float(sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys()))  # noqa: SIM118
+
+
+def table(plan: Plan, rows: Sequence[dict[str, float]]) -> str:
+    """The rows as a markdown table, and below it what they rest on."""
+
+    def short(*values: float) -> str:
+        return ", ".join(f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values)
+
+    columns: dict[str, Callable[[dict[str, float]], str]] = {
+        "GPUs": lambda row: f"{row['gpus']}" + "*" * (row["samples_per_gpu"] < plan.micro_batch_size),
+        "student ms": lambda row: short(row["student_ms"]),
+        "teacher ms": lambda row: short(row["teacher_ms"]),
+        "communication ms": lambda row: short(row["communication_ms"]),
+        "hours without, with": lambda row: short(row["hours"], row["kd_hours"]),
+        "GPU hours": lambda row: short(row["gpu_hours"], row["kd_gpu_hours"]),
+        "breaks even at": lambda row: f"{row['break_even_steps']:.1%} of the steps",
+    }
+    price = plan.dollars_per_gpu_hour
+    if price is not None:
+        columns["dollars"] = lambda row: short(price * row["gpu_hours"], price * row["kd_gpu_hours"])
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows]
+    share = window_share(plan.steps, plan.kd_start, plan.kd_stop)
+    lines += [
+        "",
+        f"{plan.steps} steps of {plan.global_batch_size} samples, without teachers and with them in {share:.1%}.",
+    ]
+    lines += [
+        "Distillation pays if it needs fewer steps than that for equal quality; training the teachers is not counted."
+    ]
+    if any(row["samples_per_gpu"] < plan.micro_batch_size for row in rows):
+        lines += [f"* less than the measured micro-batch of {plan.micro_batch_size} on a GPU: may well be slower."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    with cli.one_line_errors():
+        words = sys.argv[1:]
+        plan = cli.read_flags(Plan, words, Plan())
+        if plan.measured:
+            plan = cli.read_flags(
+                Plan, words, dataclasses.replace(plan, **measure([Path(run) for run in plan.measured]))
+            )
+        plan = dataclasses.replace(plan, global_batch_size=plan.global_batch_size or plan.measured_batch_size)
+        check(plan)
+        rows = [predict(plan, gpus) for gpus in plan.gpus]
+        print(table(plan, rows))
+        if plan.json:
+            report.write_atomic(Path(plan.json), json.dumps({"plan": dataclasses.asdict(plan), "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

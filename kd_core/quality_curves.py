@@ -1,0 +1,207 @@
+"""What an arm of runs spends to reach a quality, by two methods, and the interval of the ratio of two arms.
+
+    tradeoff    Each arm has runs of several lengths, the schedule scaled to each. A length is a point: mean quality at
+                the end, mean log seconds. Between lengths log seconds are a monotone cubic of quality: for a loss that
+                falls as 1 / sqrt(seconds), lengths a factor two apart, it is within 1 % (chords are 3 % too slow).
+    learning    The first crossing of the target within runs of one length. Between two evaluations seconds are linear
+                in quality. The learning rate is still high there; that flatters the arm earlier in its schedule.
+
+Both curves are made to fall by averaging neighbours that are out of order, in quality as in seconds (isotonic
+regression); a curve that falls by itself passes unchanged. Nothing is extrapolated.
+
+The interval is Student's t on the difference of mean log seconds, paired by seed where both arms have the same seeds,
+Welch's otherwise. How far a run of the tradeoff curve moves its arm's log seconds at the target follows from the
+curve's derivatives (the delta method); the runs of a seed move it together. A learning curve needs every run to reach
+the target: a mean over those that do would leave out the slowest.
+
+Source: tradeoff curves with rescaled schedules as in MosaicML's Composer (arXiv 2206.00832); PCHIP: Fritsch and Butland
+1984, SIAM J. Sci. Stat. Comput. 5(2); the estimator is ours.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CONFIDENCE = 0.95
+# A group of runs, one a seed.
+BySeed = dict[Hashable, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run at its E evaluations, of which the last is its end.
+
+    Args:
+        folder: where it lies.
+        fields: its `config`, and `hardware` and `world_size` besides.
+        quality: [E], lower is better (the metric negated where higher is).
+        spent: [E, 6], what it had cost by then: train_s, step, samples, teacher_s, data_s, seconds of other parts; nan
+            where the run does not say.
+        window_s: training seconds when the distillation window closed; None when it did not.
+    """
+
+    folder: Path
+    fields: dict[str, Any]
+    quality: np.ndarray
+    spent: np.ndarray
+    window_s: float | None
+
+    @property
+    def length(self) -> int:
+        return int(self.fields["steps"])
+
+    @property
+    def seed(self) -> Hashable:
+        return self.fields.get("seed", str(self.folder))
+
+
+@dataclass(frozen=True)
+class Reached:
+    """An arm at a target: `means` [6] as `log_costs` gives them, and the runs behind them.
+
+    The log seconds vary as the sum, over the independent groups `by_seed`, of the groups' means.
+    """
+
+    means: np.ndarray
+    by_seed: list[BySeed]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """An arm by one method, from the easiest to the hardest quality within its reach; `at` is defined between them."""
+
+    easiest: float
+    hardest: float
+    at: Callable[[float], Reached]
+
+
+def log_costs(spent: np.ndarray) -> np.ndarray:
+    """[..., 6]: log seconds, log steps, log samples; teacher, data and other parts as shares of the seconds."""
+    return np.concatenate([np.log(spent[..., :3]), spent[..., 3:] / spent[..., :1]], axis=-1)
+
+
+def falling_blocks(quality: np.ndarray) -> np.ndarray:
+    """Bounds [K + 1] of the blocks of `quality` [E], up to its best value, whose means fall strictly.
+
+    Isotonic regression by pooling adjacent violators. What follows the best value is left out, so that overfitting
+    later does not undo what a run has reached.
+    """
+    blocks: list[tuple[float, int]] = []
+    for value in quality[: int(quality.argmin()) + 1].tolist():
+        mean, size = value, 1
+        while blocks and blocks[-1][0] <= mean:
+            before, count = blocks.pop()
+            mean, size = (before * count + mean * size) / (count + size), count + size
+        blocks.append((mean, size))
+    return np.cumsum([0] + [size for _, size in blocks])
+
+
+def block_means(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """[K, ...]: means of `values` [E, ...] over the blocks between `bounds` [K + 1]."""
+    sizes = np.diff(bounds).reshape(-1, *[1] * (values.ndim - 1))
+    return np.add.reduceat(values[: bounds[-1]], bounds[:-1]) / sizes
+
+
+def learning_curve(runs: Sequence[Run]) -> Curve:
+    """First crossings within runs of one length; each of them reaches the curve's hardest quality."""
+    smooth = {}
+    for run in runs:
+        bounds = falling_blocks(run.quality)
+        smooth[run.seed] = block_means(run.quality, bounds)[::-1], block_means(run.spent, bounds)[::-1]
+
+    def at(target: float) -> Reached:
+        crossed = {
+            seed: log_costs(np.array([np.interp(target, knots, column) for column in spent.T]))
+            for seed, (knots, spent) in smooth.items()
+        }
+        return Reached(np.mean(list(crossed.values()), axis=0), [{seed: float(x[0]) for seed, x in crossed.items()}])
+
+    return Curve(
+        easiest=min(knots[-1] for knots, _ in smooth.values()),
+        hardest=max(knots[0] for knots, _ in smooth.values()),
+        at=at,
+    )
+
+
+def tradeoff_curve(runs: Sequence[Run]) -> Curve | None:
+    """Quality at the end against what it cost, over an arm's lengths; None without two, the longer better."""
+    groups = [[run for run in runs if run.length == length] for length in sorted({run.length for run in runs})]
+    ends = [np.array([[run.quality[-1], *log_costs(run.spent[-1])] for run in group]) for group in groups]
+    middle = np.array([end.mean(axis=0) for end in ends])  # [lengths, 1 + 6]
+
+    def costs(points: np.ndarray, target: float) -> np.ndarray:
+        falling = block_means(points, falling_blocks(points[:, 0]))[::-1]
+        return monotone_cubic(falling[:, 0], falling[:, 1:], target)
+
+    def at(target: float) -> Reached:
+        slopes = gradient(lambda points: float(costs(points, target)[0]), middle[:, :2])
+        by_seed = [
+            {run.seed: float(slope @ end[:2]) for run, end in zip(group, own, strict=True)}
+            for group, own, slope in zip(groups, ends, slopes, strict=True)
+            if slope.any()
+        ]
+        return Reached(costs(middle, target), by_seed)
+
+    knots = block_means(middle[:, 0], falling_blocks(middle[:, 0]))
+    return Curve(float(knots[0]), float(knots[-1]), at) if len(knots) > 1 else None
+
+
+def gradient(function: Callable[[np.ndarray], float], at: np.ndarray) -> np.ndarray:
+    """Derivative of `function` in each element of `at`, by central differences."""
+    steps = 1e-6 * np.eye(at.size).reshape(at.size, *at.shape)
+    return np.reshape([(function(at + step) - function(at - step)) / 2e-6 for step in steps], at.shape)
+
+
+def monotone_cubic(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
+    """[C]: at `at`, the cubics (PCHIP) through y [K, C] over rising x [K], which rise and fall only where y does."""
+    gaps = np.diff(x)[:, None]
+    rates = np.diff(y, axis=0) / gaps
+    slopes = np.concatenate([rates[:1], rates])
+    if len(rates) > 1:
+        weights = (2 * gaps[1:] + gaps[:-1]) * rates[1:] + (gaps[1:] + 2 * gaps[:-1]) * rates[:-1]
+        product = 3 * (gaps[1:] + gaps[:-1]) * rates[1:] * rates[:-1]
+        slopes[1:-1] = np.divide(product, weights, out=np.zeros_like(product), where=product > 0)
+        for end, inner in ((0, 1), (-1, -2)):
+            slope = rates[end] + gaps[end] * (rates[end] - rates[inner]) / (gaps[end] + gaps[inner])
+            slopes[end] = np.clip(slope, np.minimum(0, 3 * rates[end]), np.maximum(0, 3 * rates[end]))
+    k = min(int(np.searchsorted(x, at, side="right")), len(x) - 1) - 1
+    gap, u = x[k + 1] - x[k], (at - x[k]) / (x[k + 1] - x[k])
+    value = y[k] + (y[k + 1] - y[k]) * u**2 * (3 - 2 * u)
+    return value + gap * u * (1 - u) * (slopes[k] * (1 - u) - slopes[k + 1] * u)
+
+
+def log_interval(baseline: Reached, against: Reached) -> tuple[float, float] | None:
+    """The log speed-up's interval at `CONFIDENCE`; None when a group of runs is a single one."""
+    groups = [*_one_group(baseline.by_seed), *_one_group(against.by_seed)]
+    if len(groups) == 2 and groups[0].keys() == groups[1].keys():
+        slow, fast = groups
+        groups = [{seed: slow[seed] - fast[seed] for seed in slow}]
+    counts = np.array([len(group) for group in groups])
+    if counts.min() < 2:
+        return None
+    variances = np.array([np.var(list(group.values()), ddof=1) for group in groups]) / counts
+    middle, variance = baseline.means[0] - against.means[0], variances.sum()
+    half = 0.0
+    if variance > 0:
+        half = student_t(variance**2 / (variances**2 / (counts - 1)).sum()) * math.sqrt(variance)
+    return middle - half, middle + half
+
+
+def _one_group(groups: list[BySeed]) -> list[BySeed]:
+    """The sum by seed where all groups have the same seeds: runs of one seed are not independent."""
+    seeds = groups[0].keys()
+    if any(group.keys() != seeds for group in groups):
+        return groups
+    return [{seed: sum(group[seed] for group in groups) for seed in seeds}]
+
+
+def student_t(df: float, confidence: float = CONFIDENCE) -> float:
+    """The two-sided quantile of Student's t: as t = sqrt(df) tan(a), a has the density cos(a)^(df - 1)."""
+    angles = np.linspace(0, math.pi / 2, 20_001)
+    density = np.cos(angles) ** (df - 1)
+    mass = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(df) * math.tan(float(np.interp(confidence * mass[-1], mass, angles)))

@@ -1,0 +1,333 @@
+"""Does distillation pay? Training seconds to equal quality, of runs without it and of runs with it.
+
+    python -m kd_core.time_to_quality BASELINE_RUN... --against KD_RUN... [--metric eval/loss] [--out DIR]
+
+For several target qualities: seconds, steps and samples of both arms, the speed-up with its interval over seeds, where
+the time went, what the teachers' training cost apart, and a verdict. kd_core/quality_curves.py says how it is measured.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_core import cli, time_to_quality_report
+from kd_core.quality_curves import CONFIDENCE, Curve, Reached, Run, learning_curve, log_interval, tradeoff_curve
+
+LOWER_IS_BETTER = dict.fromkeys(("eval/loss", "eval/perplexity", "eval/ece"), True)
+LOWER_IS_BETTER |= dict.fromkeys(("eval/accuracy", "eval/top1", "eval/top5", "glue/average"), False)
+ARMS = ("baseline", "against")
+
+# Fields of `config` in which any two runs may differ, and those in which arms may besides: the method and the optimizer
+# (the report names them). In all others runs must be alike, so that a new recipe's fields are compared without being
+# listed here.
+BOOKKEEPING = cli.FREE_ON_RESUME | {"seed", "steps"}
+OF_A_RUN = BOOKKEEPING | {"teachers"}
+OF_AN_ARM = OF_A_RUN | {"kd_ratio", "temperature", "kd_start", "kd_stop", "label_weight_outside", "sampler"}
+OF_AN_ARM |= {"divergence", "teacher_dtype", "lr", "warmup_fraction", "clip", "weight_decay", "dropout"}
+OF_AN_ARM |= {"micro_batch_size", "deepspeed_config", "compile", "gradient_checkpointing"}
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, metric: str, *, lower_is_better: bool) -> Run:
+    """Reads `config`, `hardware`, `world_size`, `result` and metrics.jsonl of a finished run.
+
+    Raises:
+        FileNotFoundError: no run there.
+        ValueError: the run is damaged, has not finished, or lacks the metric.
+    """
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return _evaluated(folder, record, lines, metric, sign=1 if lower_is_better else -1)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} holds no run (no {Path(error.filename).name}); leave it out") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is no run of this project, or damaged ({error!r}); leave it out") from None
+
+
+def _evaluated(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]], metric: str, *, sign: int) -> Run:
+    config, result = record["config"], record.get("result") or {"stopped": "no result yet"}
+    if result.get("stopped", "finished") != "finished":
+        raise ValueError(f"{folder} has not finished ({result['stopped']}); continue it with --resume, or leave it out")
+    end = {**(lines[-1] if lines else {}), **result}
+    if metric not in end:
+        raise ValueError(f"{folder} has no {metric}; --metric must be one of {[name for name in end if '/' in name]}")
+    steps = config.get("steps", end.get("step"))
+    # An evaluation before the first counted step has no time to compare.
+    points = [line for line in lines if metric in line and line["step"] < steps and line["train_s"] > 0]
+    points.append(end | {"step": steps})
+    quality = np.array([point[metric] for point in points], dtype=float)
+    spent = np.array([_spent(point) for point in points], dtype=float)
+    if not np.isfinite(quality).all() or not (spent[:, 0] > 0).all():
+        raise ValueError(f"{folder} has a {metric} or train_s that is no number; leave it out")
+    distils = [line.get("kd_ratio", 0) > 0 for line in lines]
+    closes = 1 + max((i for i, inside in enumerate(distils) if inside), default=len(lines))
+    return Run(
+        folder,
+        {name: record[name] for name in ("hardware", "world_size") if name in record} | config | {"steps": steps},
+        sign * quality,
+        spent,
+        lines[closes]["train_s"] if closes < len(lines) else None,
+    )
+
+
+def _spent(line: dict[str, Any]) -> list[float]:
+    named = ("train_s", "step", "samples", "teacher_s", "data_s")
+    parts = (key for key in line if key.endswith("_s") and not key.endswith("_per_s") and key not in named)
+    return [line.get(name, math.nan) for name in named] + [sum(line[part] for part in parts)]
+
+
+def refuse_unlike(baseline: Sequence[Run], against: Sequence[Run], may_differ: Sequence[str] = ()) -> None:
+    """Raises ValueError unless the runs differ only in what runs, or arms, may differ in."""
+    folders = [run.folder.resolve() for run in [*baseline, *against]]
+    twice = [folder for folder in folders if folders.count(folder) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice; name each run once, in one arm")
+    unknown = set(may_differ) - {name for run in [*baseline, *against] for name in run.fields}
+    if unknown:
+        raise ValueError(f"--may-differ {sorted(unknown)[0]}: no run has such a field; see `config` in run.json")
+    for arm in (baseline, against):
+        for run in arm[1:]:
+            _refuse_pair(arm[0], run, OF_A_RUN.union(may_differ), "runs of one arm")
+        told_apart: dict[Any, Path] = {}
+        for run in arm:
+            other = told_apart.setdefault((run.seed, run.length), run.folder)
+            if other != run.folder:
+                raise ValueError(f"{other} and {run.folder} have the same seed and length; keep one of them")
+    _refuse_pair(baseline[0], against[0], OF_AN_ARM.union(may_differ), "the arms")
+
+
+def _refuse_pair(one: Run, other: Run, free: frozenset[str], what: str) -> None:
+    different = sorted(set(_differences(one, other)) - free)
+    if different:
+        name = different[0]
+        values = " and ".join(repr(run.fields.get(name, "absent")) for run in (one, other))
+        raise ValueError(
+            f"{what} must have the same {name}: {one.folder} and {other.folder} have {values}; "
+            f"leave one out, or add --may-differ {name} if it bears on neither quality nor time"
+        )
+
+
+def _differences(one: Run, other: Run) -> dict[str, list[Any]]:
+    """Fields that two runs do not share, with both values, None where absent."""
+    return {
+        name: [one.fields.get(name), other.fields.get(name)]
+        for name in sorted(one.fields.keys() | other.fields.keys())
+        if (name in one.fields) != (name in other.fields) or one.fields[name] != other.fields[name]
+    }
+
+
+def teacher_costs(runs: Sequence[Run]) -> tuple[dict[str, float | None], list[str]]:
+    """Training seconds of each distinct teacher that distils, None where unknown, and remarks on them."""
+    seconds: dict[str, float | None] = {}
+    remarks = []
+    for path in dict.fromkeys(
+        path for run in runs if run.fields.get("kd_ratio", 1) for path in run.fields.get("teachers", ())
+    ):
+        folder = Path(path).parent if Path(path).name == "hf" else Path(path)
+        try:
+            record = json.loads((folder / "run.json").read_text())
+            seconds[path] = float(record["result"]["train_s"])
+        except (OSError, ValueError, KeyError):
+            seconds[path] = None
+            remarks.append(f"Teacher {path}: no run.json with a result there, so its training cost is unknown.")
+            continue
+        if any(record.get(name) != runs[0].fields.get(name) for name in ("hardware", "world_size")):
+            remarks.append(f"Teacher {path}: trained on other hardware than the runs, so its seconds are not theirs.")
+    return seconds, remarks
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def report(
+    baseline: Sequence[Path],
+    against: Sequence[Path],
+    *,
+    metric: str = "eval/loss",
+    targets: Sequence[float] = (),
+    lower_is_better: bool | None = None,
+    out: Path | None = None,
+    may_differ: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Compares finished runs, prints the table, and writes report.json, report.md and two figures (PNG and SVG).
+
+    Args:
+        baseline: run folders of the arm without distillation, at least one.
+        against: run folders of the arm with it, at least one.
+        metric: a field of the runs' `result`.
+        targets: qualities to reach; five spread over what both arms reach when empty.
+        lower_is_better: needed for a metric that this file does not know.
+        out: folder for the files; `report` beside the runs when None.
+        may_differ: fields of `config`, besides those known, in which runs may differ.
+
+    Returns:
+        What report.json holds. Seconds are training seconds, without evaluation.
+
+    Raises:
+        FileNotFoundError: a folder holds no run.
+        ValueError: runs that have not finished or cannot be compared, an unknown metric, a file as `out`.
+    """
+    if lower_is_better is None and metric not in LOWER_IS_BETTER:
+        raise ValueError(f"--metric {metric} is not known here: add --lower-is-better or --higher-is-better")
+    lower = LOWER_IS_BETTER[metric] if lower_is_better is None else lower_is_better
+    arms = [[load(folder, metric, lower_is_better=lower) for folder in arm] for arm in (baseline, against)]
+    refuse_unlike(arms[0], arms[1], may_differ)
+    out = out or Path(os.path.commonpath([run.folder.resolve().parent for arm in arms for run in arm]), "report")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+
+    sign = 1 if lower else -1
+    curves, notes = _curves(arms)
+    wanted = [sign * target for target in targets] or _spread(list(curves.values()))
+    rows = [_row(method, pair, target) for method, pair in curves.items() for target in wanted]
+    if any(row["speedup"] and row["low"] is None for row in rows):
+        notes.append("Fewer than two runs an arm at a length: the speed-up is a number without an interval.")
+    study: dict[str, Any] = {"metric": metric, "lower_is_better": lower, "confidence": CONFIDENCE}
+    drawn = {}
+    for i, (name, arm) in enumerate(zip(ARMS, arms, strict=True)):
+        own = {method: pair[i] for method, pair in curves.items()}
+        reach = {method: [_tidy(sign * curve.easiest), _tidy(sign * curve.hardest)] for method, curve in own.items()}
+        costs, remarks = teacher_costs(arm)
+        study[name] = _summary(arm, costs) | {"reach": reach}
+        notes += remarks
+        drawn[name] = _drawn(arm, own, sign)
+    apart = _differences(arms[0][0], arms[1][0])
+    study["differences"] = {name: pair for name, pair in apart.items() if name not in BOOKKEEPING}
+    study["targets"] = [row | {"target": sign * row["target"], "payback_runs": _payback(study, row)} for row in rows]
+    study["notes"] = notes
+    time_to_quality_report.write(study, drawn, out)
+    print(time_to_quality_report.terminal(study))
+    print(f"report: {out / 'report.md'}")
+    return study
+
+
+def _summary(arm: Sequence[Run], costs: dict[str, float | None]) -> dict[str, Any]:
+    return {
+        "runs": [str(run.folder) for run in arm],
+        "lengths": sorted({run.length for run in arm}),
+        "seeds": list(dict.fromkeys(run.seed for run in arm)),
+        "teacher_seconds": None if None in costs.values() else sum(cost or 0.0 for cost in costs.values()),
+        "teachers": costs,
+    }
+
+
+def _curves(arms: Sequence[Sequence[Run]]) -> tuple[dict[str, tuple[Curve, Curve]], list[str]]:
+    """Both arms' curves by each method that the runs allow, the better method first, and what to know about them."""
+    first, second = ({run.length for run in arm} for arm in arms)
+    longest = [max(first & second or lengths) for lengths in (first, second)]
+    chosen = [[run for run in arm if run.length == length] for arm, length in zip(arms, longest, strict=True)]
+    learning = learning_curve(chosen[0]), learning_curve(chosen[1])
+    notes = [
+        f"Learning curves: runs of {' and '.join(map(str, dict.fromkeys(longest)))} steps at the first crossing of the "
+        "target, where the learning rate has not decayed; that flatters the arm that is earlier in its schedule."
+    ]
+    ends = tradeoff_curve(arms[0]), tradeoff_curve(arms[1])
+    if ends[0] is None or ends[1] is None:
+        return {"learning": learning}, [
+            "No tradeoff curve: it needs runs of two lengths (--steps) in both arms, the longer ones better.",
+            *notes,
+        ]
+    return {"tradeoff": (ends[0], ends[1]), "learning": learning}, notes
+
+
+def _spread(methods: Sequence[tuple[Curve, Curve]]) -> list[float]:
+    """Five qualities, rounded, inside what both arms reach by the first method that has such; else between all ends."""
+    for pair in methods:
+        easiest, hardest = min(curve.easiest for curve in pair), max(curve.hardest for curve in pair)
+        if hardest < easiest:
+            break
+    else:
+        easiest, hardest = max(curve.easiest for curve in pair), min(curve.hardest for curve in pair)
+    if easiest == hardest:
+        return [easiest]
+    inside = np.linspace(easiest, hardest, 7)[1:-1]
+    return [round(float(target), 2 - math.floor(math.log10(easiest - hardest))) for target in inside]
+
+
+def _row(method: str, curves: tuple[Curve, Curve], target: float) -> dict[str, Any]:
+    slow, fast = (curve.at(target) if curve.hardest <= target <= curve.easiest else None for curve in curves)
+    row: dict[str, Any] = {"target": target, "method": method}
+    row |= {"baseline_s": slow and _tidy(math.exp(slow.means[0])), "against_s": fast and _tidy(math.exp(fast.means[0]))}
+    row |= {"speedup": None, "low": None, "high": None, "verdict": "out of reach"}
+    row |= {"baseline": slow and _detail(slow), "against": fast and _detail(fast)}
+    if slow is None or fast is None:
+        return row
+    row |= {"speedup": _tidy(math.exp(slow.means[0] - fast.means[0])), "verdict": "undecided"}
+    interval = log_interval(slow, fast)
+    if interval:
+        low, high = (_tidy(math.exp(np.clip(bound, -99, 99))) for bound in interval)
+        row |= {"low": low, "high": high, "verdict": verdict(low, high)}
+    return row
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval of the speed-up says."""
+    return "pays" if low > 1 else "does not pay" if high < 1 else "undecided"
+
+
+def _detail(arm: Reached) -> dict[str, Any]:
+    seconds, steps, samples = np.exp(arm.means[:3])
+    teacher, data, other = seconds * arm.means[3:]
+    parts = {"student": seconds - teacher - data - other, "teacher": teacher, "data": data, "other": other}
+    return {
+        "steps": _tidy(steps),
+        "samples": _tidy(samples),
+        "seconds": {name: _tidy(part) for name, part in parts.items()},
+    }
+
+
+def _tidy(value: float) -> Any:
+    """Six digits, so that equal arms are equal; None for nan, which JSON lacks."""
+    return None if math.isnan(value) else float(f"{value:.6g}")
+
+
+def _payback(study: dict[str, Any], row: dict[str, Any]) -> float | None:
+    """Student runs that pay back the teachers' training; None where nothing is saved or a cost is unknown."""
+    costs = [study[name]["teacher_seconds"] for name in ARMS]
+    if None in costs or not row["speedup"] or row["speedup"] <= 1:
+        return None
+    return _tidy(max(0.0, costs[1] - costs[0]) / (row["baseline_s"] - row["against_s"]))
+
+
+def _drawn(arm: Sequence[Run], curves: dict[str, Curve], sign: int) -> dict[str, Any]:
+    """What the figures show of an arm: its runs' evaluations, where their windows end, and each method's curve."""
+    windows = [(run.window_s, run) for run in arm if run.window_s is not None]
+    means = {}
+    for method, curve in curves.items():
+        targets = np.linspace(curve.easiest, curve.hardest, 60)
+        means[method] = [math.exp(curve.at(target).means[0]) for target in targets], sign * targets
+    return {
+        "runs": [(run.spent[:, 0], sign * run.quality) for run in arm],
+        "windows": [(at, sign * np.interp(at, run.spent[:, 0], run.quality)) for at, run in windows],
+        "curves": means,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("baseline", nargs="+", type=Path, help="run folders without distillation")
+    parser.add_argument("--against", nargs="+", type=Path, required=True, help="run folders with distillation")
+    parser.add_argument("--metric", default="eval/loss", help="a field of the runs' result (default: eval/loss)")
+    parser.add_argument("--targets", nargs="+", type=float, default=(), help="qualities to reach (default: five)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for report.json, report.md and figures (default: beside the runs)"
+    )
+    direction = parser.add_mutually_exclusive_group()
+    direction.add_argument("--lower-is-better", action="store_true", default=None)
+    direction.add_argument("--higher-is-better", action="store_false", dest="lower_is_better")
+    parser.add_argument("--may-differ", nargs="+", default=(), help="fields of config in which runs may differ besides")
+    with cli.one_line_errors():
+        report(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
