@@ -116,11 +116,19 @@ def leave() -> None:
 
 
 def end_process(main: Callable[[], int]) -> NoReturn:
-    """Runs `main` and ends the process with its code, without C++ destructors: gloo's sometimes abort, work done."""
+    """Runs `main` and ends the process with its code, without C++ destructors: gloo's sometimes abort, work done.
+
+    A disk that fills up or goes away while training is one line and exit code 1.
+    """
     try:
         code = main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    except OSError as error:
+        if os.environ.get("KD_VERBOSE"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -308,7 +316,11 @@ def save_checkpoint(engine: Any, folder: Path, step: int, client_state: dict[str
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(str(hidden), tag=name, client_state=client_state, save_latest=False)
+    try:
+        engine.save_checkpoint(str(hidden), tag=name, client_state=client_state, save_latest=False)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer has no error of its own for a full disk
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise OSError(f"{folder / name} cannot be written: {reason}; mend that, then continue with --resume") from error
     dist.barrier()
     if rank() == 0:
         _write_manifest(hidden / name)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -181,11 +182,21 @@ def test_max_minutes_ends_the_same_way_and_a_damaged_checkpoint_is_passed_over(t
     assert trace(tmp_path / "run") == trace(tmp_path / "whole")
 
 
-def test_a_crash_while_saving_leaves_the_last_good_checkpoint(train: Train, tmp_path: Path) -> None:
+def test_a_crash_or_a_full_disk_while_saving_leaves_the_last_good_checkpoint(train: Train, tmp_path: Path) -> None:
     train("--out", tmp_path / "whole")
     train("--out", tmp_path / "run", "--max-minutes", 0.0001)
     checkpoints = tmp_path / "run" / "checkpoints"
     good = next(checkpoints.glob("step*"))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))  # of the run too; a write beyond it fails
+    try:
+        full = train("--out", tmp_path / "run", "--resume", "--max-minutes", 10, check=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    errors = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    assert len(errors) == 1 and "step00000003 cannot be written" in errors[0] and "--resume" in errors[0]
+    assert list(checkpoints.glob("step*")) == [good]
     shutil.copytree(good, checkpoints / ".incomplete" / "step00000099")
     train("--out", tmp_path / "run", "--resume", "--max-minutes", 10)
     assert trace(tmp_path / "run") == trace(tmp_path / "whole")
