@@ -160,10 +160,10 @@ def providers(device: str, columns: int) -> dict[str, Step]:
         return found | {"softmax_kl, no C compiler": without_compiler(rows)}
     if columns <= softmax_kl_triton.MAX_RESIDENT:
         streaming = softmax_kl_triton.STREAMING
-        found["softmax_kl_sum, streaming"] = _replaced(total, softmax_kl_triton, "plan", lambda _: streaming)
+        found["softmax_kl_sum, streaming"] = _replaced(total, softmax_kl_triton, "plan", lambda *_, **__: streaming)
     elif torch.cuda.get_device_capability() >= (9, 0) and softmax_kl_triton.clusters_compile():
-        cluster_plan = softmax_kl_triton.cluster_plan
-        found["softmax_kl_sum, cluster"] = _replaced(total, softmax_kl_triton, "plan", cluster_plan)
+        cluster = softmax_kl_triton.cluster_plan
+        found["softmax_kl_sum, cluster"] = _replaced(total, softmax_kl_triton, "plan", lambda V, **_: cluster(V))
     return found
 
 

@@ -40,6 +40,7 @@ enum power { OWN = 0, SAME = 1, SQUARE = 2, FOURTH = 4, EIGHTH = 8 };
 
 static const float MIN_MAX = -1e30f;   // a row maximum below this is that of a row of -inf
 static const float MAX_EXCESS = 4.0f;  // in units of log 2: exponents stay small, and so do their rounding errors
+static const float MAX_LABEL_EXCESS = 64.0f;  // at temperature 1, where high temperatures let it grow: far from overflow
 static const double LOG2_E = 1.44269504088896340736;
 static const double LN_2 = 0.69314718055994530942;
 
@@ -429,8 +430,9 @@ static struct maxima larger_maxima(struct maxima a, struct maxima b) {
 }
 
 static bool exceeds(struct maxima maxima, struct maxima base, struct exponents exponents) {
-    return (maxima.student - base.student) * exponents.student.slope > MAX_EXCESS ||
-           (maxima.teacher - base.teacher) * exponents.teacher.slope > MAX_EXCESS;
+    float student = maxima.student - base.student, teacher = maxima.teacher - base.teacher;
+    return student * exponents.student.slope > MAX_EXCESS || student * exponents.label.slope > MAX_LABEL_EXCESS ||
+           teacher * exponents.teacher.slope > MAX_EXCESS;
 }
 
 static struct sums total(struct sums a, struct sums b) {
@@ -558,7 +560,15 @@ static struct factors factors_of(const struct call *call, const struct row *row,
     return factors;
 }
 
+static bool has_upstream(const struct call *call, int64_t row) {
+    return float_at(call->kd_upstream, row) != 0.0f || float_at(call->label_upstream, row) != 0.0f;
+}
+
 static void take_gradient(const struct call *call, const struct row *row) {
+    if (!has_upstream(call, row->index)) {  // takes no part, whatever its logits
+        memset(element(&call->gradient, row->index, 0), 0, call->columns * element_bytes(call->gradient.dtype));
+        return;
+    }
     _Alignas(4 * LANES) float student_scratch[BLOCK], teacher_scratch[BLOCK], out_scratch[BLOCK];
     struct statistics statistics = statistics_of(call, row);
     struct exponents exponents = exponents_of(row, statistics.maxima);

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -66,36 +67,44 @@ def _run(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
 
 
-def _compile(compiler: str) -> Path:
-    """The compiled library, from the cache where it is there."""
+def _compile(compiler: list[str], *, anew: bool = False) -> ctypes.CDLL:
+    """The compiled library: the one in the cache, unless there is none or it shall be made `anew`."""
     # All macros that the compiler predefines: its version and the processor that it compiles for.
-    target = _run([compiler, *FLAGS, "-dM", "-E", "-x", "c", os.devnull])
+    target = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c", os.devnull])
     digest = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, target)).encode()).hexdigest()
     folder = Path(os.environ.get("KD_CACHE") or "~/.cache/kd_recipes").expanduser() / "kernels"
     path = folder / f"softmax_kl-{digest[:16]}.so"
-    if not path.exists():
+    if anew or not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         # Several processes may do this at once: the last one's file stays, and they are all alike.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             new = Path(scratch, path.name)
-            _run([compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(new), "-lm"])
+            _run([*compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(new), "-lm"])
             new.rename(path)
-    return path
+    try:
+        found = ctypes.CDLL(str(path))
+        found.softmax_kl, found.softmax_kl_huge_pages  # noqa: B018  (looks them up)
+    except (OSError, AttributeError):  # a file that something else wrote, or damaged
+        if anew:
+            raise
+        return _compile(compiler, anew=True)
+    return found
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The C functions; None where there is no compiler, and with a warning where it fails."""
-    named = os.environ.get("CC")
-    compiler = next(filter(shutil.which, [named] if named else COMPILERS), None)
-    if compiler is None:
+    """The C functions; None where there is no compiler, and with a warning where what there is fails."""
+    named = shlex.split(os.environ.get("CC", ""))
+    compiler = named or next(([name] for name in COMPILERS if shutil.which(name)), [])
+    if not compiler:
         return None
     try:
-        return ctypes.CDLL(str(_compile(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
+        return _compile(compiler)
+    except (OSError, AttributeError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
-            f"softmax_kl runs in PyTorch, slower: {compiler} cannot compile {SOURCE.name}: {lines[-1]}", stacklevel=2
+            f"softmax_kl runs in PyTorch, slower: {SOURCE.name} cannot be compiled by {compiler[0]}: {lines[-1]}",
+            stacklevel=2,
         )
         return None
 
@@ -169,10 +178,12 @@ def _work_in(threads: int, native: ctypes.CDLL, call: _Call) -> None:
     """Each thread takes rows until none is left, so a helper that comes too late has nothing to do."""
     pool = _pool(os.getpid(), torch.get_num_threads()) if threads > 1 else None
     helpers = [pool.submit(native.softmax_kl, ctypes.byref(call)) for _ in range(threads - 1)] if pool else []
-    native.softmax_kl(ctypes.byref(call))
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
+    try:
+        native.softmax_kl(ctypes.byref(call))
+    finally:  # also where a signal's handler raises: helpers use memory that the caller would free
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
 
 
 def _new_statistics(student_NV: torch.Tensor) -> torch.Tensor:

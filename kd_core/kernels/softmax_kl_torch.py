@@ -220,6 +220,9 @@ def gradient(
             grad.scatter_add_(1, labels_N1[rows], onehot_N1[rows])
         if grad.dtype != out.dtype:
             out[rows] = grad
+    idle_N1 = ((kd_upstream_N == 0) & (label_upstream_N == 0))[:, None]
+    if out.is_cuda or idle_N1.any():
+        out.masked_fill_(idle_N1, 0.0)  # whatever their logits
 
 
 def statistics_and_gradient(

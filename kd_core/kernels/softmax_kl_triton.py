@@ -4,10 +4,13 @@ Which kernel serves which call (`plan` below decides; V is the number of columns
 
     V              kernel                                  reads of the logits            why
     up to 1024     resident, 1024 elements a warp          1 a pass                       no barrier: a row never leaves its warp
-    up to 4096     resident, a row a program, 2-4 warps    1 a pass                       32 elements a thread still fit 128 registers
+    up to 4096     resident, a row a program, 2-4 warps    1 a pass                       32 elements a thread, about 128 registers
     up to 16384    resident, a row a program, 16 warps     1 a pass                       the largest row that fits one block's registers
     above          streaming statistics, then gradient     1 a pass, so 2 with gradient   any V, any GPU; both at the rate of a copy
     above, sm_90   resident over a cluster of blocks       1 with the gradient            registers of 2 to 16 SMs hold the row
+
+A temperature whose label term needs an exponential of its own needs more registers: half the elements a thread, and the
+streaming kernel from 8192.
 
 A pass is a call of `statistics`, `gradient`, or `weighted_sum`, which does both. The cluster serves `weighted_sum` alone and
 runs only where it is asked for (`cluster_plan`): no GPU has shown it to be faster yet.
@@ -228,6 +231,7 @@ def _factors(
         p = tl.where(empty, 0.0, kd_upstream * tau_t / z_t)
         if REVERSE:
             q = tl.where(difference == float("inf"), 0.0, q * LN_2)  # an infinite KL has no derivative
+            q = tl.where(z_t != z_t, float("nan"), q)  # the select in `_gradient` hides it
     if LABELS:
         label = tl.load(labels + rows, mask=present, other=0)
         without = (label == ignore_index) | (z_1 == 0)
@@ -270,7 +274,7 @@ def _gradient(
 @triton.jit
 def _resident_kernel(
     student, teacher, labels, grad, kd, label, stats, row_weight, student_tau, teacher_tau,
-    N, student_stride, teacher_stride, grad_stride, weight_stride, ignore_index, kd_weight, label_weight,
+    N, student_stride, teacher_stride, grad_stride, ignore_index, kd_weight, label_weight,
     V: tl.constexpr, TEACHER: tl.constexpr, LABELS: tl.constexpr, REVERSE: tl.constexpr, TAU: tl.constexpr,
     STUDENT_TAUS: tl.constexpr, TEACHER_TAUS: tl.constexpr, ALIGN: tl.constexpr, PEEL: tl.constexpr,
     WEIGHTS: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
@@ -278,6 +282,8 @@ def _resident_kernel(
     """Statistics and values of ROWS rows held in registers, and with GRADIENT their gradient: one read of the logits."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = rows < N
+    weight = _each(row_weight, 1, rows, present, WEIGHTS)
+    taken = present & (weight != 0)  # a row of weight 0 takes no part: it is read as one of -inf
     tau_s = _each(student_tau, 1, rows, present, STUDENT_TAUS)
     tau_t = _each(teacher_tau, 1, rows, present, TEACHER_TAUS)
     c_s, c_t, c_1 = _slope(tau_s)[:, None], _slope(tau_t)[:, None], LOG2_E
@@ -285,7 +291,7 @@ def _resident_kernel(
     # Up to three tiles: BLOCK columns, TAIL columns after them, and the edge.
     start, length = _body(rows, student_stride, V, ALIGN, PEEL)
     offsets = tl.arange(0, BLOCK)[None, :]
-    inside = _inside(offsets, length, present, ALIGN)
+    inside = _inside(offsets, length, taken, ALIGN)
     t = _load(_body_pointers(student, rows, student_stride, start, offsets, ALIGN), inside)
     s = t
     m_s = tl.maximum(tl.max(s, 1), MIN_MAX)
@@ -295,7 +301,7 @@ def _resident_kernel(
         m_t = tl.maximum(tl.max(t, 1), MIN_MAX)
     if TAIL > 0:
         tail_offsets = BLOCK + tl.arange(0, TAIL)[None, :]
-        tail_inside = _inside(tail_offsets, length, present, ALIGN)
+        tail_inside = _inside(tail_offsets, length, taken, ALIGN)
         tail_t = _load(_body_pointers(student, rows, student_stride, start, tail_offsets, ALIGN), tail_inside)
         tail_s = tail_t
         m_s = tl.maximum(m_s, tl.max(tail_s, 1))
@@ -304,12 +310,12 @@ def _resident_kernel(
             m_t = tl.maximum(m_t, tl.max(tail_t, 1))
     if PEEL:
         edge_columns, edge_inside = _edge(tl.arange(0, EDGE)[None, :], start[:, None], length[:, None], V)
-        edge_inside &= present[:, None]
-        edge_t = _load(student + (rows * student_stride)[:, None] + edge_columns, edge_inside)
+        edge_taken, edge_inside = edge_inside & taken[:, None], edge_inside & present[:, None]
+        edge_t = _load(student + (rows * student_stride)[:, None] + edge_columns, edge_taken)
         edge_s = edge_t
         m_s = tl.maximum(m_s, tl.max(edge_s, 1))
         if TEACHER:
-            edge_t = _load(teacher + (rows * teacher_stride)[:, None] + edge_columns, edge_inside)
+            edge_t = _load(teacher + (rows * teacher_stride)[:, None] + edge_columns, edge_taken)
             m_t = tl.maximum(m_t, tl.max(edge_t, 1))
 
     k_s, k_t, k_1 = m_s[:, None] * c_s, m_t[:, None] * c_t, m_s[:, None] * c_1
@@ -330,7 +336,6 @@ def _resident_kernel(
     )  # fmt: skip
 
     if GRADIENT:
-        weight = _each(row_weight, weight_stride, rows, present, WEIGHTS)
         q, p, one, index, onehot = _factors(
             labels, rows, present, ignore_index, weight * kd_weight, weight * label_weight, tau_t,
             z_s, z_1, z_t, difference, V, TEACHER, LABELS, REVERSE, TAU,
@@ -342,14 +347,14 @@ def _resident_kernel(
             TEACHER, LABELS, REVERSE, TAU,
         )  # fmt: skip
         pointers = _body_pointers(grad, rows, grad_stride, start, offsets, ALIGN)
-        tl.store(pointers, g.to(grad.dtype.element_ty), mask=inside)
+        tl.store(pointers, g.to(grad.dtype.element_ty), mask=_inside(offsets, length, present, ALIGN))
         if TAIL > 0:
             g = _gradient(
                 tail_s, tail_t, start[:, None] + tail_offsets, c_s, c_t, c_1, k_s, k_t, k_1, difference,
                 q, p, one, index, onehot, TEACHER, LABELS, REVERSE, TAU,
             )  # fmt: skip
             pointers = _body_pointers(grad, rows, grad_stride, start, tail_offsets, ALIGN)
-            tl.store(pointers, g.to(grad.dtype.element_ty), mask=tail_inside)
+            tl.store(pointers, g.to(grad.dtype.element_ty), mask=_inside(tail_offsets, length, present, ALIGN))
         if PEEL:
             g = _gradient(
                 edge_s, edge_t, edge_columns, c_s, c_t, c_1, k_s, k_t, k_1, difference, q, p, one, index, onehot,
@@ -429,15 +434,17 @@ def _gradient_kernel(
     tau_s = _each(student_tau, 1, rows, present, STUDENT_TAUS)
     tau_t = _each(teacher_tau, 1, rows, present, TEACHER_TAUS)
     c_s, c_t, c_1 = _slope(tau_s)[:, None], _slope(tau_t)[:, None], LOG2_E
-    stats += rows
-    m_s, m_t = tl.load(stats)[:, None], tl.load(stats + 3 * N)[:, None]
-    k_s, k_t, k_1 = m_s * c_s, m_t * c_t, m_s * c_1
-    difference = tl.load(stats + 5 * N)
     kd_upstream = _each(kd_upstream, kd_stride, rows, present, KD)
     label_upstream = _each(label_upstream, label_stride, rows, present, LABEL)
+    # A row that nothing comes from takes no part: it is read as one of -inf.
+    taken = present & ((kd_upstream != 0) | (label_upstream != 0))
+    stats += rows
+    m_s, m_t = tl.load(stats, mask=taken, other=0.0)[:, None], tl.load(stats + 3 * N, mask=taken, other=0.0)[:, None]
+    k_s, k_t, k_1 = m_s * c_s, m_t * c_t, m_s * c_1
+    z_s, z_1 = tl.load(stats + N, mask=taken, other=0.0), tl.load(stats + 2 * N, mask=taken, other=0.0)
+    z_t, difference = tl.load(stats + 4 * N, mask=taken, other=0.0), tl.load(stats + 5 * N, mask=taken, other=0.0)
     q, p, one, index, onehot = _factors(
-        labels, rows, present, ignore_index, kd_upstream, label_upstream, tau_t,
-        tl.load(stats + N), tl.load(stats + 2 * N), tl.load(stats + 4 * N), difference,
+        labels, rows, present, ignore_index, kd_upstream, label_upstream, tau_t, z_s, z_1, z_t, difference,
         V, TEACHER, LABELS, REVERSE, TAU,
     )  # fmt: skip
     q, p, one, index, onehot = q[:, None], p[:, None], one[:, None], index[:, None], onehot[:, None]
@@ -445,7 +452,7 @@ def _gradient_kernel(
 
     start, length = _body(rows, student_stride, V, ALIGN, PEEL)
     offsets = block * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = _inside(offsets, length, present, ALIGN)
+    inside = _inside(offsets, length, taken, ALIGN)
     t = _load(_body_pointers(student, rows, student_stride, start, offsets, ALIGN), inside)
     s = t
     if TEACHER:
@@ -455,14 +462,14 @@ def _gradient_kernel(
         TEACHER, LABELS, REVERSE, TAU,
     )  # fmt: skip
     pointers = _body_pointers(grad, rows, grad_stride, start, offsets, ALIGN)
-    tl.store(pointers, g.to(grad.dtype.element_ty), mask=inside)
+    tl.store(pointers, g.to(grad.dtype.element_ty), mask=_inside(offsets, length, present, ALIGN))
     if PEEL:  # noqa: SIM102  (known at compile time; `and` is not)
         if block == 0:
             edge_columns, edge_inside = _edge(tl.arange(0, EDGE)[None, :], start[:, None], length[:, None], V)
-            edge_t = _load(student + (rows * student_stride)[:, None] + edge_columns, edge_inside)
+            edge_t = _load(student + (rows * student_stride)[:, None] + edge_columns, edge_inside & taken[:, None])
             edge_s = edge_t
             if TEACHER:
-                edge_t = _load(teacher + (rows * teacher_stride)[:, None] + edge_columns, edge_inside)
+                edge_t = _load(teacher + (rows * teacher_stride)[:, None] + edge_columns, edge_inside & taken[:, None])
             edge_g = _gradient(
                 edge_s, edge_t, edge_columns, c_s, c_t, c_1, k_s, k_t, k_1, difference, q, p, one, index, onehot,
                 TEACHER, LABELS, REVERSE, TAU,
@@ -473,24 +480,28 @@ def _gradient_kernel(
 
 @triton.jit
 def _total_kernel(
-    kd, label, row_weight, loss, kd_sum, label_sum, N, weight_stride, kd_weight, label_weight,
+    kd, label, row_weight, loss, kd_sum, label_sum, N, kd_weight, label_weight,
     WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Weighted sums over the rows in a fixed order, by one program."""
     kd_total = tl.zeros([BLOCK], tl.float32)
     label_total = kd_total
-    for first in range(0, N, BLOCK):
+    first = 0
+    while first < N:  # the interpreter of Triton 3.6 has no `range` over numbers of the call
         rows = first + tl.arange(0, BLOCK)
         present = rows < N
-        weight = _each(row_weight, weight_stride, rows, present, WEIGHTS)
+        weight = _each(row_weight, 1, rows, present, WEIGHTS)
         # A row of weight zero takes no part, whatever its value.
         taken = present & (weight != 0)
         kd_total += weight * tl.load(kd + rows, mask=taken, other=0.0)
         label_total += weight * tl.load(label + rows, mask=taken, other=0.0)
+        first += BLOCK
     kd_total, label_total = tl.sum(kd_total, 0), tl.sum(label_total, 0)
     tl.store(kd_sum, kd_total)
     tl.store(label_sum, label_total)
-    tl.store(loss, kd_weight * kd_total + label_weight * label_total)
+    # Nor does a term of weight zero.
+    kd_part = tl.where(kd_weight == 0, 0.0, kd_weight * kd_total)
+    tl.store(loss, kd_part + tl.where(label_weight == 0, 0.0, label_weight * label_total))
 
 
 @triton.jit
@@ -526,14 +537,14 @@ TOTAL_BLOCK = 1024
 SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1024
 
 
-def plan(columns: int) -> Plan:
-    """What serves a call of this many columns."""
-    if columns > MAX_RESIDENT:
+def plan(columns: int, *, second_exponential: bool = False) -> Plan:
+    """What serves a call of this many columns; `second_exponential`: the label term needs one (TAU of the kernels is 0)."""
+    elements_a_warp, largest = (512, MAX_RESIDENT // 2) if second_exponential else (1024, MAX_RESIDENT)
+    if columns > largest:
         return STREAMING
     block = triton.next_power_of_2(columns)
-    if block <= 1024:
-        return Plan(rows=1024 // block, block=block, tail=0, warps=1)
-    return Plan(rows=1, block=block, tail=0, warps={2048: 2, 4096: 4}.get(block, 16))
+    warps = max(1, block // elements_a_warp) if block <= 4096 else 16
+    return Plan(rows=max(1, elements_a_warp // block), block=block, tail=0, warps=warps)
 
 
 def cluster_plan(columns: int) -> Plan:
@@ -557,15 +568,24 @@ def _layout(columns: int, *tensors: torch.Tensor) -> dict[str, Any]:
     return {"ALIGN": 8, "PEEL": phases != {0} or columns % 8 != 0}
 
 
+def _integer_tau(options: Options) -> int:
+    """The student's temperature if its exponentials give those at temperature 1, else 0."""
+    tau = options.student_tau
+    return int(tau) if not isinstance(tau, torch.Tensor) and tau in INTEGER_TEMPERATURES else 0
+
+
+def _plan(labels: torch.Tensor | None, options: Options) -> Plan:
+    return plan(options.columns, second_exponential=labels is not None and _integer_tau(options) == 0)
+
+
 def _flags(teacher: torch.Tensor | None, labels: torch.Tensor | None, options: Options) -> dict[str, Any]:
     taus = options.student_tau, options.teacher_tau
-    exact = next((tau for tau in INTEGER_TEMPERATURES if not isinstance(taus[0], torch.Tensor) and taus[0] == tau), 0)
     return {
         "V": options.columns,
         "TEACHER": teacher is not None,
         "LABELS": labels is not None,
         "REVERSE": options.reverse,
-        "TAU": exact,
+        "TAU": _integer_tau(options),
         "STUDENT_TAUS": isinstance(taus[0], torch.Tensor),
         "TEACHER_TAUS": isinstance(taus[1], torch.Tensor),
     }
@@ -575,7 +595,7 @@ def statistics(
     student_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labels_N: torch.Tensor | None, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """kd_N, label_N and the seven statistics [7, N] of `Rows`, in float32."""
-    return _forward(student_NV, teacher_NV, labels_N, options, plan(options.columns))
+    return _forward(student_NV, teacher_NV, labels_N, options, _plan(labels_N, options))
 
 
 def _forward(
@@ -613,7 +633,7 @@ def _forward(
                 student_NV, teacher, labels, student_NV if grad_NV is None else grad_NV, kd_N, label_N, stats,
                 1.0 if row_weight_N is None else row_weight_N, options.student_tau, options.teacher_tau,
                 num_rows, student_NV.stride(0), teacher.stride(0), 0 if grad_NV is None else grad_NV.stride(0),
-                0 if row_weight_N is None else row_weight_N.stride(0), options.ignore_index, kd_weight, label_weight,
+                options.ignore_index, kd_weight, label_weight,
                 **flags, WEIGHTS=row_weight_N is not None, GRADIENT=grad_NV is not None,
                 ROWS=chosen.rows, BLOCK=chosen.block, TAIL=chosen.tail,
                 num_warps=chosen.warps, num_ctas=chosen.blocks,
@@ -663,7 +683,7 @@ def weighted_sum(
     chosen: Plan | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, kd_sum, label_sum, float32 scalars; fills `grad_NV`, where given, with the gradient of the loss."""
-    chosen = chosen or plan(options.columns)
+    chosen = chosen or _plan(labels_N, options)
     weights = row_weight_N, kd_weight, label_weight
     resident_grad = grad_NV if chosen.rows else None
     kd_N, label_N, stats = _forward(student_NV, teacher_NV, labels_N, options, chosen, *weights, resident_grad)
@@ -671,8 +691,7 @@ def weighted_sum(
     with _device(stats):
         _total_kernel[(1,)](
             kd_N, label_N, 1.0 if row_weight_N is None else row_weight_N, loss, kd_sum, label_sum, len(kd_N),
-            0 if row_weight_N is None else row_weight_N.stride(0), kd_weight, label_weight,
-            WEIGHTS=row_weight_N is not None, BLOCK=TOTAL_BLOCK,
+            kd_weight, label_weight, WEIGHTS=row_weight_N is not None, BLOCK=TOTAL_BLOCK,
         )  # fmt: skip
     if grad_NV is not None and chosen.rows == 0:
         weight = 1.0 if row_weight_N is None else row_weight_N

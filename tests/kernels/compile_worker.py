@@ -23,6 +23,7 @@ FLAGS: dict[str, Any] = {
     "TEACHER": True, "LABELS": True, "REVERSE": False, "TAU": 1, "STUDENT_TAUS": False, "TEACHER_TAUS": False,
     "ALIGN": 8, "WEIGHTS": False, "KD": True, "LABEL": True,
 }  # fmt: skip
+RESIDENT = ((1, False), (1, True), (8, False), (0, True))  # TAU and REVERSE: what takes few registers, and most
 FLOATS = ("student_tau", "teacher_tau", "kd_weight", "label_weight", "row_weight")
 INTEGERS = ("N", "size", "ignore_index")
 
@@ -89,7 +90,14 @@ def report(
 ) -> None:
     options = {"num_warps": warps, "num_ctas": blocks}
     done = triton.compile(source(kernel, dtype, FLAGS | flags), target=TARGETS[target], options=options)
-    row = {"kernel": kernel.__name__, "columns": columns, "dtype": dtype, "target": target, "cluster": blocks > 1}
+    row = {
+        "kernel": kernel.__name__,
+        "columns": columns,
+        "dtype": dtype,
+        "target": target,
+        "cluster": blocks > 1,
+        "tau": flags.get("TAU", 1),
+    }
     print(json.dumps(row | (disassemble(done.asm["cubin"]) if "cubin" in done.asm else {})), flush=True)
 
 
@@ -109,8 +117,12 @@ def main() -> None:
                         streaming = flags | {"LANES": plan.block, "WIDTH": width, "TAU": tau}
                         report(kernels._streaming_kernel, columns, dtype, streaming, target, plan.warps)
                 else:
-                    for with_gradient in (False, True):
-                        resident = {"ROWS": plan.rows, "BLOCK": plan.block, "TAIL": 0, "GRADIENT": with_gradient}
+                    for tau, reverse in RESIDENT if columns > 1000 else RESIDENT[:1]:
+                        plan = kernels.plan(columns, second_exponential=tau == 0)
+                        if plan.rows == 0:
+                            continue
+                        resident = {"ROWS": plan.rows, "BLOCK": plan.block, "TAIL": 0, "GRADIENT": True}
+                        resident |= {"TAU": tau, "REVERSE": reverse}
                         report(kernels._resident_kernel, columns, dtype, flags | resident, target, plan.warps)
                 if plan.rows == 0 and target == "sm_90" and kernels.clusters_compile():
                     plan = kernels.cluster_plan(columns)

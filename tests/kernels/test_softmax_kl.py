@@ -41,8 +41,10 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 SERVED = softmax_kl_triton.plan
 # Two tiles where there are columns for them, and a streaming loop of several turns.
 PLANS = {
-    "resident": lambda columns: SERVED(columns) if columns <= 1000 else softmax_kl_triton.cluster_plan(columns),
-    "streaming": lambda columns: softmax_kl_triton.STREAMING._replace(block=64 if columns <= 1000 else 256),
+    "resident": lambda columns, **exponentials: (
+        SERVED(columns, **exponentials) if columns <= 1000 else softmax_kl_triton.cluster_plan(columns)
+    ),
+    "streaming": lambda columns, **_: softmax_kl_triton.STREAMING._replace(block=64 if columns <= 1000 else 256),
 }
 
 
@@ -117,6 +119,28 @@ def test_value_and_gradient_equal_float64(shape, options, direction, impl) -> No
     value_rtol = 1e-5 if impl == "reference" else 2e-6
     got = value_and_gradient(softmax_kl, student, teacher, labels, impl=impl, **options)
     assert_close(got, want, value_rtol=value_rtol)
+
+
+@pytest.mark.parametrize("temperature", [3.0, 8.0, 40.0])
+def test_label_term_at_high_temperatures(temperature, impl) -> None:
+    """Powers of the exponentials at hand, and exponentials of its own that grow by far more than the others'."""
+    student, teacher, labels = make(4, 3000)
+    student[:2, 1200:] += 100.0
+    upstream = torch.ones(4), torch.ones(4)
+    options = {"temperature": temperature, "upstream": upstream}
+    got = value_and_gradient(softmax_kl, student, teacher, labels, impl=impl, **options)
+    want = truth(student, teacher, labels, **options)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=2e-6, atol=2e-5)
+    assert ((got[2].double() - want[2]).norm(dim=1) <= 1e-5 * want[2].norm(dim=1)).all()
+
+
+@pytest.mark.parametrize(
+    "tau", [torch.tensor([2.0]).expand(3), torch.arange(1.0, 7.0)[::2]], ids=["expanded", "strided"]
+)
+def test_temperatures_need_not_be_adjacent_in_memory(tau, impl) -> None:
+    student, teacher, labels = make(3, 100)
+    got = value_and_gradient(softmax_kl, student, teacher, labels, temperature=tau, impl=impl)
+    assert_close(got, truth(student, teacher, labels, temperature=tau))
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -325,6 +349,13 @@ class TestMinusInfinity:
         kd, _, gradient = value_and_gradient(softmax_kl, *rows, None, **options)
         assert kd[0].isnan() and gradient[0].isnan().any() and kd[1].isfinite() and gradient[1].isfinite().all()
 
+    @pytest.mark.parametrize("direction", ["forward", "reverse"])
+    def test_not_a_number_where_the_student_excludes_is_not_hidden(self, direction, impl, temperature) -> None:
+        student, teacher = torch.tensor([[-INF, 1.0, 0.0, 2.0]]), torch.tensor([[math.nan, 0.0, 1.0, 1.0]])
+        options = {"impl": impl, "direction": direction, "temperature": temperature}
+        kd, _, gradient = value_and_gradient(softmax_kl, student, teacher, None, **options)
+        assert kd.isnan() and gradient.isnan().any()
+
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.3])
@@ -435,6 +466,8 @@ LABELS = torch.zeros(3, dtype=torch.int64)
         ((LOGITS, LOGITS), {"valid_columns": 0}, r"valid_columns must be in \[1, 7\].*got 0"),
         ((LOGITS, LOGITS.clone().requires_grad_()), {}, "detach it"),
         ((LOGITS, LOGITS.to("meta")), {}, "is on meta, the student's logits on cpu"),
+        ((LOGITS, LOGITS, LABELS.to("meta")), {}, "labels_N is on meta, the student's logits on cpu"),
+        ((LOGITS, LOGITS), {"temperature": torch.ones(3, device="meta")}, "temperature is on meta"),
         ((LOGITS, LOGITS, LABELS[:2]), {}, r"labels_N must be int64 of shape \(3,\)"),
         ((LOGITS, LOGITS, LABELS.int()), {}, "got torch.int32"),
         ((LOGITS, LOGITS, LABELS + 7), {}, r"labels_N must be in \[0, 7\) or ignore_index = -100, got 7 and 2 more"),

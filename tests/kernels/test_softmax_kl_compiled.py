@@ -13,15 +13,15 @@ import pytest
 
 from tests.conftest import ROOT
 
-# Two or more blocks (streaming: eight) of a kernel's threads fit the registers of an SM.
+# Two or more blocks of a kernel's threads fit the registers of an SM (streaming: eight; resident at 4 warps: three).
 LIMITS = {
     "_streaming_kernel": 64,
     "_gradient_kernel": 64,
-    "_resident_kernel": 128,
+    "_resident_kernel": 160,
     "_total_kernel": 64,
     "_scale_kernel": 96,
 }
-VOCABULARIES = (1000, 4096, 30522, 32000, 50257, 128256, 151936)
+VOCABULARIES = (1000, 4096, 16383, 30522, 32000, 50257, 128256, 151936)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_bodies_load_and_store_128_bits(compiled) -> None:
     for row in compiled:
         if row["target"].startswith("sm_") and row["columns"] and not row["cluster"]:
             assert row["loads_128"] >= 2, row
-            assert row["loads_128"] + row["stores_128"] >= 3 or row["kernel"] != "_gradient_kernel", row
+            assert row["stores_128"] >= 1 or row["kernel"] == "_streaming_kernel", row
 
 
 def test_the_streaming_loop_has_no_barrier(compiled) -> None:

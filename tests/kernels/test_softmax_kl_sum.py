@@ -51,6 +51,27 @@ def test_equals_the_weighted_sum_of_rows(upstream, temperature, direction, impl)
     assert_close(got, (*want[:3], upstream * want[3]))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_row_of_weight_zero_takes_no_part(direction, bad, impl) -> None:  # noqa: F811
+    """Whatever its logits: in no sum, and its gradient is zero; every second of a longer vector is as good a weight."""
+    student, teacher, labels = make(6, 100)
+    want = run(student[:5], teacher[:5], labels[:5], impl=impl, direction=direction, **WEIGHTS)
+    student[5, 7], teacher[5, 8:10] = bad, bad
+    row_weight = torch.tensor([1.0, 9.0] * 5 + [0.0, 9.0])[::2]
+    got = run(student, teacher, labels, row_weight_N=row_weight, impl=impl, direction=direction, **WEIGHTS)
+    assert (got[3][5] == 0).all()
+    for value, expected in zip((*got[:3], got[3][:5]), want, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_term_of_weight_zero_takes_no_part(impl) -> None:  # noqa: F811
+    student, teacher, labels = make(3, 100)
+    student[0, 5] = -math.inf  # an infinite KL
+    loss, kd_sum, label_sum, _ = run(student, teacher, labels, kd_weight=0.0, label_weight=2.0, impl=impl)
+    assert kd_sum == math.inf and loss == 2 * label_sum
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_weights_and_beyond_the_columns(dtype, impl) -> None:  # noqa: F811
     student, teacher, labels = make(13, 1000)

@@ -1,0 +1,75 @@
+"""The C code of softmax_kl: compilers that fail, damaged caches, forks. Its numbers: the other files, variant "native"."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kd_core.kernels import softmax_kl_native
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.skipif(softmax_kl_native.library() is None, reason="no C compiler here")
+
+# Prints whether the C code serves, and that its result is the reference's.
+CHECK = """
+import torch
+from kd_core.kernels import softmax_kl_native
+from kd_core.kernels.softmax_kl import softmax_kl
+torch.manual_seed(0)
+torch.set_num_threads(2)
+logits = torch.randn(64, 5000), torch.randn(64, 5000)
+kd, _ = softmax_kl(*logits)
+assert torch.allclose(kd, softmax_kl(*logits, impl="reference")[0], rtol=1e-5)
+print(softmax_kl_native.library() is not None)
+"""
+
+
+def run(cache: Path, script: str = CHECK, **environment: str) -> tuple[str, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "KD_CACHE": str(cache), "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr
+
+
+def test_compiled_once_and_kept(tmp_path: Path) -> None:
+    assert run(tmp_path)[0] == "True"
+    (library,) = (tmp_path / "kernels").iterdir()
+    made = library.stat().st_mtime_ns
+    assert run(tmp_path)[0] == "True" and library.stat().st_mtime_ns == made
+    library.write_bytes(b"")  # damaged: made anew
+    assert run(tmp_path) == ("True", "")
+    assert library.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "cc --no-such-flag"])
+def test_a_compiler_that_fails_is_named_and_pytorch_serves(compiler: str, tmp_path: Path) -> None:
+    served, told = run(tmp_path, CC=compiler)
+    assert served == "False"
+    assert told.count("softmax_kl runs in PyTorch, slower") == 1 and f"compiled by {compiler.split()[0]}" in told
+
+
+def test_without_a_compiler_pytorch_serves(tmp_path: Path) -> None:
+    assert run(tmp_path, PATH=str(tmp_path)) == ("False", "")
+
+
+def test_a_fork_has_threads_of_its_own(tmp_path: Path) -> None:
+    script = (
+        CHECK
+        + """
+import os
+child = os.fork()
+again, _ = softmax_kl(*logits)
+assert torch.equal(again, kd)
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    )
+    assert run(tmp_path, script)[0] == "True"
