@@ -36,6 +36,10 @@ GPU_CHUNK_BYTES = 2 << 30
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _part(tensor: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor | None:
+    return None if tensor is None else tensor[index]
+
+
 class Side(NamedTuple):
     """The student or the teacher: hidden states, and the head that makes logits of them."""
 
@@ -50,13 +54,13 @@ class Side(NamedTuple):
 
     def first(self, columns: int) -> "Side":
         """With the first columns of the logits alone."""
-        bias_V = None if self.bias_V is None else self.bias_V[:columns]
-        return self._replace(weight_VD=self.weight_VD[:columns], bias_V=bias_V)
+        return self._replace(weight_VD=self.weight_VD[:columns], bias_V=_part(self.bias_V, slice(columns)))
 
 
-def _sums_to_float32(tensor: torch.Tensor) -> bool:
-    """Whether matmuls of such a tensor can return float32, or return it anyway."""
-    return tensor.element_size() > 2 or (tensor.is_cuda and torch.version.hip is None)
+def _logits_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """What matmuls of such hidden states are summed to: float32 or wider where the device offers it."""
+    summed = hidden.element_size() > 2 or (hidden.is_cuda and torch.version.hip is None)
+    return compute_dtype(hidden) if summed else hidden.dtype
 
 
 def _matmul_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, alpha: float, beta: float = 0.0) -> None:
@@ -98,10 +102,6 @@ def _chunks(num_rows: int, most: int, rows_M: torch.Tensor | None) -> Iterator[s
     for start in range(0, total, max(1, size)):
         chunk = slice(start, min(start + size, total))
         yield chunk if rows_M is None else rows_M[chunk]
-
-
-def _part(tensor: torch.Tensor | None, index: slice | torch.Tensor) -> torch.Tensor | None:
-    return None if tensor is None else tensor[index]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,14 +146,14 @@ def _linear_softmax_kl(
     bias_grad = zeros(len(student_weight) if with_bias else 0)
 
     student = Side(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap).first(columns)
-    if not _sums_to_float32(student_hidden):
+    if _logits_dtype(student_hidden) != dtype:
         student = student.to(dtype)
     dtypes = [dtype]  # of a chunk's buffers: the student's logits, the teacher's, the gradient
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = Side(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
         teacher = teacher.first(columns)
-        dtypes.append(compute_dtype(teacher_hidden) if _sums_to_float32(teacher_hidden) else teacher_hidden.dtype)
+        dtypes.append(_logits_dtype(teacher_hidden))
     if with_hidden or with_weight or with_bias:
         dtypes.append(student.hidden_ND.dtype)
 
