@@ -2,6 +2,7 @@
 # Benchmarks, interleaved in one process, as markdown tables:
 #
 #     ./launch/bench.sh kernels [flags]   the kernels against PyTorch (kd_core/kernels/bench.py)
+#     ./launch/bench.sh linear [flags]    heads and losses in one against PyTorch (kd_core/kernels/bench_linear.py)
 #     ./launch/bench.sh bert [flags]      the BERT recipe's step against a bare PyTorch loop, ZeRO 0 to 3, with teachers
 set -euo pipefail
 here=$(dirname "$0")
@@ -9,7 +10,8 @@ cd "$here/.."
 what=${1:-}
 case $what in
     kernels) module=kd_core.kernels.bench ;;
+    linear) module=kd_core.kernels.bench_linear ;;
     bert) module=tests.benchmarks.bert_step ;;
-    *) echo "usage: launch/bench.sh kernels|bert [flags]; --help after either lists its flags" >&2; exit 2 ;;
+    *) echo "usage: launch/bench.sh kernels|linear|bert [flags]; --help after each lists its flags" >&2; exit 2 ;;
 esac
 exec bash launch/env.sh python3 -m "$module" "${@:2}"

@@ -20,6 +20,7 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.utils.logging import disable_progress_bar
 
 from kd_core import cli, engine, report, schedule, teachers, text
+from kd_core.kernels.linear_softmax_kl import LinearSoftmaxKL
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_sum
 from kd_core.samplers import draw_teachers
 
@@ -53,6 +54,8 @@ class Config(cli.SharedFlags):
     """On hidden states and attention."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    fused_head: bool = False
+    """Never hold the logits: measured on CPUs as fast, with less memory from 64 MiB of them on; not for ensembles."""
     # The authors' released settings for BERT-base on C4.
     steps: int = 70_000
     global_batch_size: int = 4096
@@ -72,9 +75,12 @@ class Config(cli.SharedFlags):
 class MaskedBert(BertForMaskedLM):
     """BERT that computes vocabulary logits at given positions only: the full [B, T, V] logits exist nowhere."""
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """input_ids [B, T], positions [N] into B*T -> logits [N, V]."""
-        return self.cls(self.bert(input_ids).last_hidden_state.flatten(0, 1)[positions])
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, *teacher_and_labels: Any, head: bool = True, **options: Any
+    ) -> Any:
+        """input_ids [B, T], positions [N] into B*T -> logits [N, V]; losses, given what they need; or the head's input."""
+        hidden_ND = self.cls.predictions.transform(self.bert(input_ids).last_hidden_state.flatten(0, 1)[positions])
+        return self.cls.predictions.decoder(hidden_ND, *teacher_and_labels, **options) if head else hidden_ND
 
 
 def build_data(cfg: Config) -> text.Corpus:
@@ -97,6 +103,7 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
             MaskedBert, cfg.student, vocab_size, flag="--student", dtype=torch.float32, **settings
         )
         student.resize_token_embeddings(padded, mean_resizing=False)
+    student.cls.predictions.decoder.__class__ = LinearSoftmaxKL  # the same linear layer, able to give losses
     if cfg.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     return student
@@ -107,6 +114,26 @@ def build_teachers(cfg: Config, vocab_size: int) -> teachers.TeacherPool:
     models = [teachers.load_pretrained(MaskedBert, path, vocab_size, dtype=dtype) for path in cfg.teachers]
     models = [model.to(engine.device()) for model in models]
     return teachers.TeacherPool(cfg.teachers, models, columns=vocab_size, compiled=cfg.compile)
+
+
+def micro_losses(
+    cfg: Config, student: Any, pool: teachers.TeacherPool, drawn: Sequence[int], inputs: tuple[Tensor, ...],
+    labels: Tensor, clock: Any, **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Sums over the masked positions: the loss, its KD term and its label term; `options` are softmax_kl_sum's."""
+    if len(drawn) > 1 or not cfg.fused_head:
+        teacher_logits = None
+        if drawn:
+            with clock.part("teacher"):
+                teacher_logits = pool.logits(drawn, inputs, cfg.temperature)
+        return softmax_kl_sum(student(*inputs), teacher_logits, labels, **options)
+    hidden = weight = bias = None
+    if drawn:
+        teacher: Any = pool.models[drawn[0]]
+        with clock.part("teacher"), torch.no_grad():
+            hidden = teacher(*inputs, head=False)
+        weight, bias = teacher.cls.predictions.decoder.weight, teacher.cls.predictions.decoder.bias
+    return student(*inputs, hidden, weight, labels, teacher_bias_V=bias, **options)
 
 
 def train_step(
@@ -127,15 +154,10 @@ def train_step(
     losses = []
     for micro in batch.micro_batches:
         input_ids, positions, labels = engine.to_device(micro.input_ids, micro.positions, micro.labels)
-        teacher_logits = None
-        if drawn:
-            with clock.part("teacher"):
-                teacher_logits = pool.logits(drawn, (input_ids, positions), cfg.temperature)
-        student_logits = student(input_ids, positions)
         supervised_N = (labels != text.IGNORE_INDEX).float()
-        loss_sum, kd_loss, label_loss = softmax_kl_sum(
-            student_logits, teacher_logits, labels, kd_weight=kd_ratio, label_weight=label_weight,
-            row_weight_N=supervised_N, **divergence,
+        loss_sum, kd_loss, label_loss = micro_losses(
+            cfg, student, pool, drawn, (input_ids, positions), labels, clock,
+            kd_weight=kd_ratio, label_weight=label_weight, row_weight_N=supervised_N, **divergence,
         )  # fmt: skip
         engine.backward_token_mean(student, loss_sum, step_tokens)
         losses.append(torch.stack([label_loss, kd_loss]))

@@ -256,7 +256,7 @@ def copy_function(device: str) -> tuple[Function, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _in_a_new_process(function: Callable[..., Any], *args: Any) -> Any:
+def in_a_new_process(function: Callable[..., Any], *args: Any) -> Any:
     context = multiprocessing.get_context("forkserver")  # of a process that has done nothing but this import
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, context) as pool:
@@ -268,22 +268,30 @@ def _resident_bytes(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
-def _cpu_peak_bytes(name: str, case: Case) -> int:
+def own_peak_bytes(function: Function) -> int:
+    """Peak memory of a second call beyond what this process holds, as the operating system counts it (Linux).
+
+    For a process of its own, to which nothing is left to reuse.
+    """
     # What is freed goes back to the operating system at once, so that it counts when it is used again (-3 is
     # M_MMAP_THRESHOLD of glibc).
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
-    torch.set_num_threads(case.threads)
-    step, inputs = providers("cpu", case.columns)[name], make_inputs(case, "cpu")
-    step(inputs, case.temperature, torch.ones(()))
+    function()
     before = _resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    step(inputs, case.temperature, torch.ones(()))
-    return _resident_bytes("VmHWM") - before - inputs.student.nbytes
+    function()
+    return _resident_bytes("VmHWM") - before
+
+
+def _cpu_peak_bytes(name: str, case: Case) -> int:
+    torch.set_num_threads(case.threads)
+    step, inputs = providers("cpu", case.columns)[name], make_inputs(case, "cpu")
+    return own_peak_bytes(lambda: step(inputs, case.temperature, torch.ones(()))) - inputs.student.nbytes
 
 
 def cpu_peak_bytes(name: str, case: Case) -> int:
-    """Peak memory of one step beyond inputs and gradient, as the operating system counts it (Linux)."""
-    return max(0, _in_a_new_process(_cpu_peak_bytes, name, case))
+    """Peak memory of one step beyond inputs and gradient (Linux)."""
+    return max(0, in_a_new_process(_cpu_peak_bytes, name, case))
 
 
 def cuda_peak_bytes(function: Function) -> int:
@@ -307,7 +315,7 @@ def _first_call_seconds(name: str, case: Case, device: str) -> float:
 
 def first_call_seconds(name: str, case: Case, device: str) -> float:
     """Seconds of the first step of a process that finds nothing compiled."""
-    return _in_a_new_process(_first_call_seconds, name, case, device)
+    return in_a_new_process(_first_call_seconds, name, case, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

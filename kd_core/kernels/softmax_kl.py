@@ -103,7 +103,7 @@ def softmax_kl_reference(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _options(
+def make_options(
     student: torch.Tensor,
     student_tau: float,
     teacher_tau: float,
@@ -148,7 +148,9 @@ def _softmax_kl(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """kd_N, label_N, and the statistics [7, N] that the gradient needs (`Rows`)."""
-    options = _options(student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns)
+    options = make_options(
+        student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns
+    )
     student, teacher = student[:, :columns], _taking_part(teacher, columns)
     if impl == "triton":
         return softmax_kl_triton.statistics(student, teacher, labels, options)
@@ -179,7 +181,9 @@ def _softmax_kl_gradient(
     columns: int,
     impl: str,
 ) -> torch.Tensor:
-    options = _options(student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns)
+    options = make_options(
+        student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns
+    )
     grad_NV = _empty_gradient(student, columns)
     student, teacher, out = student[:, :columns], _taking_part(teacher, columns), grad_NV[:, :columns]
     if impl == "triton":
@@ -236,6 +240,43 @@ _operator.register_fake(_softmax_kl_fake)
 _operator.register_autograd(_backward(_gradient_operator), setup_context=_save)
 
 
+def weighted_sum(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    options: Options,
+    impl: str,
+    row_weight_N: torch.Tensor | None,
+    kd_weight: float,
+    label_weight: float,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss, kd_sum, label_sum; fills `out` [N, columns], where given, with the gradient of the loss."""
+    student, teacher = student[:, : options.columns], _taking_part(teacher, options.columns)
+    if impl == "triton":
+        weights = row_weight_N, kd_weight, label_weight
+        return softmax_kl_triton.weighted_sum(student, teacher, labels, options, *weights, out)
+    weight_N = (
+        student.new_ones((), dtype=_dtype(student)).expand(len(student)) if row_weight_N is None else row_weight_N
+    )
+    upstream = kd_weight * weight_N, label_weight * weight_N
+    backend = softmax_kl_native if softmax_kl_native.supports(student, teacher) else softmax_kl_torch
+    if out is None:
+        stats = backend.statistics(student, teacher, labels, options)
+    else:
+        stats = backend.statistics_and_gradient(student, teacher, labels, options, *upstream, out)
+    values = softmax_kl_torch.values(stats, labels, teacher is not None, options)
+    # A row of weight zero takes no part, whatever its value.
+    kd_sum, label_sum = ((weight_N * value_N).masked_fill_(weight_N == 0, 0.0).sum() for value_N in values)
+    return weighted_loss(kd_weight, kd_sum, label_weight, label_sum), kd_sum, label_sum
+
+
+def weighted_loss(kd_weight: float, kd_sum: torch.Tensor, label_weight: float, label_sum: torch.Tensor) -> torch.Tensor:
+    """The loss of two sums; a term of weight zero takes no part, whatever its value."""
+    terms = (kd_weight, kd_sum), (label_weight, label_sum)
+    return sum((weight * term for weight, term in terms if weight), torch.zeros_like(kd_sum))
+
+
 def _softmax_kl_sum(
     student: torch.Tensor,
     teacher: torch.Tensor | None,
@@ -254,30 +295,13 @@ def _softmax_kl_sum(
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, kd_sum, label_sum, and the gradient of the loss, [N, V], or [0] where none is asked for."""
-    options = _options(student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns)
-    grad_NV = _empty_gradient(student, columns) if with_gradient else student.new_empty(0)
-    student, teacher = student[:, :columns], _taking_part(teacher, columns)
-    out = grad_NV[:, :columns] if with_gradient else None
-    if impl == "triton":
-        weights = row_weight_N, kd_weight, label_weight
-        return *softmax_kl_triton.weighted_sum(student, teacher, labels, options, *weights, out), grad_NV
-    weight_N = (
-        student.new_ones((), dtype=_dtype(student)).expand(len(student)) if row_weight_N is None else row_weight_N
+    options = make_options(
+        student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns
     )
-    upstream = kd_weight * weight_N, label_weight * weight_N
-    backend = softmax_kl_native if softmax_kl_native.supports(student, teacher) else softmax_kl_torch
-    if out is None:
-        stats = backend.statistics(student, teacher, labels, options)
-    else:
-        stats = backend.statistics_and_gradient(student, teacher, labels, options, *upstream, out)
-    values = softmax_kl_torch.values(stats, labels, teacher is not None, options)
-    # A row of weight zero takes no part, whatever its value; nor does a term of weight zero.
-    kd_sum, label_sum = ((weight_N * value_N).masked_fill_(weight_N == 0, 0.0).sum() for value_N in values)
-    return _weighted(kd_weight, kd_sum) + _weighted(label_weight, label_sum), kd_sum, label_sum, grad_NV
-
-
-def _weighted(weight: float, total: torch.Tensor) -> torch.Tensor:
-    return weight * total if weight else torch.zeros_like(total)
+    grad_NV = _empty_gradient(student, columns) if with_gradient else student.new_empty(0)
+    out = grad_NV[:, :columns] if with_gradient else None
+    weights = row_weight_N, kd_weight, label_weight
+    return *weighted_sum(student, teacher, labels, options, impl, *weights, out), grad_NV
 
 
 def _softmax_kl_sum_fake(
@@ -288,7 +312,7 @@ def _softmax_kl_sum_fake(
     return loss, kd_sum, label_sum, torch.empty(shape, dtype=student.dtype, device=student.device)
 
 
-def _scale_(grad: torch.Tensor, upstream: torch.Tensor) -> None:
+def scale_(grad: torch.Tensor, upstream: torch.Tensor) -> None:
     """grad *= upstream, a scalar that the host does not read on a GPU; nothing is touched where it is 1."""
     if grad.is_cuda and grad.dtype != torch.float64:
         softmax_kl_triton.scale_(grad, upstream)
@@ -296,25 +320,30 @@ def _scale_(grad: torch.Tensor, upstream: torch.Tensor) -> None:
         grad.mul_(upstream)
 
 
-def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    """Keeps the gradients output[3:] of the loss output[0] in the first inputs."""
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[3])
-    ctx.handed_over = False
+    ctx.save_for_backward(*output[3:])
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[: len(output) - 3]]
+    ctx.num_inputs, ctx.handed_over = len(inputs), False
     ctx.set_materialize_grads(False)
 
 
-def _backward_sum(scale_: Callable[..., None]) -> Callable[..., tuple[Any, ...]]:
+def backward_sum(scale_: Callable[..., None], name: str, instead: str) -> Callable[..., tuple[Any, ...]]:
+    """The backward pass of what `save_sum` kept; `instead` is what to do for a second one."""
+
     def backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("softmax_kl_sum can be differentiated once; for create_graph=True pass impl='reference'")
+            raise RuntimeError(f"{name} can be differentiated once; for create_graph=True pass impl='reference'")
         if ctx.handed_over:
-            raise RuntimeError(
-                "softmax_kl_sum keeps its gradient for one backward pass; for retain_graph=True use softmax_kl"
-            )
+            raise RuntimeError(f"{name} keeps its gradient for one backward pass; for retain_graph=True {instead}")
         ctx.handed_over = True
-        (grad_NV,) = ctx.saved_tensors
-        scale_(grad_NV, upstream)
-        return grad_NV, *[None] * 14
+        gradients: list[torch.Tensor | None] = []
+        for grad, needed, dtype in zip(ctx.saved_tensors, ctx.needs_input_grad, ctx.dtypes, strict=False):
+            if needed:
+                scale_(grad, upstream)
+            gradients.append(grad.to(dtype) if needed else None)
+        return *gradients, *[None] * (ctx.num_inputs - len(gradients))
 
     return backward
 
@@ -323,16 +352,18 @@ class _SoftmaxKLSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
         output = _softmax_kl_sum(*args)
-        _save_sum(ctx, args, output)
+        save_sum(ctx, args, output)
         return output
 
-    backward = staticmethod(_backward_sum(_scale_))
+    backward = staticmethod(backward_sum(scale_, "softmax_kl_sum", "use softmax_kl"))
 
 
-_scale_operator = torch.library.custom_op("kd_core::scale_", _scale_, mutates_args={"grad"})
+scale_operator = torch.library.custom_op("kd_core::scale_", scale_, mutates_args={"grad"})
 _sum_operator = torch.library.custom_op("kd_core::softmax_kl_sum", _softmax_kl_sum, mutates_args=())
 _sum_operator.register_fake(_softmax_kl_sum_fake)
-_sum_operator.register_autograd(_backward_sum(_scale_operator), setup_context=_save_sum)
+_sum_operator.register_autograd(
+    backward_sum(scale_operator, "softmax_kl_sum", "use softmax_kl"), setup_context=save_sum
+)
 
 
 def _dtype(student: torch.Tensor) -> torch.dtype:
@@ -423,6 +454,17 @@ def _check_labels(labels: torch.Tensor, student: torch.Tensor, columns: int, ign
             )
 
 
+def check_row_weight(row_weight_N: torch.Tensor | None, student: torch.Tensor) -> None:
+    if row_weight_N is None:
+        return
+    if row_weight_N.shape != student.shape[:1] or row_weight_N.dtype != torch.float32 or row_weight_N.requires_grad:
+        raise ValueError(
+            f"row_weight_N must be float32 of shape ({len(student)},) without a gradient, "
+            f"got {row_weight_N.dtype} of shape {tuple(row_weight_N.shape)}"
+        )
+    _check_device("row_weight_N", row_weight_N, student)
+
+
 def _check_call(
     student_logits_NV: torch.Tensor,
     teacher_logits_NV: torch.Tensor | None,
@@ -435,38 +477,51 @@ def _check_call(
     impl: str,
 ) -> tuple[Any, ...]:
     """The operators' arguments that follow from a call's; raises ValueError for what is wrong with it."""
+    _check_logits(student_logits_NV, teacher_logits_NV, valid_columns)
+    columns = student_logits_NV.shape[1] if valid_columns is None else valid_columns
+    options = check_options(
+        student_logits_NV, teacher_logits_NV, labels_N, temperature, teacher_temperature, direction, ignore_index,
+        columns, impl,
+    )  # fmt: skip
+    return student_logits_NV, teacher_logits_NV, labels_N, *options
+
+
+def check_options(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels_N: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    teacher_temperature: float | torch.Tensor | None,
+    direction: str,
+    ignore_index: int,
+    columns: int,
+    impl: str,
+) -> tuple[Any, ...]:
+    """What the operators take after the labels; student and teacher may be any tensors [N, ...] of the models."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
-    if teacher_logits_NV is None and labels_N is None:
-        raise ValueError(
-            "teacher_logits_NV and labels_N are both None, so there is nothing to compute; give one of them"
-        )
-    _check_logits(student_logits_NV, teacher_logits_NV, valid_columns)
+    if teacher is None and labels_N is None:
+        raise ValueError("the teacher and labels_N are both None, so there is nothing to compute; give one of them")
     if teacher_temperature is None:
         teacher_temperature = temperature
-    _check_temperature("temperature", temperature, student_logits_NV)
-    _check_temperature("teacher_temperature", teacher_temperature, student_logits_NV)
-    columns = student_logits_NV.shape[1] if valid_columns is None else valid_columns
+    _check_temperature("temperature", temperature, student)
+    _check_temperature("teacher_temperature", teacher_temperature, student)
     if labels_N is not None:
-        _check_labels(labels_N, student_logits_NV, columns, ignore_index)
+        _check_labels(labels_N, student, columns, ignore_index)
     if impl == "auto":
-        impl = (
-            "triton" if student_logits_NV.is_cuda and _triton_serves(student_logits_NV, teacher_logits_NV) else "torch"
-        )
-    elif impl == "triton" and not _triton_serves(student_logits_NV, teacher_logits_NV):
+        impl = "triton" if student.is_cuda and _triton_serves(student, teacher) else "torch"
+    elif impl == "triton" and not _triton_serves(student, teacher):
         raise ValueError(
-            f"impl='triton' computes in float32 on a GPU, got {student_logits_NV.dtype} on {student_logits_NV.device}; "
-            "pass impl='auto'"
+            f"impl='triton' computes in float32 on a GPU, got {student.dtype} on {student.device}; pass impl='auto'"
         )
-    if teacher_logits_NV is None:
+    if teacher is None:
         temperature = teacher_temperature = 1.0  # the label term's: one exponential does
     taus = temperature, teacher_temperature
     tensors = (tau if isinstance(tau, torch.Tensor) else None for tau in taus)
     floats = (1.0 if isinstance(tau, torch.Tensor) else float(tau) for tau in taus)
-    rest = direction == "reverse", ignore_index, columns, impl
-    return student_logits_NV, teacher_logits_NV, labels_N, *tensors, *floats, *rest
+    return *tensors, *floats, direction == "reverse", ignore_index, columns, impl
 
 
 def _triton_serves(*logits: torch.Tensor | None) -> bool:
@@ -488,7 +543,9 @@ def _reference(args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         columns,
         _,
     ) = args
-    options = _options(student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns)
+    options = make_options(
+        student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns
+    )
     kd_N, label_N = softmax_kl_reference(
         student,
         teacher,
@@ -598,17 +655,8 @@ def softmax_kl_sum(
         student_logits_NV, teacher_logits_NV, labels_N, temperature, teacher_temperature, direction, ignore_index,
         valid_columns, impl,
     )  # fmt: skip
-    num_rows, student = student_logits_NV.shape[0], student_logits_NV
-    if row_weight_N is not None and (
-        row_weight_N.shape != (num_rows,) or row_weight_N.dtype != torch.float32 or row_weight_N.requires_grad
-    ):
-        raise ValueError(
-            f"row_weight_N must be float32 of shape ({num_rows},) without a gradient, "
-            f"got {row_weight_N.dtype} of shape {tuple(row_weight_N.shape)}"
-        )
-    if row_weight_N is not None:
-        _check_device("row_weight_N", row_weight_N, student)
-        row_weight_N = row_weight_N.contiguous()
+    student = student_logits_NV
+    check_row_weight(row_weight_N, student)
     with_gradient = torch.is_grad_enabled() and student.requires_grad
     if with_gradient and student.dtype == torch.float16 and impl != "reference":
         raise ValueError(
@@ -619,7 +667,7 @@ def softmax_kl_sum(
         # A row of weight zero takes no part, whatever its logits.
         logits = (None if given is None else given.masked_fill(weight_N[:, None] == 0, 0.0) for given in args[:2])
         kd_sum, label_sum = ((weight_N * value_N).sum() for value_N in _reference((*logits, *args[2:])))
-        loss = _weighted(kd_weight, kd_sum) + _weighted(label_weight, label_sum)
+        loss = weighted_loss(kd_weight, kd_sum, label_weight, label_sum)
     else:
         weights = row_weight_N, float(kd_weight), float(label_weight)
         function = _sum_operator if torch.compiler.is_compiling() else _SoftmaxKLSum.apply

@@ -684,6 +684,7 @@ def weighted_sum(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, kd_sum, label_sum, float32 scalars; fills `grad_NV`, where given, with the gradient of the loss."""
     chosen = chosen or _plan(labels_N, options)
+    row_weight_N = None if row_weight_N is None else row_weight_N.contiguous()
     weights = row_weight_N, kd_weight, label_weight
     resident_grad = grad_NV if chosen.rows else None
     kd_N, label_N, stats = _forward(student_NV, teacher_NV, labels_N, options, chosen, *weights, resident_grad)

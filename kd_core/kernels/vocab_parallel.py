@@ -44,7 +44,7 @@ class _VocabParallel(torch.autograd.Function):
     def forward(ctx: Any, student: torch.Tensor, group: Any, columns: int, args: tuple[Any, ...]) -> Any:
         teacher, labels, student_tau_N, teacher_tau_N, student_tau, teacher_tau, reverse, *_ = args
         taus = student_tau, teacher_tau, student_tau_N, teacher_tau_N
-        options = single._options(student, *taus, reverse, IGNORED, columns)
+        options = single.make_options(student, *taus, reverse, IGNORED, columns)
         found = torch.zeros(len(student), dtype=torch.bool, device=student.device)
         if columns > 0:
             _, _, stats = single._softmax_kl(student, *args)
