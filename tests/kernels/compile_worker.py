@@ -118,12 +118,12 @@ def main() -> None:
                         report(kernels._streaming_kernel, columns, dtype, streaming, target, plan.warps)
                 else:
                     for tau, reverse in RESIDENT if columns > 1000 else RESIDENT[:1]:
-                        plan = kernels.plan(columns, second_exponential=tau == 0)
-                        if plan.rows == 0:
+                        own = kernels.plan(columns, second_exponential=tau == 0)
+                        if own.rows == 0:
                             continue
-                        resident = {"ROWS": plan.rows, "BLOCK": plan.block, "TAIL": 0, "GRADIENT": True}
+                        resident = {"ROWS": own.rows, "BLOCK": own.block, "TAIL": 0, "GRADIENT": True}
                         resident |= {"TAU": tau, "REVERSE": reverse}
-                        report(kernels._resident_kernel, columns, dtype, flags | resident, target, plan.warps)
+                        report(kernels._resident_kernel, columns, dtype, flags | resident, target, own.warps)
                 if plan.rows == 0 and target == "sm_90" and kernels.clusters_compile():
                     plan = kernels.cluster_plan(columns)
                     resident = {"ROWS": 1, "BLOCK": plan.block, "TAIL": plan.tail, "GRADIENT": True}

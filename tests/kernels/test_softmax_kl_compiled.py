@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 LIMITS = {
     "_streaming_kernel": 64,
     "_gradient_kernel": 64,
-    "_resident_kernel": 160,
+    "_resident_kernel": 168,
     "_total_kernel": 64,
     "_scale_kernel": 96,
 }
