@@ -160,6 +160,17 @@ def predicted(task: Task, logits_EV: Tensor) -> np.ndarray:
     return (logits_EV.argmax(1) if task.labels else logits_EV[:, 0]).numpy()
 
 
+def majority(task: Task, data: dict[str, "Examples"]) -> dict[str, float]:
+    """The control: scores of always predicting training's most frequent class, or its mean score."""
+    labels = data["train"].labels
+    constant = float(labels.mode().values if task.labels else labels.mean())
+    scores: dict[str, float] = {}
+    for split in task.evaluated:
+        truth = data[split].labels.numpy()
+        scores |= score(task, split, np.full_like(truth, constant), truth)
+    return scores
+
+
 # --- protocols --------------------------------------------------------------------------------------------------------
 
 
