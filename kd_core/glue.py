@@ -9,7 +9,7 @@ mosaicml/examples), `sane` GLUE_sane of Geiping and Goldstein 2022 (arXiv 2212.1
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -120,33 +120,27 @@ HEADERLESS = {file: ["source", "label", "mark", "sentence"] for file in ("CoLA/t
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
-def _correlation(function: Callable[..., Any], predictions: np.ndarray, labels: np.ndarray) -> float:
-    """0 where it is undefined, all predictions being equal, as scikit-learn has it for Matthews' coefficient."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=RuntimeWarning)  # scipy's for such input
-        value = float(function(predictions, labels).statistic)
-    return 0.0 if np.isnan(value) else value
-
-
 def metric(name: str, predictions: np.ndarray, labels: np.ndarray) -> float:
     """One of GLUE's metrics as scikit-learn and scipy have it, as a fraction (in [-1, 1] or [0, 1]).
 
     Args:
         name: "accuracy", "f1" (of class 1; 0 when nothing is predicted or is of that class), "matthews", "pearson" or
-            "spearman"; the last three are 0 where they are undefined.
+            "spearman"; the last three are 0 where they are undefined, as scikit-learn has it for Matthews'.
         predictions, labels: [E], classes or scores.
     """
-    from scipy import stats
+    if name in ("pearson", "spearman"):
+        from scipy import stats
+
+        function = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[name]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=RuntimeWarning)  # scipy's, that it is undefined
+            return float(np.nan_to_num(function(predictions, labels).statistic))
     from sklearn import metrics
 
-    functions: dict[str, Callable[[], Any]] = {
-        "accuracy": lambda: metrics.accuracy_score(labels, predictions),
-        "f1": lambda: metrics.f1_score(labels, predictions, zero_division=0.0),
-        "matthews": lambda: metrics.matthews_corrcoef(labels, predictions),
-        "pearson": lambda: _correlation(stats.pearsonr, predictions, labels),
-        "spearman": lambda: _correlation(stats.spearmanr, predictions, labels),
-    }
-    return float(functions[name]())
+    if name == "f1":
+        return float(metrics.f1_score(labels, predictions, zero_division=0.0))
+    function = {"accuracy": metrics.accuracy_score, "matthews": metrics.matthews_corrcoef}[name]
+    return float(function(labels, predictions))
 
 
 def score(task: Task, split: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -27,7 +27,7 @@ class FineTuning:
         out: its run folder.
         model: what `from_pretrained` takes; `weights` is a digest of it, "" for a model of the hub.
         data: the tokens, as `glue.tokenise` named them.
-        settings: a `glue.Settings`, by name.
+        settings: a `glue.Settings`, by name, but for its number of seeds.
         teacher: a model fine-tuned on the task, or None.
         tokenizer: the model's, kept beside the fine-tuned one when `keep_model`.
     """
@@ -140,7 +140,7 @@ def _job(
         weights=weights_digest(model.source),
         task=task,
         seed=seed,
-        settings=settings._asdict(),
+        settings={name: value for name, value in settings._asdict().items() if name != "seeds"},
         schedule=protocol.schedule,
         warmup_fraction=protocol.warmup_fraction,
         dropout=cfg.dropout,
@@ -262,9 +262,9 @@ def claim(cfg: Any, undo: contextlib.ExitStack) -> Path:
     file = Path(cfg.out or "") / "run.json"
     if not (cfg.out and file.exists()):
         return report.claim_folder(cfg, "glue", undo).resolve()
-    if json.loads(file.read_text()).get("recipe") != "glue" or "tasks" not in json.loads(file.read_text())["config"]:
+    there = json.loads(file.read_text())
+    if there.get("recipe") != "glue" or "models" not in there["config"]:
         raise ValueError(f"--out {cfg.out} holds a run that is no evaluation; choose another folder")
-    report.write_atomic(file, json.dumps(report.describe("glue", cfg), indent=2) + "\n")
     return file.parent.resolve()
 
 

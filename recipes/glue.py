@@ -253,6 +253,7 @@ def main(typed: Sequence[str] | None = None) -> int:
     with cli.one_line_errors(), jobs.locked(plan.folder) as lock:
         for one in plan.jobs:
             jobs.check_unchanged(one, one.config, recipe=RECIPE)
+        report.write_atomic(plan.folder / "run.json", json.dumps(report.describe(RECIPE, cfg), indent=2) + "\n")
         jobs.run_all(plan.jobs, jobs.places(cfg.jobs, per_core=True), lock, glue_report.summary, "jobs")
         glue_report.write(plan)
     return 0
