@@ -234,7 +234,7 @@ def total(value: float | Tensor) -> Tensor:
 
 
 def backward_token_mean(engine: Any, loss_sum: Tensor, step_tokens: Tensor) -> None:
-    """Adds the gradient of `loss_sum / step_tokens` of this micro-batch; nothing else in the project divides a loss.
+    """Adds the gradient of `loss_sum / step_tokens` of this micro-batch; on DeepSpeed nothing else divides a loss.
 
     Args:
         engine: a DeepSpeed engine.

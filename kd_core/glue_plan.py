@@ -17,6 +17,8 @@ from kd_core.jobs import Job
 
 ENCODER = "bert."  # the part of a masked-language model that is fine-tuned
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
+# Flags that a job takes as they are.
+SAME_FOR_ALL = ("dropout", "kd_ratio", "temperature", "precision", "compile")
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,7 @@ class Model:
 class TaskJob(Job):
     """A fine-tuning as a job."""
 
-    model: str = ""
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    input: FineTuning
 
 
 @dataclass(frozen=True)
@@ -84,77 +85,64 @@ class Plan:
     jobs: Sequence[TaskJob]
 
 
-def make(cfg: Any, settings: dict[str, glue.Settings], undo: contextlib.ExitStack) -> Plan:
-    """The plan of the recipe's `cfg`; checks all input first, cheapest first, and claims the folder.
+def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack) -> Plan:
+    """The plan of `cfg`, the Config of the file `recipe`; checks all input first, cheapest first, then claims the folder.
 
     Raises:
         ValueError, FileNotFoundError: what a user can fix.
     """
-    source = glue.check_source(cfg.data)
+    protocol, source = glue.PROTOCOLS[cfg.protocol], glue.check_source(cfg.data)
+    flags = {field: getattr(cfg, field) for field in glue.Settings._fields}
+    settings = glue.task_settings(cfg.protocol, cfg.tasks or tuple(protocol.settings), flags)
     models = named_models(cfg.models)
-    taught = named_teachers(cfg.teachers, list(settings))
-    reasons = {name: glue.missing(glue.TASKS[name], source) for name in settings}
-    skipped = {name: reason for name, reason in reasons.items() if reason}
-    settings = {name: value for name, value in settings.items() if name not in skipped}
+    reasons = {task: glue.missing(glue.TASKS[task], source) for task in settings}
+    skipped = {task: reason for task, reason in reasons.items() if reason}
+    settings = {task: value for task, value in settings.items() if task not in skipped}
     if not settings:
         raise ValueError(f"--data {cfg.data} has none of the tasks: {', '.join(skipped.values())}")
+    taught = named_teachers(cfg.teachers, list(settings))
     longest = max(value.max_length for value in settings.values())
     tokenizers = {model.name: check_model(model, cfg.tokenizer, longest) for model in models}
-    for name, teacher in taught.items():
+    for task, teacher in taught.items():
         for ours in tokenizers.values():
-            tokenizer.require_same_tokenizer(ours, teacher, flag=f"--teachers {name}=")
+            tokenizer.require_same_tokenizer(ours, teacher, flag=f"--teachers {task}=")
     folder = claim(cfg, undo)
-    evaluated, all_jobs = [], []
+    evaluated: list[Model] = []
+    all_jobs: list[TaskJob] = []
     control: dict[str, dict[str, float]] = {}
-    for one in models:
-        ours = tokenizers[one.name]
-        tokens = {
-            name: glue.tokenise(glue.TASKS[name], source, ours, value.max_length) for name, value in settings.items()
-        }
-        examples = {name: glue.examples(tokens[name]) for name in tokens}
-        control = control or {name: glue.majority(glue.TASKS[name], examples[name]) for name in tokens}
-        for model in [*checkpoints(one, cfg.checkpoints, folder), one]:
-            evaluated.append(model)
-            for name, value in settings.items():
-                common = {"data": tokens[name], "teacher": taught.get(name), "tokenizer": ours.name_or_path}
-                mnli = "MNLI" in settings and name in glue.PROTOCOLS[cfg.protocol].from_mnli
+    for base in models:
+        ours, mine = tokenizers[base.name], [*checkpoints(base, cfg.checkpoints, folder), base]
+        digests = {model.name: weights_digest(model.source) for model in mine}
+        evaluated += mine
+        for task, value in settings.items():
+            data = glue.tokenise(glue.TASKS[task], source, ours, value.max_length)
+            examples = glue.examples(data)
+            control.setdefault(task, glue.majority(glue.TASKS[task], examples))
+            steps = value.epochs * math.ceil(len(examples["train"]) / value.batch_size)
+            for model in mine:
+                mnli = f"{model.name}/MNLI/{cfg.seed}" if "MNLI" in settings and task in protocol.from_mnli else ""
                 for seed in range(cfg.seed, cfg.seed + value.seeds):
-                    all_jobs.append(
-                        _job(cfg, folder, model, name, value, seed, len(examples[name]["train"]), mnli, **common)
+                    name = f"{model.name}/{task}/{seed}"
+                    job = FineTuning(
+                        out=str(folder / name),
+                        model=str(folder / mnli / "hf") if mnli else model.source,
+                        weights=digests[model.name],
+                        task=task,
+                        seed=seed,
+                        data=data,
+                        settings={field: number for field, number in value._asdict().items() if field != "seeds"},
+                        schedule=protocol.schedule,
+                        warmup_fraction=protocol.warmup_fraction,
+                        teacher=taught.get(task),
+                        tokenizer=ours.name_or_path,
+                        keep_model=cfg.keep_models or (task == "MNLI" and bool(protocol.from_mnli)),
+                        **{field: getattr(cfg, field) for field in SAME_FOR_ALL},
                     )
+                    command = [sys.executable, str(recipe), "--job", json.dumps(dataclasses.asdict(job))]
+                    all_jobs.append(TaskJob(name, folder / name, command, steps, (mnli,) * bool(mnli), False, job))
     # Others may wait for MNLI; then the longest first, so that no long one is left for the end.
-    all_jobs.sort(key=lambda job: (job.config["task"] != "MNLI", -job.steps * job.config["settings"]["max_length"]))
+    all_jobs.sort(key=lambda job: (job.input.task != "MNLI", -job.steps * job.input.settings["max_length"]))
     return Plan(folder, cfg.protocol, source, evaluated, settings, skipped, control, all_jobs)
-
-
-def _job(
-    cfg: Any, folder: Path, model: Model, task: str, settings: glue.Settings, seed: int, size: int, after_mnli: bool,
-    **common: Any,
-) -> TaskJob:  # fmt: skip
-    protocol = glue.PROTOCOLS[cfg.protocol]
-    name = f"{model.name}/{task}/{seed}"
-    mnli = f"{model.name}/MNLI/{cfg.seed}" if after_mnli else ""
-    job = FineTuning(
-        out=str(folder / name),
-        model=str(folder / mnli / "hf") if mnli else model.source,
-        weights=weights_digest(model.source),
-        task=task,
-        seed=seed,
-        settings={name: value for name, value in settings._asdict().items() if name != "seeds"},
-        schedule=protocol.schedule,
-        warmup_fraction=protocol.warmup_fraction,
-        dropout=cfg.dropout,
-        kd_ratio=cfg.kd_ratio,
-        temperature=cfg.temperature,
-        precision=cfg.precision,
-        compile=cfg.compile,
-        keep_model=cfg.keep_models or (task == "MNLI" and bool(protocol.from_mnli)),
-        **common,
-    )
-    config = dataclasses.asdict(job)
-    steps = settings.epochs * math.ceil(size / settings.batch_size)
-    command = [sys.executable, sys.argv[0], "--job", json.dumps(config)]
-    return TaskJob(name, folder / name, command, steps, (mnli,) if mnli else (), False, model=model.name, config=config)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -138,8 +138,8 @@ def _notes(plan: Plan, covered: list[str]) -> list[str]:
 def _model(plan: Plan, model: Model, covered: list[str], scored: dict[str, list[str]]) -> dict[str, Any]:
     tasks = {}
     for name in plan.settings:
-        mine = [job for job in plan.jobs if job.model == model.name and job.config["task"] == name]
-        results = {job.config["seed"]: result(job) for job in sorted(mine, key=lambda job: job.config["seed"])}
+        mine = [job for job in plan.jobs if job.name.startswith(f"{model.name}/{name}/")]
+        results = {job.input.seed: result(job) for job in sorted(mine, key=lambda job: job.input.seed)}
         values = {metric: [done[f"eval/{metric}"] for done in results.values()] for metric in plan.control[name]}
         scores = [_mean({m: column[i] for m, column in values.items()}, scored[name]) for i in range(len(results))]
         best = list(results)[int(np.argmax(scores))]

@@ -44,8 +44,8 @@ class Job:
     folder: Path
     command: Sequence[str]
     steps: int
-    needs: tuple[str, ...] = ()
-    resumes: bool = True
+    needs: tuple[str, ...]
+    resumes: bool
 
     @property
     def log(self) -> Path:

@@ -84,7 +84,7 @@ class Study:
 class Run(jobs.Job):
     """One training of the design: `name` is its folder within the study's."""
 
-    config: Any = None
+    config: Any
 
     @property
     def arm(self) -> str:
@@ -153,7 +153,7 @@ def design(study: Study, out: Path) -> list[Run]:
         words += [str(word) for word in ("--out", out / name, *own)]
         config = cli.parse(config_type, words)
         needs = (TEACHER,) if study.teacher is not None and name != TEACHER else ()
-        return Run(name, out / name, [sys.executable, *start, *words], config.steps, needs, config=config)
+        return Run(name, out / name, [sys.executable, *start, *words], config.steps, needs, True, config)
 
     def arm_run(arm: str, steps: int, seed: int) -> Run:
         try:

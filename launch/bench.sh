@@ -3,6 +3,7 @@
 #
 #     ./launch/bench.sh kernels [flags]   the kernels against PyTorch (kd_core/kernels/bench.py)
 #     ./launch/bench.sh bert [flags]      the BERT recipe's step against a bare PyTorch loop, ZeRO 0 to 3, with teachers
+#     ./launch/bench.sh glue MODEL FOLDER the GLUE recipe's step against a bare PyTorch loop, and jobs at a time
 set -euo pipefail
 here=$(dirname "$0")
 cd "$here/.."
@@ -10,6 +11,7 @@ what=${1:-}
 case $what in
     kernels) module=kd_core.kernels.bench ;;
     bert) module=tests.benchmarks.bert_step ;;
-    *) echo "usage: launch/bench.sh kernels|bert [flags]; --help after either lists its flags" >&2; exit 2 ;;
+    glue) module=tests.benchmarks.glue_step ;;
+    *) echo "usage: launch/bench.sh kernels|bert|glue [flags]; --help after either lists its flags" >&2; exit 2 ;;
 esac
 exec bash launch/env.sh python3 -m "$module" "${@:2}"

@@ -7,7 +7,7 @@ Command: bash launch/glue.sh runs/bert_kd/1 runs/bert_kd/2 --protocol mosaic
 Smoke:   python recipes/glue.py runs/bert_kd/1 --data glue --protocol sane --tasks WNLI CoLA --epochs 1 --seeds 1
 """
 
-import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -31,7 +31,6 @@ from kd_core.kernels.softmax_kl import softmax_kl_sum
 RECIPE = Path(__file__).stem
 disable_progress_bar()
 set_verbosity_error()  # a fresh classifier is what is wanted here, and nothing to warn of
-PER_TASK = ("lr", "weight_decay", "batch_size", "epochs", "seeds", "max_length")
 EVAL_BATCH = 128
 
 
@@ -165,10 +164,13 @@ def predict(job: FineTuning, model: Any, examples: glue.Examples) -> Tensor:
     model.eval()
     order = examples.lengths.argsort()
     logits = torch.cat([forward(job, model, examples.batch(rows)) for rows in order.split(EVAL_BATCH)]).cpu()
+    if not logits.isfinite().all():
+        raise ValueError(f"{job.task}, seed {job.seed}: predictions that are not finite; lower --lr")
     return torch.empty_like(logits).index_copy_(0, order, logits)
 
 
 def evaluate(job: FineTuning, task: glue.Task, model: Any, data: dict[str, glue.Examples]) -> dict[str, float]:
+    """The task's official metrics on its dev splits, as "eval/accuracy" and so on."""
     scores: dict[str, float] = {}
     for split in task.evaluated:
         predicted = glue.predicted(task, predict(job, model, data[split]))
@@ -191,7 +193,9 @@ def fine_tune(job: FineTuning) -> int:
     per_epoch = math.ceil(len(train) / job.settings["batch_size"])
     steps = per_epoch * job.settings["epochs"]
     # The teacher answers once for all epochs: it has no dropout, and every epoch shows it the same.
+    asked = time.perf_counter()
     teacher_EV = predict(job, build_teacher(job, task), train).to(engine.device()) if job.teacher else None
+    teacher_s = time.perf_counter() - asked if job.teacher else 0.0
     peak, decay = job.settings["lr"], job.settings["weight_decay"]
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=peak, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay / peak, fused=True
@@ -200,7 +204,7 @@ def fine_tune(job: FineTuning) -> int:
     if job.compile:
         student.compile(dynamic=True)
     log = glue_report.Log(folder, report.describe(RECIPE, job))
-    teacher_s, train_s, resumed = time.perf_counter() - began if job.teacher else 0.0, 0.0, time.perf_counter()
+    train_s, resumed = 0.0, time.perf_counter()
     for step, rows in enumerate(batches(job, train), 1):
         student.train()
         for group in optimizer.param_groups:
@@ -235,13 +239,6 @@ def fine_tune(job: FineTuning) -> int:
 # --- all jobs ---------------------------------------------------------------------------------------------------------
 
 
-def prepare(cfg: Config, undo: contextlib.ExitStack) -> glue_plan.Plan:
-    """What bad input makes fail, before any job starts: flags, models, texts; then texts as tokens, and the folder."""
-    tasks = cfg.tasks or tuple(glue.PROTOCOLS[cfg.protocol].settings)
-    settings = glue.task_settings(cfg.protocol, tasks, {name: getattr(cfg, name) for name in PER_TASK})
-    return glue_plan.make(cfg, settings, undo)
-
-
 def main(typed: Sequence[str] | None = None) -> int:
     """Runs the recipe, or with --job one of its jobs, as the command line `typed` says; returns the exit code."""
     with cli.one_line_errors() as undo:
@@ -249,10 +246,10 @@ def main(typed: Sequence[str] | None = None) -> int:
         if job:
             return fine_tune(FineTuning(**json.loads(job)))
         cfg: Config = cli.parse(Config, words)  # type: ignore[type-var]  # its flags are not those of DeepSpeed's recipes
-        plan = prepare(cfg, undo)
+        plan = glue_plan.make(cfg, Path(__file__), undo)
     with cli.one_line_errors(), jobs.locked(plan.folder) as lock:
         for one in plan.jobs:
-            jobs.check_unchanged(one, one.config, recipe=RECIPE)
+            jobs.check_unchanged(one, dataclasses.asdict(one.input), recipe=RECIPE)
         report.write_atomic(plan.folder / "run.json", json.dumps(report.describe(RECIPE, cfg), indent=2) + "\n")
         jobs.run_all(plan.jobs, jobs.places(cfg.jobs, per_core=True), lock, glue_report.summary, "jobs")
         glue_report.write(plan)

@@ -22,6 +22,7 @@ from kd_core.glue_plan import FineTuning
 from kd_core.tokenizer import load_tokenizer
 from recipes import glue as recipe
 from tests.conftest import ROOT, cpu_environment, deepspeed
+from tests.invariants.test_structure import run_smoke_command
 from tests.recipes.conftest import SMALL, metrics
 
 FAST = ["--batch-size", "8", "--epochs", "1", "--seeds", "1", "--max-length", "24", "--lr", "1e-3"]
@@ -109,6 +110,14 @@ def test_two_models_all_tasks_one_table(student: Path, evaluate: Any, tmp_path: 
     assert written["CoLA.tsv"] <= {"0", "1"} and written["RTE.tsv"] <= {"entailment", "not_entailment"}
     assert written["MNLI-m.tsv"] <= {"entailment", "neutral", "contradiction"}
     assert all(0 <= float(text) <= 5 and len(text) == 5 for text in written["STS-B.tsv"])
+
+
+def test_the_smoke_command_of_the_header_runs(student: Path, glue_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "glue").symlink_to(glue_folder)
+    (tmp_path / "runs" / "bert_kd").mkdir(parents=True)
+    (tmp_path / "runs" / "bert_kd" / "1").symlink_to(student)
+    run_smoke_command(ROOT / "recipes" / "glue.py", tmp_path)
+    assert record(tmp_path / "runs" / "glue" / "1")["models"].keys() == {"runs-bert_kd-1"}
 
 
 def test_kill_9_half_way_then_the_same_call(student: Path, evaluate: Any, tmp_path: Path) -> None:
@@ -211,7 +220,9 @@ def test_a_teacher_of_another_task_is_refused(run_job: Any) -> None:
         run_job("taught", "WNLI", kd_ratio=0.5, teacher=str(teacher / "hf"))
 
 
-@pytest.mark.parametrize("config", ["zero0_fp32_cpu.json", "zero1_bf16.json", "zero3_bf16.json"])
+@pytest.mark.parametrize(
+    "config", ["zero0_fp32_cpu.json", pytest.param("zero1_bf16.json", marks=pytest.mark.slow), "zero3_bf16.json"]
+)
 def test_checkpoints_of_any_stage_hold_the_run_s_weights(
     config: str, student: Path, corpus_file: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
