@@ -210,17 +210,17 @@ def check_model(model: Model, given: str | None, max_length: int) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model.source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{model.source} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if config.model_type != "bert":
-        raise ValueError(f"{model.source} is a model of type {config.model_type}; only bert can be fine-tuned here")
-    try:
         ours = tokenizer.load_tokenizer(given or model.source)
     except (ValueError, OSError) as error:
         if given:
             raise
         raise ValueError(f"{model.source} comes without a tokenizer ({error}); give --tokenizer") from error
+    try:
+        config = AutoConfig.from_pretrained(model.source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{model.source} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if config.model_type != "bert":
+        raise ValueError(f"{model.source} is a model of type {config.model_type}; only bert can be fine-tuned here")
     if config.vocab_size < len(ours):
         raise ValueError(f"{model.source} knows {config.vocab_size} tokens, its tokenizer has {len(ours)}")
     if config.max_position_embeddings < max_length:
@@ -251,7 +251,7 @@ def claim(cfg: Any, undo: contextlib.ExitStack) -> Path:
     if not (cfg.out and file.exists()):
         return report.claim_folder(cfg, "glue", undo).resolve()
     there = json.loads(file.read_text())
-    if there.get("recipe") != "glue" or "models" not in there["config"]:
+    if there.get("recipe") != "glue" or "models" not in there.get("config", {}):
         raise ValueError(f"--out {cfg.out} holds a run that is no evaluation; choose another folder")
     return file.parent.resolve()
 
