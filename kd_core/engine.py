@@ -234,7 +234,7 @@ def total(value: float | Tensor) -> Tensor:
 
 
 def backward_token_mean(engine: Any, loss_sum: Tensor, step_tokens: Tensor) -> None:
-    """Adds the gradient of `loss_sum / step_tokens` of this micro-batch; nothing else in the project divides a loss.
+    """Adds the gradient of `loss_sum / step_tokens` of this micro-batch; on DeepSpeed nothing else divides a loss.
 
     Args:
         engine: a DeepSpeed engine.
@@ -377,15 +377,20 @@ def newest_checkpoint(folder: Path) -> str | None:
 
 def _newest_sound(folder: Path) -> str | None:
     for candidate in sorted(folder.glob("step*"), reverse=True):
-        try:
-            sums = json.loads((candidate / "manifest.json").read_text())
-            damaged = [name for name, digest in sums.items() if _sha256(candidate / name) != digest]
-        except (OSError, ValueError) as error:
-            damaged = [str(error)]
-        if not damaged:
+        damage = _damage(candidate)
+        if not damage:
             return candidate.name
-        print(f"checkpoint {candidate} is damaged ({damaged[0]}): trying an older one", file=sys.stderr, flush=True)
+        print(f"checkpoint {candidate} is damaged ({damage}): trying an older one", file=sys.stderr, flush=True)
     return None
+
+
+def _damage(checkpoint: Path) -> str:
+    """What in a checkpoint is not as its manifest says; "" when it holds."""
+    try:
+        sums = json.loads((checkpoint / "manifest.json").read_text())
+        return next((name for name, digest in sums.items() if _sha256(checkpoint / name) != digest), "")
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def step_of(checkpoint: str | None) -> int:
@@ -398,6 +403,29 @@ def load_checkpoint(engine: Any, folder: Path, name: str) -> dict[str, Any]:
     path, client_state = engine.load_checkpoint(str(folder), tag=name)
     assert path is not None, f"DeepSpeed did not load {folder / name}, whose manifest holds"
     return dict(client_state)
+
+
+def read_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The model's full state dict and the client state of a checkpoint of any ZeRO stage, without the ranks it had.
+
+    Weights are in the compute dtype, of ZeRO-3 in float32.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    damage = _damage(checkpoint)
+    if damage:
+        raise ValueError(f"checkpoint {checkpoint} is damaged ({damage}); leave it out")
+    sharded = sorted(checkpoint.glob("zero_pp_rank_*_model_states.pt"))
+    states = torch.load(
+        (sharded or [checkpoint / "mp_rank_00_model_states.pt"])[0], map_location="cpu", weights_only=False
+    )
+    if not sharded:
+        return states["module"], states
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(None):
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name), states
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------

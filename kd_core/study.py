@@ -25,33 +25,19 @@ added; a flag that would alter a run already begun is refused.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
-import itertools
 import json
-import os
 import re
 import runpy
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Collection, Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from kd_core import cli, report, time_to_quality
-from kd_core.launch import SECONDS_TO_SAVE, die_with_parent
+from kd_core import cli, jobs, report, time_to_quality
 
 TEACHER, REPORT = "teacher", "report"  # folders of the study beside those of the arms
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,21 +80,15 @@ class Study:
                 raise ValueError(f'"{name}" must be {allowed}, got {json.dumps(getattr(self, name))}')
 
 
-class Run(NamedTuple):
-    """One training of the design: `name` is its folder within the study's, `command` starts it anew."""
+@dataclasses.dataclass(frozen=True)
+class Run(jobs.Job):
+    """One training of the design: `name` is its folder within the study's."""
 
-    name: str
-    folder: Path
     config: Any
-    command: list[str]
 
     @property
     def arm(self) -> str:
         return self.name.split("/")[0]
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_name(self.folder.name + ".log")
 
 
 def read_study(file: Path) -> Study:
@@ -171,7 +151,9 @@ def design(study: Study, out: Path) -> list[Run]:
                 raise ValueError('{teacher} needs the entry "teacher", the flags that train it')
         words = [word.replace("{teacher}", str(out / TEACHER)) for word in words]
         words += [str(word) for word in ("--out", out / name, *own)]
-        return Run(name, out / name, cli.parse(config_type, words), [sys.executable, *start, *words])
+        config = cli.parse(config_type, words)
+        needs = (TEACHER,) if study.teacher is not None and name != TEACHER else ()
+        return Run(name, out / name, [sys.executable, *start, *words], config.steps, needs, True, config)
 
     def arm_run(arm: str, steps: int, seed: int) -> Run:
         try:
@@ -181,166 +163,6 @@ def design(study: Study, out: Path) -> list[Run]:
 
     teacher = [run(TEACHER, study.teacher)] if study.teacher is not None else []
     return teacher + [arm_run(*point) for point in interleaved(study)]
-
-
-def check_unchanged(run: Run, study: Study) -> None:
-    """Raises ValueError when `run` was begun with another recipe, number of ranks or flag that alters it."""
-    file = run.folder / "run.json"
-    if not file.exists():
-        return
-    there = json.loads(file.read_text())
-    before = {"recipe": there["recipe"], "ranks": there["world_size"]} | there["config"]
-    now = {"recipe": Path(study.recipe).stem, "ranks": study.ranks} | dataclasses.asdict(run.config)
-    for name, value in json.loads(json.dumps(now)).items():
-        if name not in cli.FREE_ON_RESUME and before.get(name) != value:
-            raise ValueError(
-                f"{run.folder} was begun with {name} {json.dumps(before.get(name))}, the study now says "
-                f"{json.dumps(value)}; undo the change, remove that folder, or choose another --out"
-            )
-
-
-def finished(run: Run) -> bool:
-    file = run.folder / "run.json"
-    return file.exists() and json.loads(file.read_text()).get("result", {}).get("stopped") == "finished"
-
-
-def steps_taken(run: Run) -> int:
-    """The step of the last complete line of metrics.jsonl, 0 before the first."""
-    file = run.folder / "metrics.jsonl"
-    complete = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    return int(json.loads(complete[-1])["step"]) if complete else 0
-
-
-def places(jobs: int | None, ranks: int) -> list[dict[str, str]]:
-    """The environment of each of the runs that go on at the same time: its GPUs, or its share of the cores.
-
-    Raises:
-        ValueError: `jobs` is below 1, or a run needs more GPUs than there are.
-    """
-    count = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",")[:count] if visible else [str(index) for index in range(count)]
-    groups = [",".join(gpus[i : i + ranks]) for i in range(0, count - ranks + 1, ranks)] if count else [""]
-    if not groups:
-        raise ValueError(f'"ranks" is {ranks}, but there are {count} GPU(s); choose fewer')
-    jobs = len(groups) if jobs is None else jobs
-    if jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {jobs}")
-    base = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    if jobs * ranks > 1:  # else every process would take all cores
-        base.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))))
-    if not count:
-        return [base | {"NUM_GPUS": str(ranks)}] * jobs
-    # -1: kd_core.launch takes the visible ones.
-    return [base | {"NUM_GPUS": "-1", "CUDA_VISIBLE_DEVICES": groups[i % len(groups)]} for i in range(jobs)]
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[int]:
-    """Keeps other studies out of the folder; yields the descriptor that holds the lock.
-
-    Runs inherit it: should this process be killed, the next call waits until they have saved.
-    """
-    with (out / ".lock").open("w") as file:
-        for waited in itertools.count():
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if waited >= SECONDS_TO_SAVE:
-                    raise ValueError(f"--out {out} is in use by another study; choose another folder") from None
-                if not waited:
-                    print(f"waiting for the runs of another call to leave {out}", file=sys.stderr, flush=True)
-                time.sleep(1)
-        yield file.fileno()
-
-
-def start(run: Run, place: dict[str, str], lock: int) -> subprocess.Popen[bytes]:
-    """Starts or continues a run in a session of its own, its output in a log file beside its folder."""
-    begun = (run.folder / "run.json").exists()
-    if not begun:
-        shutil.rmtree(run.folder, ignore_errors=True)  # killed before it had claimed the folder
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
-    with run.log.open("wb") as log:
-        return subprocess.Popen(
-            run.command + ["--resume"] * begun,
-            env=place,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=[lock],
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
-
-
-def stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
-    """Has the runs save and end; what still runs after SECONDS_TO_SAVE is killed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    print("stopping: what runs saves first", file=sys.stderr, flush=True)
-    deadline = time.monotonic() + SECONDS_TO_SAVE
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(max(0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def why_ended(run: Run, code: int) -> str:
-    """What a run that did not finish says about it: its error line, else its last one."""
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name} ({run.log})"
-    lines = [line for line in run.log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return f"{(errors or lines)[-1]} ({run.log})"
-
-
-def train(runs: Sequence[Run], at_once: Sequence[dict[str, str]], lock: int, metric: str) -> None:
-    """Runs what has not finished, one run in each of the environments `at_once`, on one progress bar.
-
-    A run that fails stops the others, says why and ends the process with its exit code.
-
-    Raises:
-        ValueError: the recipe does not write `metric`.
-    """
-    waiting = [run for run in runs if not finished(run)]
-    free, running = list(at_once), dict[subprocess.Popen[bytes], tuple[Run, dict[str, str]]]()
-    taken = {run.name: steps_taken(run) for run in runs}
-    total, first, began = sum(run.config.steps for run in runs), sum(taken.values()), time.monotonic()
-    bar = tqdm(total=total, initial=first, unit="step", smoothing=0, dynamic_ncols=True, disable=None)
-    try:
-        while waiting or running:
-            if waiting and free and not any(run.name == TEACHER for run, _ in running.values()):
-                run, place = waiting.pop(0), free.pop()
-                running[start(run, place, lock)] = run, place
-                continue
-            time.sleep(0.2)
-            ended = [process for process in running if process.poll() is not None]
-            taken |= {run.name: steps_taken(run) for run, _ in running.values()}
-            bar.set_postfix_str(" ".join(run.name for run, _ in running.values()), refresh=False)
-            bar.update(sum(taken.values()) - bar.n)
-            for process in ended:
-                run, place = running.pop(process)
-                free.append(place)
-                if not finished(run):
-                    tqdm.write(f"error: {run.name}: {why_ended(run, process.returncode)}", file=sys.stderr)
-                    code = process.returncode or 1  # 0: told to stop, by another than the study
-                    raise SystemExit(code if code > 0 else 128 - code)
-                note = f"{len(runs) - len(waiting) - len(running)} of {len(runs)}: {summary(run, metric)}"
-                if run.name == TEACHER:  # its pace says nothing about the runs to come
-                    first, began = sum(taken.values()), time.monotonic()
-                    bar.initial, bar.start_t = first, time.time()
-                else:
-                    pace = (time.monotonic() - began) / max(1, sum(taken.values()) - first)
-                    note += f"; about {timedelta(seconds=round(pace * (total - sum(taken.values()))))} left"
-                tqdm.write(note, file=sys.stderr)
-    finally:
-        bar.close()
-        if running:
-            stop(running)
 
 
 def summary(run: Run, metric: str) -> str:
@@ -361,20 +183,16 @@ def main() -> None:
     with cli.one_line_errors():
         study = read_study(args.study)
         out = (args.out or Path("runs/study") / args.study.stem).resolve()
-        runs, at_once = design(study, out), places(args.jobs, study.ranks)
+        runs, at_once = design(study, out), jobs.places(args.jobs, study.ranks)
         if out.exists() and not (out / "study.json").is_file() and (out.is_file() or list(out.glob("[!.]*"))):
             raise ValueError(f"--out {out} exists and holds no study; choose another folder")
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out) as lock:
+        with jobs.locked(out) as lock:
             for run in runs:
-                check_unchanged(run, study)
+                recipe, config = Path(study.recipe).stem, dataclasses.asdict(run.config)
+                jobs.check_unchanged(run, config, recipe=recipe, ranks=study.ranks)
             report.write_atomic(out / "study.json", args.study.read_text())
-            try:
-                train(runs, at_once, lock, study.metric)
-            except (SystemExit, KeyboardInterrupt):
-                done = sum(map(finished, runs))
-                print(f"{done} of {len(runs)} runs have finished; the same call again continues", file=sys.stderr)
-                raise
+            jobs.run_all(runs, at_once, lock, lambda run: summary(run, study.metric))
             for arm in study.arms:
                 if arm != study.baseline:
                     pair = ([run.folder for run in runs if run.arm == name] for name in (study.baseline, arm))

@@ -4,6 +4,7 @@
 #     ./launch/bench.sh kernels [flags]   the kernels against PyTorch (kd_core/kernels/bench.py)
 #     ./launch/bench.sh linear [flags]    heads and losses in one against PyTorch (kd_core/kernels/bench_linear.py)
 #     ./launch/bench.sh bert [flags]      the BERT recipe's step against a bare PyTorch loop, ZeRO 0 to 3, with teachers
+#     ./launch/bench.sh glue MODEL FOLDER the GLUE recipe's step against a bare PyTorch loop, and jobs at a time
 set -euo pipefail
 here=$(dirname "$0")
 cd "$here/.."
@@ -12,6 +13,7 @@ case $what in
     kernels) module=kd_core.kernels.bench ;;
     linear) module=kd_core.kernels.bench_linear ;;
     bert) module=tests.benchmarks.bert_step ;;
-    *) echo "usage: launch/bench.sh kernels|linear|bert [flags]; --help after each lists its flags" >&2; exit 2 ;;
+    glue) module=tests.benchmarks.glue_step ;;
+    *) echo "usage: launch/bench.sh kernels|linear|bert|glue [flags]; --help after each lists its flags" >&2; exit 2 ;;
 esac
 exec bash launch/env.sh python3 -m "$module" "${@:2}"

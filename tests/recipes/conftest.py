@@ -1,5 +1,6 @@
 """A small real corpus and short runs of the BERT recipe, each in a process of its own."""
 
+import itertools
 import json
 import pydoc_data.topics
 import subprocess
@@ -51,6 +52,38 @@ def teacher(train: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
     """A finished run, used as a teacher."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
     train("--out", folder, "--steps", 4, "--student", "mini")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def glue_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small tasks in GLUE's layout whose labels follow from their texts; of QNLI a dev set alone."""
+    folder = tmp_path_factory.mktemp("glue")
+    sentences = itertools.cycle(
+        line.strip() for line in pydoc_data.topics.topics["lambda"].splitlines() if line.strip()
+    )
+    sizes = {"train": 24, "dev": 12, "dev_matched": 12, "dev_mismatched": 10, "test": 5, "test_matched": 5}
+    files = dict.fromkeys(("CoLA", "STS-B", "WNLI", "RTE"), ("train", "dev", "test"))
+    files |= {"MNLI": ("train", "dev_matched", "dev_mismatched", "test_matched"), "QNLI": ("dev",)}
+    labels = {"RTE": ["entailment", "not_entailment"], "MNLI": ["entailment", "neutral", "contradiction"]}
+    labels |= {"QNLI": labels["RTE"], "STS-B": ["0.000", "2.500", "5.000"]}
+    header = {"STS-B": "score", "MNLI": "gold_label"}
+    for name, splits in files.items():
+        (folder / name).mkdir()
+        for split in splits:
+            rows = []
+            for i in range(sizes[split]):
+                label = labels.get(name, ["0", "1"])[i % len(labels.get(name, "01"))]
+                first, second = f"{next(sentences)} {label} {label}", f"{label} {next(sentences)}"
+                if name == "CoLA":
+                    rows.append(f"{i}\t{first}" if split == "test" else f"gj04\t{label}\t\t{first}")
+                else:
+                    rows.append("\t".join([str(i), first, second, label][: 3 if split.startswith("test") else 4]))
+            if name != "CoLA" or split == "test":
+                texts = {"CoLA": "sentence", "QNLI": "question\tsentence"}.get(name, "sentence1\tsentence2")
+                last = "" if split.startswith("test") else "\t" + header.get(name, "label")
+                rows.insert(0, f"index\t{texts}{last}")
+            (folder / name / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder
 
 

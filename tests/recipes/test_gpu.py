@@ -56,3 +56,25 @@ def test_softmax_kl_on_the_gpu_equals_float64(dtype: torch.dtype) -> None:
     sum(expected).sum().backward()
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     assert float((student.grad - truth.grad).norm() / truth.grad.norm()) < tolerance
+
+
+def test_glue_in_bf16_and_compiled_scores_as_in_float32(
+    train_on_gpu: Path, glue_folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    env = dict(os.environ) | {"KD_CACHE": str(cache)}
+    recipe = [sys.executable, str(RECIPE.with_name("glue.py")), f"m={train_on_gpu}", "--data", str(glue_folder)]
+    recipe += "--protocol sane --tasks CoLA STS-B --lr 1e-3 --epochs 20 --seeds 1 --dropout 0 --max-length 24".split()
+    for name, words in {"fp32": ["--precision", "fp32"], "bf16": [], "compiled": ["--compile"]}.items():
+        command = [*recipe, *words, "--out", str(tmp_path / name)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for task in ("CoLA", "STS-B"):
+            lines, truth = (metrics(tmp_path / run / "m" / task / "19") for run in (name, "fp32"))
+            assert lines[0]["loss"] == pytest.approx(truth[0]["loss"], rel=2e-2)
+            assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.fixture
+def train_on_gpu(corpus_file: Path, cache: Path, tmp_path: Path) -> Path:
+    train(cache, "--data", corpus_file, "--deepspeed-config", "zero1_bf16.json", "--out", tmp_path / "pretrained")
+    return tmp_path / "pretrained"

@@ -8,7 +8,7 @@ import torch
 
 from kd_core.losses import mean_teacher_logits
 from kd_core.samplers import draw_teachers
-from kd_core.schedule import linear_warmup_decay, window_closed, window_ratio
+from kd_core.schedule import linear_warmup_cosine, linear_warmup_decay, window_closed, window_ratio
 
 
 def test_learning_rate_rises_over_the_warmup_and_falls_to_the_floor() -> None:
@@ -17,6 +17,13 @@ def test_learning_rate_rises_over_the_warmup_and_falls_to_the_floor() -> None:
     assert factors[9] == 1.0
     assert factors[-1] == pytest.approx(0.02)
     assert all(a < b for a, b in itertools.pairwise(factors[:10]))
+    assert all(a > b for a, b in itertools.pairwise(factors[9:]))
+
+
+def test_a_cosine_falls_to_zero_after_the_warmup() -> None:
+    factors = [linear_warmup_cosine(step, 100, warmup_fraction=0.1) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert factors[54] == pytest.approx(0.5) and factors[-1] == pytest.approx(0, abs=1e-12)
     assert all(a > b for a, b in itertools.pairwise(factors[9:]))
 
 

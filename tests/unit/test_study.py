@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from kd_core import study
+from kd_core import jobs, study
 from tests.conftest import cpu_environment
 
 # A step is a pause, a checkpoint a file with its number. `begun` and `ended` lines go to events in the working folder.
@@ -189,8 +189,8 @@ def test_flags_are_refused_before_anything_runs(
 
 
 def test_every_gpu_takes_a_run_and_jobs_may_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    def visible(jobs: int | None, ranks: int) -> list[str | None]:
-        return [place.get("CUDA_VISIBLE_DEVICES") for place in study.places(jobs, ranks)]
+    def visible(number: int | None, ranks: int) -> list[str | None]:
+        return [place.get("CUDA_VISIBLE_DEVICES") for place in jobs.places(number, ranks)]
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -201,13 +201,13 @@ def test_every_gpu_takes_a_run_and_jobs_may_share(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-7,6")
     assert visible(None, 1) == ["4", "5", "GPU-7", "6"]
     with pytest.raises(ValueError, match='"ranks" is 8, but there are 4'):
-        study.places(None, 8)
+        jobs.places(None, 8)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("RANK", "1")
-    (place,) = study.places(None, 2)
+    (place,) = jobs.places(None, 2)
     assert place["NUM_GPUS"] == "2" and "RANK" not in place
     with pytest.raises(ValueError, match="--jobs must be at least 1, got 0"):
-        study.places(0, 1)
+        jobs.places(0, 1)
 
 
 def test_the_whole_design_runs_in_order_and_once(folder: Folder) -> None:
@@ -235,10 +235,10 @@ def test_the_whole_design_runs_in_order_and_once(folder: Folder) -> None:
         ({"log_every": 7, "out": "elsewhere"}, None),
         (
             {"kd_ratio": 0.6},
-            "kd/20/1 was begun with kd_ratio 0.6, the study now says 0.5; undo the change, remove that",
+            "kd/20/1 was begun with kd_ratio 0.6, now it is 0.5; undo the change, remove that",
         ),
-        ({"recipe": "other"}, 'kd/20/1 was begun with recipe "other", the study now says "recipe"'),
-        ({"ranks": 2}, "kd/20/1 was begun with ranks 2, the study now says 1"),
+        ({"recipe": "other"}, 'kd/20/1 was begun with recipe "other", now it is "recipe"'),
+        ({"ranks": 2}, "kd/20/1 was begun with ranks 2, now it is 1"),
     ],
 )
 def test_a_run_begun_with_other_flags_is_never_mixed_in(
@@ -251,11 +251,12 @@ def test_a_run_begun_with_other_flags_is_never_mixed_in(
     run.folder.mkdir(parents=True)
     record = {"recipe": before.pop("recipe", "recipe"), "world_size": before.pop("ranks", 1), "config": before}
     (run.folder / "run.json").write_text(json.dumps(record))
+    now = {"recipe": "recipe", "ranks": 1, "config": dataclasses.asdict(run.config)}
     if message is None:
-        study.check_unchanged(run, plan)
+        jobs.check_unchanged(run, **now)
     else:
         with pytest.raises(ValueError) as error:
-            study.check_unchanged(run, plan)
+            jobs.check_unchanged(run, **now)
         assert message in str(error.value)
 
 
@@ -320,7 +321,7 @@ def test_kill_9_of_the_study_and_of_a_run(folder: Folder) -> None:
 
 def test_a_second_study_in_the_same_folder_waits_then_gives_up(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.out.mkdir()
-    monkeypatch.setattr(study, "SECONDS_TO_SAVE", 0)
-    with study.locked(folder.out), pytest.raises(ValueError, match="is in use by another study"):  # noqa: SIM117
-        with study.locked(folder.out):
+    monkeypatch.setattr(jobs, "SECONDS_TO_SAVE", 0)
+    with jobs.locked(folder.out), pytest.raises(ValueError, match="is in use by another call"):  # noqa: SIM117
+        with jobs.locked(folder.out):
             pass

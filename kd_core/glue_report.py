@@ -1,0 +1,230 @@
+"""What a GLUE evaluation writes down: each job's run folder; then glue.json, glue.md, submissions, runs for time to quality.
+
+    OUT/<model>/<task>/<seed>/      a run folder: run.json, metrics.jsonl, tensorboard/, submission/, hf/ if kept
+    OUT/<model>/submission/         of each task the predictions of the seed that is best on dev
+    OUT/glue.json, OUT/glue.md      all scores; scores in JSON are fractions, in the table points (times 100)
+    OUT/time_to_quality/<model>/    of a run of this project its run.json and metrics.jsonl with `glue/average` added
+
+The last are what `python -m kd_core.time_to_quality ... --metric glue/average` reads; the run itself is left as it is.
+"""
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_core import glue, report
+from kd_core.glue_plan import Model, Plan, TaskJob
+
+METRIC = "glue/average"
+
+
+# --- of one job -------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """The run folder of a job: `head` becomes run.json, and each line goes to metrics.jsonl and TensorBoard."""
+
+    def __init__(self, folder: Path, head: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file, self._head = folder / "run.json", head
+        folder.mkdir(parents=True, exist_ok=True)
+        report.write_atomic(self._file, json.dumps(head, indent=2) + "\n")
+        self._metrics = (folder / "metrics.jsonl").open("w")
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        for name, value in line.items():
+            if name != "step":
+                self._tensorboard.add_scalar(name if "/" in name else f"train/{name}", value, line["step"])
+
+    def finish(self, **result: Any) -> None:
+        """Writes the result, last: with it the job has finished."""
+        self._metrics.close()
+        self._tensorboard.close()
+        record = self._head | {"result": {"stopped": "finished", **result}}
+        report.write_atomic(self._file, json.dumps(record, indent=2) + "\n")
+
+
+def write_predictions(
+    folder: Path, task: glue.Task, split: str, examples: glue.Examples, predicted: np.ndarray
+) -> None:
+    """Writes a test split's predictions as GLUE's server takes them: `index` and `prediction`, scores within 0 to 5."""
+    if task.labels:
+        written = [task.labels[int(label)] for label in predicted]
+    else:
+        written = [f"{value:.3f}" for value in predicted.clip(0, 5)]
+    rows = [f"{number}\t{text}\n" for number, text in zip(examples.numbers.tolist(), written, strict=True)]
+    (folder / "submission").mkdir(exist_ok=True)
+    (folder / "submission" / f"{task.submitted[split]}.tsv").write_text("".join(["index\tprediction\n", *rows]))
+
+
+def result(job: TaskJob) -> dict[str, Any]:
+    return dict(json.loads((job.folder / "run.json").read_text())["result"])
+
+
+def summary(job: TaskJob) -> str:
+    """A finished job in a few words."""
+    done = result(job)
+    scores = " ".join(f"{name.removeprefix('eval/')} {100 * v:.1f}" for name, v in done.items() if name[:5] == "eval/")
+    return f"{job.name} {scores}, {done['seconds']:.0f} s"
+
+
+# --- of all -----------------------------------------------------------------------------------------------------------
+
+
+def write(plan: Plan) -> None:
+    """Writes what stands at the top of this file, and prints the table.
+
+    All jobs have finished.
+    """
+    covered = [name for name in plan.settings if name in glue.PROTOCOLS[plan.protocol].averaged]
+    scored = {name: _scored(plan, name) for name in plan.settings}
+    record: dict[str, Any] = {
+        "protocol": plan.protocol,
+        "data": plan.data,
+        "settings": {name: value._asdict() for name, value in plan.settings.items()},
+        "skipped": plan.skipped,
+        "average_covers": covered,
+        "notes": _notes(plan, covered),
+        "majority": {
+            "tasks": {name: {"score": _mean(values, scored[name]), **values} for name, values in plan.control.items()}
+        },
+        "models": {model.name: _model(plan, model, covered, scored) for model in plan.models},
+    }
+    record["majority"]["average"] = _average(record["majority"]["tasks"], covered)
+    report.write_atomic(plan.folder / "glue.json", json.dumps(record, indent=2) + "\n")
+    text = markdown(record)
+    report.write_atomic(plan.folder / "glue.md", text)
+    for model in plan.models:
+        if model.run and not model.name.endswith(f"@{model.step}"):
+            write_run(plan.folder / "time_to_quality" / model.name, model, record)
+    print(text)
+    print(f"evaluation: {plan.folder / 'glue.md'}")
+
+
+def _scored(plan: Plan, name: str) -> list[str]:
+    """The metrics of a task that its score is the mean of."""
+    return [metric for metric in plan.control[name] if (name, metric) not in glue.PROTOCOLS[plan.protocol].unscored]
+
+
+def _mean(values: dict[str, float], names: list[str]) -> float:
+    return statistics.fmean(values[name] for name in names)
+
+
+def _average(tasks: dict[str, Any], covered: list[str]) -> float | None:
+    return statistics.fmean(tasks[name]["score"] for name in covered) if covered else None
+
+
+def _notes(plan: Plan, covered: list[str]) -> list[str]:
+    notes = [f"{name} is skipped: {reason}." for name, reason in plan.skipped.items()]
+    protocol = glue.PROTOCOLS[plan.protocol]
+    without = [name for name in protocol.averaged if name not in covered]
+    notes.append(
+        f"The average covers {', '.join(covered) or 'no task'}" + f", not {', '.join(without)}." * bool(without)
+    )
+    waiting = [name for name in protocol.from_mnli if name in covered]
+    if waiting and "MNLI" not in covered:
+        notes.append(f"{', '.join(waiting)}: from the pretrained model, as MNLI is not evaluated.")
+    return notes
+
+
+def _model(plan: Plan, model: Model, covered: list[str], scored: dict[str, list[str]]) -> dict[str, Any]:
+    tasks = {}
+    for name in plan.settings:
+        mine = [job for job in plan.jobs if job.name.startswith(f"{model.name}/{name}/")]
+        results = {job.input.seed: result(job) for job in sorted(mine, key=lambda job: job.input.seed)}
+        values = {metric: [done[f"eval/{metric}"] for done in results.values()] for metric in plan.control[name]}
+        scores = [_mean({m: column[i] for m, column in values.items()}, scored[name]) for i in range(len(results))]
+        best = list(results)[int(np.argmax(scores))]
+        tasks[name] = {
+            "score": statistics.fmean(scores),
+            "spread": _spread(scores),
+            "metrics": {
+                metric: {"mean": statistics.fmean(column), "spread": _spread(column), "values": column}
+                for metric, column in values.items()
+            },
+            "seeds": list(results),
+            "best_seed": best,
+            "seconds": statistics.fmean(done["seconds"] for done in results.values()),
+        }
+        there = plan.folder / model.name / "submission"
+        for file in (plan.folder / model.name / name / str(best)).glob("submission/*.tsv"):
+            there.mkdir(exist_ok=True)
+            shutil.copyfile(file, there / file.name)
+    pretraining = {"run": model.run, "step": model.step, **(model.seconds or {})} if model.run else None
+    return {
+        "source": model.source,
+        "pretraining": pretraining,
+        "average": _average(tasks, covered),
+        "tasks": tasks,
+    }
+
+
+def _spread(values: list[float]) -> float | None:
+    """The standard deviation over seeds."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table of glue.json, in points, and what there is to know about it."""
+    shown = lambda value: "-" if value is None else f"{100 * value:.2f}"
+    lines = [
+        "| model | task | metric | majority | mean | spread | seeds | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    majority = record["majority"]
+    for name, model in record["models"].items():
+        for task, row in model["tasks"].items():
+            for metric, values in row["metrics"].items():
+                numbers = (majority["tasks"][task][metric], values["mean"], values["spread"])
+                lines.append(
+                    f"| {name} | {task} | {metric} | {' | '.join(map(shown, numbers))} | {len(row['seeds'])} "
+                    f"| {row['seconds']:.0f} |"
+                )
+        lines.append(f"| {name} | average | | {shown(majority['average'])} | {shown(model['average'])} | | | |")
+    runs = [(name, model) for name, model in record["models"].items() if model["pretraining"]]
+    if len(runs) > 1:
+        lines += ["", "| model | step | seconds of pretraining | average |", "|---|---|---|---|"]
+        for name, model in runs:
+            spent = model["pretraining"]
+            lines.append(f"| {name} | {spent['step']} | {spent['train_s']:.0f} | {shown(model['average'])} |")
+    notes = [
+        f"Protocol {record['protocol']}, dev sets, points; spread: standard deviation over seeds.",
+        *record["notes"],
+    ]
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def write_run(folder: Path, model: Model, record: dict[str, Any]) -> None:
+    """Copies `model`'s run.json and metrics.jsonl into `folder`, adding `glue/average` where it was evaluated.
+
+    The protocol's settings go into `config`, so that time to quality refuses runs that were evaluated otherwise.
+    """
+    points = [
+        (other["pretraining"], other["average"])
+        for other in record["models"].values()
+        if other["pretraining"] and other["pretraining"]["run"] == model.run and other["average"] is not None
+    ]
+    if not points:
+        return
+    run = json.loads((Path(str(model.run)) / "run.json").read_text())
+    run["config"] |= {"glue_settings": record["settings"], "glue_average_covers": record["average_covers"]}
+    lines = {line["step"]: line for line in report.read_metrics(Path(str(model.run)))}
+    for spent, average in points:
+        step = spent["step"]
+        samples = {"samples": step * run["config"]["global_batch_size"]}
+        spent = {name: value for name, value in spent.items() if name != "run"}
+        lines[step] = lines.get(step, samples | spent) | {METRIC: average}
+        if step == run["result"]["step"]:
+            run["result"][METRIC] = average
+    folder.mkdir(parents=True, exist_ok=True)
+    ordered = "".join(json.dumps(lines[step]) + "\n" for step in sorted(lines))
+    report.write_atomic(folder / "metrics.jsonl", ordered)
+    report.write_atomic(folder / "run.json", json.dumps(run, indent=2) + "\n")

@@ -1,0 +1,233 @@
+"""Many processes, each a run with a folder of its own: spread over GPUs or cores, on one progress bar, resumable.
+
+A run has finished when its run.json says so, and is as far as the last line of its metrics.jsonl says.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kd_core.cli import FREE_ON_RESUME
+from kd_core.launch import SECONDS_TO_SAVE, die_with_parent
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be made by `command`.
+
+    Args:
+        name: what the terminal calls it.
+        folder: its run folder; its output lies beside it in <folder>.log.
+        steps: its length, for the progress bar.
+        needs: names of the jobs that must have finished before it starts.
+        resumes: whether `command` with --resume continues it; otherwise it is begun anew.
+    """
+
+    name: str
+    folder: Path
+    command: Sequence[str]
+    steps: int
+    needs: tuple[str, ...]
+    resumes: bool
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".log")
+
+
+def check_unchanged(job: Job, config: dict[str, Any], *, recipe: str, ranks: int = 1) -> None:
+    """Raises ValueError when `job` was begun with another recipe, number of ranks or flag that alters it."""
+    file = job.folder / "run.json"
+    if not file.exists():
+        return
+    there = json.loads(file.read_text())
+    before = {"recipe": there["recipe"], "ranks": there["world_size"]} | there["config"]
+    for name, value in json.loads(json.dumps({"recipe": recipe, "ranks": ranks} | config)).items():
+        if name not in FREE_ON_RESUME and before.get(name) != value:
+            raise ValueError(
+                f"{job.folder} was begun with {name} {json.dumps(before.get(name))}, now it is "
+                f"{json.dumps(value)}; undo the change, remove that folder, or choose another --out"
+            )
+
+
+def finished(job: Job) -> bool:
+    file = job.folder / "run.json"
+    return file.exists() and json.loads(file.read_text()).get("result", {}).get("stopped") == "finished"
+
+
+def steps_taken(job: Job) -> int:
+    """The step of the last complete line of metrics.jsonl, 0 before the first."""
+    file = job.folder / "metrics.jsonl"
+    complete = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return int(json.loads(complete[-1])["step"]) if complete else 0
+
+
+def places(jobs: int | None, ranks: int = 1, *, per_core: bool = False) -> list[dict[str, str]]:
+    """The environment of each of the jobs that go on at the same time: its GPUs, or its share of the cores.
+
+    Args:
+        jobs: how many; None is one for each group of `ranks` GPUs, and without a GPU one, or one a core if `per_core`.
+
+    Raises:
+        ValueError: `jobs` is below 1, or a job needs more GPUs than there are.
+    """
+    count, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",")[:count] if visible else [str(index) for index in range(count)]
+    groups = [",".join(gpus[i : i + ranks]) for i in range(0, count - ranks + 1, ranks)] if count else [""]
+    if not groups:
+        raise ValueError(f'"ranks" is {ranks}, but there are {count} GPU(s); choose fewer')
+    if jobs is None:
+        jobs = cores if per_core and not count else len(groups)
+    if jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {jobs}")
+    base = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    if jobs * ranks > 1:  # else every process would take all cores
+        base.setdefault("OMP_NUM_THREADS", str(max(1, cores // (jobs * ranks))))
+    if not count:
+        return [base | {"NUM_GPUS": str(ranks)}] * jobs
+    # -1: kd_core.launch takes the visible ones.
+    return [base | {"NUM_GPUS": "-1", "CUDA_VISIBLE_DEVICES": groups[i % len(groups)]} for i in range(jobs)]
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[int]:
+    """Keeps other calls out of the folder; yields the descriptor that holds the lock.
+
+    Jobs inherit it: should this process be killed, the next call waits until they have saved.
+    """
+    with (out / ".lock").open("w") as file:
+        for waited in itertools.count():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if waited >= SECONDS_TO_SAVE:
+                    raise ValueError(f"--out {out} is in use by another call; choose another folder") from None
+                if not waited:
+                    print(f"waiting for the runs of another call to leave {out}", file=sys.stderr, flush=True)
+                time.sleep(1)
+        yield file.fileno()
+
+
+def start(job: Job, place: dict[str, str], lock: int) -> subprocess.Popen[bytes]:
+    """Starts or continues a job in a session of its own, its output in a log file beside its folder."""
+    resume = job.resumes and (job.folder / "run.json").exists()
+    if not resume:
+        shutil.rmtree(job.folder, ignore_errors=True)  # killed, perhaps before it had claimed the folder
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("wb") as log:
+        return subprocess.Popen(
+            [*job.command, *["--resume"] * resume],
+            env=place,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[lock],
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+
+
+def stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
+    """Has the jobs save and end; what still runs after SECONDS_TO_SAVE is killed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    print("stopping: what runs saves first", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + SECONDS_TO_SAVE
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def why_ended(job: Job, code: int) -> str:
+    """What a job that did not finish says about it: its error line, else its last one."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name} ({job.log})"
+    lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return f"{(errors or lines)[-1]} ({job.log})"
+
+
+def run_all(
+    jobs: Sequence[Job], at_once: Sequence[dict[str, str]], lock: int, summary: Callable[[Any], str], what: str = "runs"
+) -> None:
+    """Runs what has not finished, one job in each of the environments `at_once`, on one progress bar.
+
+    A job that fails stops the others, says why and ends the process with its exit code.
+
+    Args:
+        lock: the descriptor that `locked` yields.
+        summary: a finished job in a few words.
+        what: what the terminal calls the jobs.
+    """
+    try:
+        _run_all(jobs, at_once, lock, summary)
+    except (SystemExit, KeyboardInterrupt):
+        done = sum(map(finished, jobs))
+        print(f"{done} of {len(jobs)} {what} have finished; the same call again continues", file=sys.stderr)
+        raise
+
+
+def _run_all(jobs: Sequence[Job], at_once: Sequence[dict[str, str]], lock: int, summary: Callable[[Any], str]) -> None:
+    waiting = [job for job in jobs if not finished(job)]
+    free, running = list(at_once), dict[subprocess.Popen[bytes], tuple[Job, dict[str, str]]]()
+    taken = {job.name: job.steps if finished(job) else steps_taken(job) * job.resumes for job in jobs}
+    total, first, began = sum(job.steps for job in jobs), sum(taken.values()), time.monotonic()
+    bar = tqdm(total=total, initial=first, unit="step", smoothing=0, dynamic_ncols=True, disable=None)
+    try:
+        while waiting or running:
+            going = [job for job, _ in running.values()]
+            pending = {job.name for job in [*waiting, *going]}
+            ready = next((job for job in waiting if not pending.intersection(job.needs)), None)
+            if ready and free:
+                waiting.remove(ready)
+                place = free.pop()
+                running[start(ready, place, lock)] = ready, place
+                continue
+            time.sleep(0.2)
+            ended = [process for process in running if process.poll() is not None]
+            taken |= {job.name: steps_taken(job) for job in going}
+            bar.set_postfix_str(" ".join(job.name for job in going), refresh=False)
+            bar.update(sum(taken.values()) - bar.n)
+            for process in ended:
+                job, place = running.pop(process)
+                free.append(place)
+                if not finished(job):
+                    tqdm.write(f"error: {job.name}: {why_ended(job, process.returncode)}", file=sys.stderr)
+                    code = process.returncode or 1  # 0: told to stop, by another than this process
+                    raise SystemExit(code if code > 0 else 128 - code)
+                note = f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)}: {summary(job)}"
+                if all(job.name in other.needs for other in jobs if other is not job):
+                    # What all others waited for says nothing about the pace of the jobs to come.
+                    first, began = sum(taken.values()), time.monotonic()
+                    bar.initial, bar.start_t = first, time.time()
+                else:
+                    pace = (time.monotonic() - began) / max(1, sum(taken.values()) - first)
+                    note += f"; about {timedelta(seconds=round(pace * (total - sum(taken.values()))))} left"
+                tqdm.write(note, file=sys.stderr)
+    finally:
+        bar.close()
+        if running:
+            stop(running)

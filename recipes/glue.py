@@ -1,0 +1,260 @@
+"""GLUE: what pretrained BERTs are worth, fine-tuned on all tasks, many jobs at a time, into one table.
+
+Method:  loss = (1 - r) * label_loss + r * kd_loss, r = kd_ratio, 0 without a teacher;
+         kd_loss = tau^2 * KL(teacher || student), for STS-B (student - teacher)^2
+Source:  Wang et al. 2019, GLUE, arXiv 1804.07461; protocols: the head of kd_core/glue.py
+Command: bash launch/glue.sh runs/bert_kd/1 runs/bert_kd/2 --protocol mosaic
+Smoke:   python recipes/glue.py runs/bert_kd/1 --data glue --protocol sane --tasks WNLI CoLA --epochs 1 --seeds 1
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertForSequenceClassification
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from tyro.conf import Positional
+
+from kd_core import cli, engine, glue, glue_plan, glue_report, jobs, report, schedule, teachers, tokenizer
+from kd_core.glue_plan import FineTuning
+from kd_core.kernels.softmax_kl import softmax_kl_sum
+
+RECIPE = Path(__file__).stem
+disable_progress_bar()
+set_verbosity_error()  # a fresh classifier is what is wanted here, and nothing to warn of
+EVAL_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fine-tunes and evaluates pretrained BERTs on GLUE. The same call again continues what was stopped or killed."""
+
+    models: Positional[tuple[str, ...]] = ()
+    """Run folders, Hugging Face folders or hub names; NAME=MODEL names one."""
+    data: str = glue.HUB
+    """nyu-mll/glue (the hub), or a folder with the original files: CoLA/train.tsv and so on."""
+    protocol: Literal["mosaic", "sane"] = "mosaic"
+    """mosaic: settings for each task, as for MosaicBERT; sane: one setting for all, as for Cramming."""
+    tasks: tuple[str, ...] = ()
+    """Tasks; default: all of the protocol. One whose files are missing is skipped, and the table says so."""
+    lr: tuple[str, ...] = ()
+    """Peak learning rate, over the protocol's: a number for all tasks, or TASK=NUMBER; so are the next five."""
+    weight_decay: tuple[str, ...] = ()
+    """Decoupled: the share of a weight that is lost per step at the peak learning rate."""
+    batch_size: tuple[str, ...] = ()
+    """Examples per optimizer step."""
+    epochs: tuple[str, ...] = ()
+    """Passes over the training set."""
+    seeds: tuple[str, ...] = ()
+    """Number of seeds."""
+    max_length: tuple[str, ...] = ()
+    """Tokens at which an example is cut."""
+    seed: int = 19
+    """The first seed; the others are those after it. Initialisation of the classifier, order, dropout."""
+    dropout: float = 0.1
+    """On hidden states and attention."""
+    teachers: tuple[str, ...] = ()
+    """Models fine-tuned on a task to distil from, TASK=MODEL each; folders of jobs kept by --keep-models will do."""
+    kd_ratio: float = 0.0
+    """Weight of the teacher term, in [0, 1]; the labels get the rest."""
+    temperature: float = 1.0
+    """tau > 0; divides the logits of teacher and student in the teacher term."""
+    checkpoints: tuple[str, ...] = ()
+    """Evaluate these checkpoints of the runs too: all, or their steps."""
+    tokenizer: str | None = None
+    """For models that come without one: hub name, folder, tokenizer.json or SentencePiece .model."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the computation; weights are float32. auto: bf16 on a GPU, fp32 on a CPU."""
+    compile: bool = False
+    """torch.compile; pays from some ten minutes a job on."""
+    keep_models: bool = False
+    """Keep each job's fine-tuned model in its folder (hf/)."""
+    jobs: int | None = None
+    """Jobs at a time; default: one a GPU, or without a GPU one a core."""
+    out: str | None = None
+    """Folder; default runs/glue/<next free number>. What has finished there is kept."""
+    resume: bool = False
+    """Take all other flags from --out."""
+
+    def __post_init__(self) -> None:
+        tau = self.temperature
+        for name, ok, allowed in (
+            ("kd_ratio", 0 <= self.kd_ratio <= 1, "in [0, 1]"),
+            ("kd_ratio", bool(self.kd_ratio) == bool(self.teachers), "above 0 with --teachers, and 0 without"),
+            ("temperature", 0 < tau < math.inf, "a finite number above 0"),
+            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("seed", self.seed >= 0, "at least 0"),
+        ):
+            if not ok:
+                raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(self, name)}")
+
+
+# --- one job ----------------------------------------------------------------------------------------------------------
+
+
+def build_student(job: FineTuning, task: glue.Task) -> Any:
+    """The pretrained encoder under a fresh classifier, and a fresh pooler where there is none."""
+    settings: dict[str, Any] = {"hidden_dropout_prob": job.dropout, "attention_probs_dropout_prob": job.dropout}
+    settings |= {"num_labels": task.columns, "dtype": torch.float32}
+    from_pretrained: Any = BertForSequenceClassification.from_pretrained
+    model, info = from_pretrained(
+        job.model, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **settings
+    )
+    lacking = [name for name in info["missing_keys"] if not name.startswith(("classifier.", "bert.pooler."))]
+    if lacking:
+        raise ValueError(f"{job.model} lacks weights of BERT's encoder: {sorted(lacking)[:3]}")
+    fresh = [model.classifier]
+    fresh += [model.bert.pooler.dense] if "bert.pooler.dense.weight" in info["missing_keys"] else []
+    torch.manual_seed(job.seed)
+    for layer in fresh:
+        nn.init.normal_(layer.weight, std=model.config.initializer_range)
+        nn.init.zeros_(layer.bias)
+    if task.labels:
+        model.config.id2label = dict(enumerate(task.labels))
+        model.config.label2id = {label: column for column, label in enumerate(task.labels)}
+    return model.to(engine.device())
+
+
+def build_teacher(job: FineTuning, task: glue.Task) -> Any:
+    """The task's fine-tuned teacher, frozen; refused when its logits are not the task's, column by column."""
+    model = teachers.load_pretrained(BertForSequenceClassification, str(job.teacher), 0, dtype=torch.float32)
+    labels = [model.config.id2label[column] for column in range(model.config.num_labels)]
+    named = not all(str(label).startswith("LABEL_") for label in labels)
+    if len(labels) != task.columns or (task.labels and named and labels != list(task.labels)):
+        raise ValueError(
+            f"--teachers {task.name}={job.teacher} tells apart {labels}, the task {list(task.labels) or 'a score'}"
+        )
+    return model.eval().requires_grad_(False).to(engine.device())
+
+
+def forward(job: FineTuning, model: Any, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Logits [B, V] of input_ids, token_type_ids and attention_mask, each [B, T]."""
+    input_ids, types, mask = engine.to_device(*batch)
+    bf16 = job.precision == "bf16" or (job.precision == "auto" and torch.cuda.is_available())
+    with torch.autocast(engine.device().type, torch.bfloat16, enabled=bf16):
+        return model(input_ids=input_ids, token_type_ids=types, attention_mask=mask).logits.float()
+
+
+def losses(job: FineTuning, task: glue.Task, logits_BV: Tensor, labels_B: Tensor, teacher_BV: Tensor | None) -> Tensor:
+    """The method: [3], sums over the batch of the loss, its label term and its teacher term, the last two detached."""
+    if task.labels:
+        loss, kd, label = softmax_kl_sum(
+            logits_BV, teacher_BV, labels_B.long(), kd_weight=job.kd_ratio, label_weight=1 - job.kd_ratio,
+            temperature=job.temperature,
+        )  # fmt: skip
+    else:
+        label = F.mse_loss(logits_BV[:, 0], labels_B, reduction="sum")
+        kd = label.new_zeros(()) if teacher_BV is None else F.mse_loss(logits_BV, teacher_BV, reduction="sum")
+        loss = (1 - job.kd_ratio) * label + job.kd_ratio * kd
+    return torch.stack([loss, label.detach(), kd.detach()])
+
+
+@torch.no_grad()
+def predict(job: FineTuning, model: Any, examples: glue.Examples) -> Tensor:
+    """float32 [E, V] on the CPU: logits of all examples, computed in the order of their lengths."""
+    model.eval()
+    order = examples.lengths.argsort()
+    logits = torch.cat([forward(job, model, examples.batch(rows)) for rows in order.split(EVAL_BATCH)]).cpu()
+    if not logits.isfinite().all():
+        raise ValueError(f"{job.task}, seed {job.seed}: predictions that are not finite; lower --lr")
+    return torch.empty_like(logits).index_copy_(0, order, logits)
+
+
+def evaluate(job: FineTuning, task: glue.Task, model: Any, data: dict[str, glue.Examples]) -> dict[str, float]:
+    """The task's official metrics on its dev splits, as "eval/accuracy" and so on."""
+    scores: dict[str, float] = {}
+    for split in task.evaluated:
+        predicted = glue.predicted(task, predict(job, model, data[split]))
+        scores |= glue.score(task, split, predicted, data[split].labels.numpy())
+    return {f"eval/{name}": value for name, value in scores.items()}
+
+
+def batches(job: FineTuning, train: glue.Examples) -> Iterator[Tensor]:
+    """Rows of all batches, epoch after epoch: a pure function of the seed and the epoch."""
+    for epoch in range(job.settings["epochs"]):
+        generator = torch.Generator().manual_seed(1000 * job.seed + epoch)
+        yield from torch.randperm(len(train), generator=generator).split(job.settings["batch_size"])
+
+
+def fine_tune(job: FineTuning) -> int:
+    """Runs a job: `job.out` becomes a run folder with its metrics, its test predictions and, if kept, its model."""
+    began = time.perf_counter()
+    folder, task, data = Path(job.out), glue.TASKS[job.task], glue.examples(job.data)
+    train, student = data["train"], build_student(job, task)
+    per_epoch = math.ceil(len(train) / job.settings["batch_size"])
+    steps = per_epoch * job.settings["epochs"]
+    # The teacher answers once for all epochs: it has no dropout, and every epoch shows it the same.
+    asked = time.perf_counter()
+    teacher_EV = predict(job, build_teacher(job, task), train).to(engine.device()) if job.teacher else None
+    teacher_s = time.perf_counter() - asked if job.teacher else 0.0
+    peak, decay = job.settings["lr"], job.settings["weight_decay"]
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=peak, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay / peak, fused=True
+    )
+    factor = {"linear": schedule.linear_warmup_decay, "cosine": schedule.linear_warmup_cosine}[job.schedule]
+    if job.compile:
+        student.compile(dynamic=True)
+    log = glue_report.Log(folder, report.describe(RECIPE, job))
+    train_s, resumed = 0.0, time.perf_counter()
+    for step, rows in enumerate(batches(job, train), 1):
+        student.train()
+        for group in optimizer.param_groups:
+            group["lr"] = peak * factor(step - 1, steps, warmup_fraction=job.warmup_fraction)
+        logits_BV = forward(job, student, train.batch(rows, multiple=8 if torch.cuda.is_available() else 1))
+        labels_B = train.labels[rows].to(engine.device(), non_blocking=True)
+        teacher_BV = None if teacher_EV is None else teacher_EV[rows.to(engine.device())]
+        sums = losses(job, task, logits_BV, labels_B, teacher_BV)
+        (sums[0] / len(rows)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % max(1, steps // 100) and step % per_epoch:
+            continue
+        loss, label_loss, kd_loss = (sums.detach() / len(rows)).tolist()  # here the host waits for the GPU
+        if not math.isfinite(loss):
+            raise ValueError(f"{job.task}, seed {job.seed}: the loss is {loss} at step {step}; lower --lr")
+        train_s += time.perf_counter() - resumed
+        line = {"step": step, "loss": loss, "label_loss": label_loss, "kd_loss": kd_loss, "train_s": train_s}
+        scores = evaluate(job, task, student, data) if step % per_epoch == 0 else {}
+        log.write(line | {"lr": optimizer.param_groups[0]["lr"]} | scores)
+        resumed = time.perf_counter()
+    for split in task.submitted.keys() & data.keys():
+        predicted = glue.predicted(task, predict(job, student, data[split]))
+        glue_report.write_predictions(folder, task, split, data[split], predicted)
+    if job.keep_model:
+        ours = tokenizer.load_tokenizer(job.tokenizer)
+        report.replace_folder(folder / "hf", student.save_pretrained, ours.save_pretrained)
+    log.finish(train_s=train_s, teacher_s=teacher_s, seconds=time.perf_counter() - began, step=steps, **scores)
+    return 0
+
+
+# --- all jobs ---------------------------------------------------------------------------------------------------------
+
+
+def main(typed: Sequence[str] | None = None) -> int:
+    """Runs the recipe, or with --job one of its jobs, as the command line `typed` says; returns the exit code."""
+    with cli.one_line_errors() as undo:
+        job, words = cli.take(sys.argv[1:] if typed is None else typed, "--job")
+        if job:
+            return fine_tune(FineTuning(**json.loads(job)))
+        cfg: Config = cli.parse(Config, words)  # type: ignore[type-var]  # its flags are not those of DeepSpeed's recipes
+        plan = glue_plan.make(cfg, Path(__file__), undo)
+    with cli.one_line_errors(), jobs.locked(plan.folder) as lock:
+        for one in plan.jobs:
+            jobs.check_unchanged(one, dataclasses.asdict(one.input), recipe=RECIPE)
+        report.write_atomic(plan.folder / "run.json", json.dumps(report.describe(RECIPE, cfg), indent=2) + "\n")
+        jobs.run_all(plan.jobs, jobs.places(cfg.jobs, per_core=True), lock, glue_report.summary, "jobs")
+        glue_report.write(plan)
+    return 0
+
+
+if __name__ == "__main__":
+    engine.end_process(main)

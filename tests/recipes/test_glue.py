@@ -1,0 +1,333 @@
+"""The GLUE recipe: one command from pretrained runs to a table; killed, resumed, distilled, of checkpoints; bad input."""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from kd_core import engine, glue, time_to_quality
+from kd_core.glue_plan import FineTuning
+from kd_core.tokenizer import load_tokenizer
+from recipes import glue as recipe
+from tests.conftest import ROOT, cpu_environment, deepspeed
+from tests.invariants.test_structure import run_smoke_command
+from tests.recipes.conftest import SMALL, metrics
+
+FAST = ["--batch-size", "8", "--epochs", "1", "--seeds", "1", "--max-length", "24", "--lr", "1e-3"]
+
+
+@pytest.fixture(scope="session")
+def student(train: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with checkpoints at steps 3, 6 and 8."""
+    folder = tmp_path_factory.mktemp("student") / "run"
+    train("--out", folder, "--keep", 3)
+    return folder
+
+
+@pytest.fixture
+def evaluate(glue_folder: Path, cache: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Starts launch/glue.sh on the small tasks, two jobs at a time."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def start(*words: object) -> subprocess.Popen[str]:
+        command = ["bash", ROOT / "launch" / "glue.sh", *words, "--data", glue_folder, "--jobs", 2]
+        env = cpu_environment(KD_CACHE=str(cache), PATH=path)
+        pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(list(map(str, command)), cwd=tmp_path, env=env, **pipes)
+
+    return start
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    """What the process says on stdout and stderr until it ends with `code`."""
+    said = process.communicate(timeout=500)
+    assert process.returncode == code, said[1][-3000:]
+    return said
+
+
+def record(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "glue.json").read_text()))
+
+
+def without_seconds(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_seconds(inner) for key, inner in value.items() if key != "seconds"}
+    return value
+
+
+def test_two_models_all_tasks_one_table(student: Path, evaluate: Any, tmp_path: Path, glue_folder: Path) -> None:
+    words = [student, f"again={student / 'hf'}", "--protocol", "mosaic", *FAST, "--seeds", 1, "RTE=2", "--out", "out"]
+    said, _ = finish(evaluate(*words))
+    out = tmp_path / "out"
+    found = record(out)
+    assert found["skipped"].keys() == {"QQP", "QNLI", "SST-2", "MRPC"}
+    assert found["skipped"]["QNLI"] == "no QNLI/train.tsv"
+    assert found["average_covers"] == ["MNLI", "CoLA", "STS-B", "RTE"]
+    assert (out / "glue.md").read_text() in said
+    names = list(found["models"])
+    assert names[1] == "again"
+    first, second = (found["models"][name] for name in names)
+    assert without_seconds(first["tasks"]) == without_seconds(second["tasks"]), "the same model, other scores"
+    assert first["pretraining"]["step"] == 8 and second["pretraining"] is None
+
+    tasks = first["tasks"]
+    assert list(tasks["MNLI"]["metrics"]) == ["accuracy", "accuracy-mm"]
+    assert tasks["MNLI"]["score"] == statistics.fmean(row["mean"] for row in tasks["MNLI"]["metrics"].values())
+    assert tasks["STS-B"]["score"] == tasks["STS-B"]["metrics"]["spearman"]["mean"], "mosaic scores Spearman alone"
+    values = tasks["RTE"]["metrics"]["accuracy"]["values"]
+    assert tasks["RTE"]["seeds"] == [19, 20]
+    assert (tasks["RTE"]["score"], tasks["RTE"]["spread"]) == (statistics.fmean(values), statistics.stdev(values))
+    assert first["average"] == statistics.fmean(tasks[name]["score"] for name in found["average_covers"])
+    assert found["majority"]["tasks"]["RTE"]["accuracy"] == 0.5 and found["majority"]["tasks"]["CoLA"]["matthews"] == 0
+
+    started = json.loads((out / names[0] / "RTE" / "20" / "run.json").read_text())["config"]["model"]
+    assert started == str(out / names[0] / "MNLI" / "19" / "hf")
+    started = json.loads((out / names[0] / "CoLA" / "19" / "run.json").read_text())["config"]["model"]
+    assert started == str(student / "hf")
+    for job in out.glob("*/*/*/run.json"):
+        assert list(job.parent.glob("tensorboard/events*"))
+        steps = [line["step"] for line in metrics(job.parent)]
+        assert steps == sorted(set(steps)) and steps[-1] == json.loads(job.read_text())["result"]["step"]
+
+    submitted = {file.name: file.read_text().splitlines() for file in (out / names[0] / "submission").iterdir()}
+    assert submitted.keys() == {"CoLA.tsv", "STS-B.tsv", "RTE.tsv", "MNLI-m.tsv"}
+    for lines in submitted.values():
+        assert lines[0] == "index\tprediction"
+        assert [line.split("\t")[0] for line in lines[1:]] == list("01234")
+    written = {name: {line.split("\t")[1] for line in lines[1:]} for name, lines in submitted.items()}
+    assert written["CoLA.tsv"] <= {"0", "1"} and written["RTE.tsv"] <= {"entailment", "not_entailment"}
+    assert written["MNLI-m.tsv"] <= {"entailment", "neutral", "contradiction"}
+    assert all(0 <= float(text) <= 5 and len(text) == 5 for text in written["STS-B.tsv"])
+
+
+def test_the_smoke_command_of_the_header_runs(student: Path, glue_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "glue").symlink_to(glue_folder)
+    (tmp_path / "runs" / "bert_kd").mkdir(parents=True)
+    (tmp_path / "runs" / "bert_kd" / "1").symlink_to(student)
+    run_smoke_command(ROOT / "recipes" / "glue.py", tmp_path)
+    assert record(tmp_path / "runs" / "glue" / "1")["models"].keys() == {"runs-bert_kd-1"}
+
+
+def test_kill_9_half_way_then_the_same_call(student: Path, evaluate: Any, tmp_path: Path) -> None:
+    words = [f"ours={student}", "--protocol", "sane", "--tasks", "CoLA", "WNLI", *FAST, "--epochs", 8, "--seeds", 2]
+    finish(evaluate(*words, "--out", "whole"))
+    out = tmp_path / "out"
+    killed = evaluate(*words, "--out", "out")
+    deadline = time.monotonic() + 300
+    while not (before := finished(out)):
+        assert killed.poll() is None and time.monotonic() < deadline, "no job has finished"
+        time.sleep(0.02)
+    for process in [*psutil.Process(killed.pid).children(recursive=True), killed]:
+        process.kill()
+    killed.communicate()
+    assert len(before) < 4
+
+    finish(evaluate(*words, "--out", "out"))
+    assert len(finished(out)) == 4
+    assert finished(out) | before == finished(out), "a finished job ran again"
+    assert without_seconds(record(out)["models"]) == without_seconds(record(tmp_path / "whole")["models"])
+    _, error = finish(evaluate(*words, "--out", "out", "--epochs", 2), code=2)
+    assert "was begun with settings" in error
+    finish(evaluate("--out", "out", "--resume"))
+
+
+def finished(out: Path) -> dict[Path, int]:
+    """The jobs that have finished, and when."""
+    files = [file for file in out.glob("*/*/*/run.json") if '"result"' in file.read_text()]
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+def test_losses_are_their_definitions() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    labels = torch.tensor([0.0, 1, 2, 1, 0])
+    for ratio, tau in ((0.0, 1.0), (0.7, 2.0), (1.0, 1.0)):
+        loss, label, kd = recipe.losses(
+            job(kd_ratio=ratio, temperature=tau), glue.TASKS["MNLI"], student, labels, teacher if ratio else None
+        )
+        cross_entropy = F.cross_entropy(student, labels.long(), reduction="sum")
+        log_q, log_p = (torch.log_softmax(logits / tau, 1) for logits in (student, teacher))
+        kl = tau**2 * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        assert label.item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+        assert kd.item() == pytest.approx(kl.item() if ratio else 0.0, rel=1e-5)
+        assert loss.item() == pytest.approx(((1 - ratio) * cross_entropy + ratio * kl).item(), rel=1e-5)
+        (grad,) = torch.autograd.grad(loss, student)
+        (truth,) = torch.autograd.grad((1 - ratio) * cross_entropy + ratio * kl, student)
+        torch.testing.assert_close(grad, truth)
+    scores, taught = torch.tensor([[1.0], [4.0]]), torch.tensor([[2.0], [2.0]])
+    sums = recipe.losses(job(kd_ratio=0.25), glue.TASKS["STS-B"], scores, torch.tensor([0.0, 5.0]), taught)
+    assert sums.tolist() == [0.75 * 2 + 0.25 * 5, 2, 5]
+
+
+def job(**fields: Any) -> FineTuning:
+    settings = {"lr": 1e-3, "weight_decay": 0.0, "batch_size": 8, "epochs": 2, "max_length": 24}
+    defaults: dict[str, Any] = dict.fromkeys(("out", "model", "weights", "task", "data", "tokenizer"), "")
+    defaults |= {"seed": 1, "settings": settings, "schedule": "linear", "warmup_fraction": 0.1, "dropout": 0.1}
+    defaults |= {"teacher": None, "kd_ratio": 0.0, "temperature": 1.0, "precision": "auto", "compile": False}
+    return FineTuning(**defaults | {"keep_model": False} | fields)
+
+
+@pytest.fixture
+def run_job(
+    student: Path, glue_folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Runs a job in this process and returns its folder."""
+    monkeypatch.setenv("KD_CACHE", str(cache))
+
+    def run(name: str, task: str = "WNLI", **fields: Any) -> Path:
+        source = str(student / "hf")
+        data = glue.tokenise(glue.TASKS[task], str(glue_folder), load_tokenizer(source), 24)
+        one = job(out=str(tmp_path / name), model=source, task=task, data=data, tokenizer=source, **fields)
+        assert recipe.fine_tune(one) == 0
+        return tmp_path / name
+
+    return run
+
+
+def test_a_job_is_a_function_of_its_seed(run_job: Any) -> None:
+    first, same, other = run_job("first"), run_job("same"), run_job("other", seed=2)
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (first, same, other)]
+    assert losses[0] == losses[1] != losses[2]
+    assert not (first / "hf").exists()
+
+
+@pytest.mark.parametrize("task", ["WNLI", "STS-B"])
+def test_a_student_learns_what_its_teacher_says(run_job: Any, task: str) -> None:
+    teacher = run_job("teacher", task, keep_model=True, seed=3)
+    settings = {"lr": 2e-3, "weight_decay": 0.0, "batch_size": 8, "epochs": 12, "max_length": 24}
+    kd = {"kd_ratio": 1.0, "teacher": str(teacher / "hf"), "dropout": 0.0, "settings": settings}
+    lines = metrics(run_job("taught", task, **kd))
+    assert all(line["loss"] == pytest.approx(line["kd_loss"]) for line in lines)
+    assert lines[-1]["kd_loss"] < 0.2 * lines[0]["kd_loss"]
+    assert json.loads((teacher / "run.json").read_text())["result"]["teacher_s"] == 0
+
+
+def test_a_teacher_of_another_task_is_refused(run_job: Any) -> None:
+    teacher = run_job("teacher", "RTE", keep_model=True)
+    with pytest.raises(ValueError, match=r"tells apart \['entailment', 'not_entailment'\], the task \['0', '1'\]"):
+        run_job("taught", "WNLI", kd_ratio=0.5, teacher=str(teacher / "hf"))
+
+
+@pytest.mark.parametrize(
+    "config", ["zero0_fp32_cpu.json", pytest.param("zero1_bf16.json", marks=pytest.mark.slow), "zero3_bf16.json"]
+)
+def test_checkpoints_of_any_stage_hold_the_run_s_weights(
+    config: str, student: Path, corpus_file: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = student
+    if config != "zero0_fp32_cpu.json":
+        monkeypatch.setenv("KD_CACHE", str(cache))
+        run, flags = tmp_path / "run", ["--data", str(corpus_file), "--deepspeed-config", config]
+        done = deepspeed(2, str(ROOT / "recipes" / "bert_kd.py"), *SMALL, *flags, "--out", str(run))
+        assert done.returncode == 0, done.stderr[-3000:]
+    truth = load_file(run / "hf" / "model.safetensors")
+    state, client = engine.read_checkpoint(run / "checkpoints" / "step00000008")
+    assert client["seconds"]["train"] > 0
+    encoder = {name for name in truth if name.startswith("bert.")}
+    assert encoder and encoder <= state.keys()
+    for name in encoder:
+        ours = state[name][: len(truth[name])]
+        assert torch.equal(ours.to(truth[name].dtype), truth[name]), name
+    (run / "checkpoints" / "step00000008" / "manifest.json").rename(tmp_path / "manifest.json")
+    with pytest.raises(ValueError, match="is damaged"):
+        engine.read_checkpoint(run / "checkpoints" / "step00000008")
+    shutil.move(tmp_path / "manifest.json", run / "checkpoints" / "step00000008")
+
+
+def test_checkpoints_give_quality_against_pretraining_seconds(student: Path, evaluate: Any, tmp_path: Path) -> None:
+    words = [f"a={student}", f"b={student}", "--checkpoints", "all", "--tasks", "CoLA", *FAST]
+    finish(evaluate(*words, "--protocol", "sane", "--out", "out"))
+    out = tmp_path / "out"
+    found = record(out)["models"]
+    assert list(found) == ["a@3", "a@6", "a", "b@3", "b@6", "b"]
+    seconds = [found[name]["pretraining"]["train_s"] for name in ("a@3", "a@6", "a")]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    before = metrics(student)
+    for name in "ab":
+        lines = metrics(out / "time_to_quality" / name)
+        assert [line["step"] for line in lines] == [line["step"] for line in before]
+        assert [{k: v for k, v in line.items() if k != "glue/average"} for line in lines] == before
+        averages = {line["step"]: line["glue/average"] for line in lines if "glue/average" in line}
+        assert averages == {
+            3: found[f"{name}@3"]["average"],
+            6: found[f"{name}@6"]["average"],
+            8: found[name]["average"],
+        }
+    runs = [out / "time_to_quality" / name for name in "ab"]
+    study = time_to_quality.report(runs[:1], runs[1:], metric="glue/average", out=tmp_path / "report")
+    assert study["metric"] == "glue/average"
+
+
+@pytest.fixture
+def attempt(
+    glue_folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs `main` in this process, expecting one line, exit code 2 and no folder."""
+    monkeypatch.setenv("KD_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> str:
+        with pytest.raises(SystemExit) as end:
+            recipe.main(["--data", str(glue_folder), "--protocol", "sane", "--out", "out", *map(str, words)])
+        captured = capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert (end.value.code, len(lines)) == (2, 1), captured.err
+        assert "Traceback" not in captured.err
+        assert not (tmp_path / "out").exists(), "a half-made folder was left"
+        return lines[0]
+
+    return run
+
+
+def test_bad_input(attempt: Callable[..., str], student: Path, glue_folder: Path, tmp_path: Path) -> None:
+    assert "no model; give run folders" in attempt()
+    assert "no model folder there" in attempt("./nowhere")
+    assert "--tasks COLA: no task of GLUE; choose from CoLA" in attempt(student, "--tasks", "COLA")
+    assert "the mosaic protocol does not have it" in attempt(student, "--protocol", "mosaic", "--tasks", "WNLI")
+    assert "has none of the tasks: no QQP/train.tsv" in attempt(student, "--tasks", "QQP")
+    assert "is no folder" in attempt(student, "--data", "./nowhere")
+    assert "did you mean --epochs?" in attempt(student, "--epoch", 3)
+    assert "two models are called" in attempt(student, student)
+    assert "--kd-ratio must be above 0 with --teachers" in attempt(student, "--teachers", f"CoLA={student}")
+    assert "--temperature must be a finite number above 0" in attempt(student, "--temperature", 0)
+    kd = ("--kd-ratio", 0.5, "--tasks", "CoLA", "WNLI", "--teachers")
+    assert "--teachers names none for WNLI" in attempt(student, *kd, f"CoLA={student}")
+    assert "must be TASK=MODEL" in attempt(student, *kd, student)
+    assert "is more than the 512 positions" in attempt(student, "--max-length", 600)
+    assert "is no run folder" in attempt(student / "hf", "--checkpoints", "all")
+    assert "has 3, 6, 8 (--save-every, --keep)" in attempt(student, "--checkpoints", 5)
+    assert "--resume" in attempt(student, "--resume")
+
+    bare = tmp_path / "bare"
+    shutil.copytree(student / "hf", bare, ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "special*"))
+    assert f"{bare} comes without a tokenizer" in attempt(bare)
+    other = tmp_path / "other"
+    shutil.copytree(student / "hf", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
+    assert "is a model of type roberta" in attempt(other)
+
+    data = tmp_path / "data"
+    shutil.copytree(glue_folder, data)
+    (data / "CoLA" / "dev.tsv").write_text("gj04\t2\t\tfine\n")
+    assert "CoLA/dev.tsv, line 1: label '2' is none of CoLA's labels 0, 1" in attempt(student, "--data", data)
+    (data / "RTE" / "train.tsv").write_text("index\tpremise\tsentence2\tlabel\n0\ta\tb\tentailment\n")
+    assert "has no column 'sentence1'" in attempt(student, "--data", data, "--tasks", "RTE")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes").touch()
+    assert "is not an empty folder" in attempt(student, "--out", full)
+    assert "holds a run that is no evaluation" in attempt(student, "--out", student)
