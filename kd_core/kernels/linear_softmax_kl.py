@@ -381,10 +381,9 @@ def linear_softmax_kl(
             ones_N = torch.ones(num_rows, device=device) if row_weight_N is None else row_weight_N
             row_weight_N = torch.zeros_like(ones_N).index_copy(0, rows_M, ones_N[rows_M])
         return softmax_kl.softmax_kl_sum(
-            _reference_logits(student, columns), teacher and _reference_logits(teacher, columns), labels_N, kd_weight=kd_weight,
-            label_weight=label_weight, row_weight_N=row_weight_N, temperature=temperature,
-            teacher_temperature=teacher_temperature, direction=direction, ignore_index=ignore_index,
-            valid_columns=columns, impl=impl,
+            _reference_logits(student, columns), teacher and _reference_logits(teacher, columns), labels_N,
+            kd_weight=kd_weight, label_weight=label_weight, row_weight_N=row_weight_N, temperature=temperature,
+            teacher_temperature=teacher_temperature, direction=direction, ignore_index=ignore_index, impl=impl,
         )  # fmt: skip
     wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in student[:3]]
     if any(wanted) and student.hidden_ND.dtype == torch.float16:
@@ -403,10 +402,9 @@ def linear_softmax_kl(
 class LinearSoftmaxKL(nn.Linear):
     """A vocabulary head that gives the logits, or, called with a teacher or labels, what `linear_softmax_kl` returns.
 
-    As the losses are made in the forward pass of the module that owns the weight, whatever gathers the parameters of a
-    sharded module (ZeRO-3, FSDP) does so here, and gradients arrive where they are awaited; tied embeddings stay tied. A
-    head that exists becomes one with `model.lm_head.__class__ = LinearSoftmaxKL`. The teacher's weight is the caller's to
-    gather, where it is sharded too.
+    As the losses are made in the forward pass of the module that owns the weight, ZeRO-3 gathers it for them, and awaits its
+    gradient; tied embeddings stay tied. A head that exists becomes one with `model.lm_head.__class__ = LinearSoftmaxKL`. The
+    teacher's weight and bias are the caller's to gather where they are sharded too (`deepspeed.zero.GatheredParameters`).
     """
 
     def forward(self, input: torch.Tensor, *teacher_and_labels: Any, **options: Any) -> Any:
