@@ -103,7 +103,7 @@ def write(plan: Plan) -> None:
     text = markdown(record)
     report.write_atomic(plan.folder / "glue.md", text)
     for model in plan.models:
-        if model.run and not model.name.endswith(f"@{model.step}"):
+        if model.run and Path(model.source) == Path(model.run) / "hf":
             write_run(plan.folder / "time_to_quality" / model.name, model, record)
     print(text)
     print(f"evaluation: {plan.folder / 'glue.md'}")
