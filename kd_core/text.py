@@ -363,10 +363,27 @@ class MicroBatch:
     positions: torch.Tensor  # int64 [N], indices into B * T, ascending
     labels: torch.Tensor  # int64 [N], IGNORE_INDEX where unsupervised
     sample_ids: torch.Tensor  # int64 [B], see `sample_id`
+    epochs: torch.Tensor  # int64 [B], of the masks
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a model takes."""
+        return self.input_ids, self.positions
+
+    @property
+    def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What says which rows these are, and how they are masked."""
+        return self.sample_ids, self.epochs
 
     def pin_memory(self) -> "MicroBatch":
-        tensors = (self.input_ids, self.positions, self.labels, self.sample_ids)
-        return MicroBatch(*(tensor.pin_memory() for tensor in tensors))
+        input_ids, positions, labels = (tensor.pin_memory() for tensor in (self.input_ids, self.positions, self.labels))
+        return replace(self, input_ids=input_ids, positions=positions, labels=labels)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """With what models take on `device`, copied while it computes if pinned; keys stay on the host."""
+        moved = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.positions, self.labels))
+        input_ids, positions, labels = moved
+        return replace(self, input_ids=input_ids, positions=positions, labels=labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -524,6 +541,7 @@ def masked_micro_batches(
     input_ids_BT, columns_BK, labels_BK = _mask(
         tokens_BT, sample_ids_B, seed=seed, epoch=epoch, fraction=fraction, tokenizer=tokenizer
     )
+    epochs_B = np.broadcast_to(np.int64(epoch), len(tokens_BT)).copy()
     cuts = [slice(start, start + micro_batch_size) for start in range(0, len(tokens_BT), micro_batch_size)]
     return [
         MicroBatch(
@@ -531,6 +549,7 @@ def masked_micro_batches(
             positions=torch.from_numpy(_flat_positions(columns_BK[cut], tokens_BT.shape[1])),
             labels=torch.from_numpy(labels_BK[cut].reshape(-1)),
             sample_ids=torch.from_numpy(sample_ids_B[cut]),
+            epochs=torch.from_numpy(epochs_B[cut]),
         )
         for cut in cuts
     ]

@@ -30,6 +30,7 @@ BOOKKEEPING = cli.FREE_ON_RESUME | {"seed", "steps"}
 OF_A_RUN = BOOKKEEPING | {"teachers"}
 OF_AN_ARM = OF_A_RUN | {"kd_ratio", "temperature", "kd_start", "kd_stop", "label_weight_outside", "sampler"}
 OF_AN_ARM |= {"divergence", "teacher_dtype", "lr", "warmup_fraction", "clip", "weight_decay", "dropout"}
+OF_AN_ARM |= {"kd_ratio_stop", "temperature_stop", "kd_ramp", "kd_every", "draws", "teacher_weights", "ensemble"}
 OF_AN_ARM |= {"micro_batch_size", "deepspeed_config", "compile", "gradient_checkpointing"}
 
 
@@ -130,7 +131,10 @@ def teacher_costs(runs: Sequence[Run]) -> tuple[dict[str, float | None], list[st
     seconds: dict[str, float | None] = {}
     remarks = []
     for path in dict.fromkeys(
-        path for run in runs if run.fields.get("kd_ratio", 1) for path in run.fields.get("teachers", ())
+        path
+        for run in runs
+        if run.fields.get("kd_ratio", 1) or run.fields.get("kd_ratio_stop")
+        for path in run.fields.get("teachers", ())
     ):
         folder = Path(path).parent if Path(path).name == "hf" else Path(path)
         try:

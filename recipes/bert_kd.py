@@ -21,7 +21,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from kd_core import cli, engine, report, schedule, teachers, text
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_sum
-from kd_core.samplers import draw_teachers
 
 RECIPE = Path(__file__).stem
 disable_progress_bar()  # Hugging Face's, for files that load in a moment
@@ -104,37 +103,32 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
 
 def build_teachers(cfg: Config, vocab_size: int) -> teachers.TeacherPool:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.teacher_dtype]
-    models = [teachers.load_pretrained(MaskedBert, path, vocab_size, dtype=dtype) for path in cfg.teachers]
-    models = [model.to(engine.device()) for model in models]
-    return teachers.TeacherPool(cfg.teachers, models, columns=vocab_size, compiled=cfg.compile)
+
+    def load(path: str) -> MaskedBert:
+        return teachers.load_pretrained(MaskedBert, path, vocab_size, dtype=dtype)
+
+    return teachers.build_pool(cfg, load, columns=vocab_size)
 
 
 def train_step(
     cfg: Config, student: Any, pool: teachers.TeacherPool, batch: text.Step, step: int, clock: Any, stop: Any
 ) -> dict[str, Any]:
     """The method: one optimizer step on `batch`. Returns the step's line of the log, over all ranks."""
-    kd_ratio = schedule.window_ratio(step, cfg.steps, ratio=cfg.kd_ratio, start=cfg.kd_start, stop=cfg.kd_stop)
-    label_weight = 1 - kd_ratio if kd_ratio else cfg.label_weight_outside
-    drawn = draw_teachers(cfg.sampler, len(pool), seed=cfg.seed, step=step) if kd_ratio else ()
+    now = schedule.distillation(cfg, step)
     lr = cfg.lr * schedule.linear_warmup_decay(step, cfg.steps, warmup_fraction=cfg.warmup_fraction, floor=0.02)
     step_tokens = engine.total(batch.tokens)
     engine.seed_step(cfg.seed, step)
     divergence: dict[str, Any] = {
-        "temperature": cfg.temperature,
+        "temperature": now.temperature,
         "direction": cfg.divergence.removesuffix("_kl"),
         "valid_columns": pool.columns,
     }
     losses = []
-    for micro in batch.micro_batches:
-        input_ids, positions, labels = engine.to_device(micro.input_ids, micro.positions, micro.labels)
-        teacher_logits = None
-        if drawn:
-            with clock.part("teacher"):
-                teacher_logits = pool.logits(drawn, (input_ids, positions), cfg.temperature)
-        student_logits = student(input_ids, positions)
-        supervised_N = (labels != text.IGNORE_INDEX).float()
+    for micro, teacher_logits in pool.answers(cfg, step, batch.micro_batches, clock):
+        student_logits = student(micro.input_ids, micro.positions)
+        supervised_N = (micro.labels != text.IGNORE_INDEX).float()
         loss_sum, kd_loss, label_loss = softmax_kl_sum(
-            student_logits, teacher_logits, labels, kd_weight=kd_ratio, label_weight=label_weight,
+            student_logits, teacher_logits(), micro.labels, kd_weight=now.kd_ratio, label_weight=now.label_weight,
             row_weight_N=supervised_N, **divergence,
         )  # fmt: skip
         engine.backward_token_mean(student, loss_sum, step_tokens)
@@ -144,7 +138,7 @@ def train_step(
     label_sum, kd_sum, *votes, tokens = torch.cat([totals, step_tokens[None]]).tolist()
     stop.count(votes)
     label_loss, kd_loss = label_sum / tokens, kd_sum / tokens
-    loss = label_weight * label_loss + kd_ratio * kd_loss
+    loss = now.label_weight * label_loss + now.kd_ratio * kd_loss
     try:
         grad_norm = engine.apply_step(student, loss, lr)
     except engine.NonFiniteStepError as error:
@@ -158,12 +152,12 @@ def train_step(
         "loss": loss,
         "label_loss": label_loss,
         "kd_loss": kd_loss,
-        "kd_ratio": kd_ratio,
-        "label_weight": label_weight,
-        "temperature": cfg.temperature,
+        "kd_ratio": now.kd_ratio,
+        "label_weight": now.label_weight,
+        "temperature": now.temperature,
         "lr": lr,
         "grad_norm": grad_norm,
-        "teacher": [pool.names[index] for index in drawn],
+        "teacher": pool.drawn_names(cfg, step),
     }
 
 
@@ -197,7 +191,7 @@ def export(student: Any, corpus: text.Corpus, folder: Path) -> None:
 def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus]:
     """What bad input makes fail, cheapest first, before any model is built: config, models, run folder, data."""
     ds_config = engine.load_config(cfg)
-    models = [("--teachers", path) for path in cfg.teachers if cfg.kd_ratio]
+    models = [("--teachers", path) for path in cfg.teachers if cfg.distils]
     models += [("--student", cfg.student)] if cfg.student not in SIZES else []
     sources = [(flag, teachers.model_source(path, flag)) for flag, path in models]
     folder = report.claim_folder(cfg, RECIPE, undo)
@@ -219,8 +213,8 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         folder, vocab_size = engine.broadcast(folder), len(corpus.tokenizer)
         checkpoint = engine.newest_checkpoint(folder / "checkpoints") if cfg.resume else None
         first = engine.step_of(checkpoint)
-        closed = cfg.kd_ratio == 0 or schedule.window_closed(first, cfg.steps, stop=cfg.kd_stop)
-        pool = teachers.TeacherPool((), (), columns=vocab_size) if closed else build_teachers(cfg, vocab_size)
+        closed = schedule.window_closed(cfg, first)
+        pool = teachers.TeacherPool(cfg.teachers, (), columns=vocab_size) if closed else build_teachers(cfg, vocab_size)
         model = build_student(cfg, vocab_size)
         # torch multiplies the decay by the learning rate, the authors' decoupled AdamW only by its share of the peak.
         decay = cfg.weight_decay / cfg.lr
@@ -230,13 +224,13 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         if cfg.compile:
             model.compile()
         student = engine.initialize(model, optimizer, ds_config)
-        state: dict[str, Any] = {"position": (0, 0, 0), "seconds": {}}
+        state: dict[str, Any] = {"position": (0, 0, 0)}
         if checkpoint:
             state = engine.load_checkpoint(student, folder / "checkpoints", checkpoint)
         run = report.Run(folder, cfg, first=first, data=corpus.fingerprint)
         stop = engine.StopSignal(cfg.max_minutes)
-    run.teachers(pool, lambda teacher: evaluate(cfg, teacher, corpus))
-    clock = report.Stopwatch(state["seconds"], compiling=cfg.compile)
+    clock = report.resumed_clock(state, compiling=cfg.compile)
+    run.teachers(pool, lambda teacher: evaluate(cfg, teacher, corpus), clock, chance_loss=math.log(vocab_size))
     batches = text.MaskedBatches(
         corpus,
         seed=cfg.seed,
@@ -250,7 +244,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
     )
     ahead = text.prefetch(batches, pin_memory=torch.cuda.is_available())
     for step in range(first, cfg.steps):
-        if len(pool) and schedule.window_closed(step, cfg.steps, stop=cfg.kd_stop):
+        if len(pool) and schedule.window_closed(cfg, step):
             pool.release()
             run.say(f"step {step}: the window has closed, the teachers are released")
         with clock.part("train"):
@@ -266,7 +260,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
             line |= evaluate(cfg, student, corpus)
         run.log(line, clock, write=last or bool(stop.agreed) or (step + 1) % cfg.log_every == 0)
         if last or stop.agreed or (step + 1) % cfg.save_every == 0:
-            state = {"position": tuple(batch.position), "seconds": clock.read(wait=True)}
+            state = {"position": tuple(batch.position), "clocks": engine.gathered((clock.read(wait=True), clock.calls))}
             engine.save_checkpoint(student, folder / "checkpoints", step + 1, state, cfg.keep)
         if stop.agreed and not last:
             return run.finish(stop.agreed, step=step + 1)

@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from torch import nn
+
+
+class CachedTeacher(nn.Module):
+    score: dict[str, float]
