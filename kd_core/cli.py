@@ -135,9 +135,14 @@ class SharedFlags:
         return max(self.kd_ratio, self.kd_ratio_stop or 0) > 0
 
     def check(self, name: str, ok: bool, allowed: str) -> None:
-        """Raises ValueError naming the flag, what is allowed and what was given, unless `ok`."""
-        if not ok:
-            raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(self, name)}")
+        """`check_flag` of these flags."""
+        check_flag(self, name, ok, allowed)
+
+
+def check_flag(flags: Any, name: str, ok: bool, allowed: str) -> None:
+    """Raises ValueError naming the flag, what is allowed and what was given, unless `ok`."""
+    if not ok:
+        raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(flags, name)}")
 
 
 # Flags that --resume may change: where, how long and how often, never what is computed.

@@ -18,14 +18,16 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from kd_core import engine
 from kd_core.cli import FREE_ON_RESUME, SharedFlags
-from kd_core.teachers import TeacherPool
+
+if TYPE_CHECKING:
+    from kd_core.teachers import TeacherPool
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers")
 
@@ -241,7 +243,7 @@ class Run:
             tqdm.write(text, file=sys.stderr)
 
     def teachers(
-        self, pool: TeacherPool, evaluate: Callable[[Any], dict[str, float]], clock: Stopwatch, *, chance_loss: float
+        self, pool: "TeacherPool", evaluate: Callable[[Any], dict[str, float]], clock: Stopwatch, *, chance_loss: float
     ) -> None:
         """Evaluates every teacher once, before the first step, so that a broken one shows there; call on every rank.
 

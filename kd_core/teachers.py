@@ -7,7 +7,7 @@ import hashlib
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol, Self, TypeVar
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from kd_core import engine
+from kd_core import cache, engine
 from kd_core.cache import CachedTeacher
 from kd_core.cli import SharedFlags
 from kd_core.losses import Ensemble, mean_teacher_logits
@@ -34,13 +34,15 @@ WEIGHT_FILES = (
 
 
 def model_source(path: str, flag: str = "--teachers") -> str:
-    """What `from_pretrained` takes for `path`: a run folder's `hf/`, a Hugging Face folder, or a hub name.
+    """What `from_pretrained` takes for `path`: a run folder's `hf/`, a Hugging Face folder, or a hub name; of a cache, `path`.
 
     Raises:
         FileNotFoundError: `path` looks like a path and nothing is there.
         ValueError: a folder that is neither a finished run nor a Hugging Face model.
     """
     folder = Path(path)
+    if cache.folder_of(path):
+        return path
     if folder.is_dir():
         if (folder / "run.json").exists():
             if not (folder / "hf" / "config.json").exists():
@@ -177,7 +179,7 @@ class TeacherPool:
         self._held = range(len(models)) if held is None else held
         self._pinned, self._split = pinned, split
         self._stream = torch.cuda.Stream() if ahead else None
-        self._digests = {model: _buffer_digest(model.eval().requires_grad_(False)) for model in models}
+        self._digests = {model: tensor_digest(model.eval().requires_grad_(False).named_buffers()) for model in models}
         for model in self._digests if compiled else ():
             model.compile()
 
@@ -316,7 +318,7 @@ class TeacherPool:
             RuntimeError: a teacher's buffers are not what they were: its forward learns although it is in evaluation.
         """
         for index, model in self.models.items():
-            if _buffer_digest(model) != self._digests[model]:
+            if tensor_digest(model.named_buffers()) != self._digests[model]:
                 raise RuntimeError(f"teacher {self.names[index]} has changed its buffers in the run; do not use it")
 
     def release(self) -> None:
@@ -334,9 +336,10 @@ class TeacherPool:
                 trim(0)
 
 
-def _buffer_digest(model: nn.Module) -> str:
-    digest = hashlib.blake2b()
-    for name, buffer in model.named_buffers():
+def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Of names and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
         digest.update(name.encode())
-        digest.update(buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

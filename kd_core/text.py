@@ -424,6 +424,8 @@ class MaskedBatches:
         seed: of order and masks, >= 0.
         global_batch_size: G, rows a step over all ranks; a multiple of `micro_batch_size * world_size`.
         mask_fraction: of the positions of a row, see `mask_tokens`.
+        mask_seed: of the masks; None: `seed`.
+        mask_patterns: epoch e has the masks of epoch e mod this; None: new masks in each epoch.
         position: where to begin; a `Step.position` continues after that step.
         steps: how many steps will be taken; the iterator ends there, and no shard beyond is downloaded. None: no end.
 
@@ -442,6 +444,8 @@ class MaskedBatches:
         rank: int,
         world_size: int,
         mask_fraction: float,
+        mask_seed: int | None = None,
+        mask_patterns: int | None = None,
         position: Position = START,
         steps: int | None = None,
     ) -> None:
@@ -456,6 +460,7 @@ class MaskedBatches:
         corpus.check_batch(global_batch_size)
         self.position = position
         self._corpus, self._seed, self._mask_fraction = corpus, seed, mask_fraction
+        self._mask_seed, self._mask_patterns = seed if mask_seed is None else mask_seed, mask_patterns
         self._global, self._micro, self._rank, self._world_size = global_batch_size, micro_batch_size, rank, world_size
         self._steps_left = steps
         self._order_of = functools.lru_cache(maxsize=2)(self._row_order)
@@ -480,8 +485,8 @@ class MaskedBatches:
             tokens_BT,
             sample_id(shards_B, rows_B),
             micro_batch_size=self._micro,
-            seed=self._seed,
-            epoch=epochs_G[mine],
+            seed=self._mask_seed,
+            epoch=epochs_G[mine] % self._mask_patterns if self._mask_patterns else epochs_G[mine],
             fraction=self._mask_fraction,
             tokenizer=self._corpus.tokenizer,
         )

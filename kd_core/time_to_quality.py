@@ -31,6 +31,7 @@ OF_A_RUN = BOOKKEEPING | {"teachers"}
 OF_AN_ARM = OF_A_RUN | {"kd_ratio", "temperature", "kd_start", "kd_stop", "label_weight_outside", "sampler"}
 OF_AN_ARM |= {"divergence", "teacher_dtype", "lr", "warmup_fraction", "clip", "weight_decay", "dropout"}
 OF_AN_ARM |= {"kd_ratio_stop", "temperature_stop", "kd_ramp", "kd_every", "draws", "teacher_weights", "ensemble"}
+OF_AN_ARM |= {"teacher_placement", "teacher_deepspeed_config", "teacher_ahead"}
 OF_AN_ARM |= {"micro_batch_size", "deepspeed_config", "compile", "gradient_checkpointing"}
 
 

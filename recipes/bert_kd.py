@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 from transformers.utils.logging import disable_progress_bar
 
-from kd_core import cli, engine, report, schedule, teachers, text
+from kd_core import cache, cache_mlm, cli, engine, report, schedule, teachers, text
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_sum
 
 RECIPE = Path(__file__).stem
@@ -104,7 +104,9 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
 def build_teachers(cfg: Config, vocab_size: int) -> teachers.TeacherPool:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.teacher_dtype]
 
-    def load(path: str) -> MaskedBert:
+    def load(path: str) -> torch.nn.Module:
+        if folder := cache.folder_of(path):
+            return cache_mlm.CachedBert(folder, vocab_size)
         return teachers.load_pretrained(MaskedBert, path, vocab_size, dtype=dtype)
 
     return teachers.build_pool(cfg, load, columns=vocab_size)
@@ -188,10 +190,10 @@ def export(student: Any, corpus: text.Corpus, folder: Path) -> None:
         report.replace_folder(folder / "hf", plain.save_pretrained, corpus.tokenizer.save_pretrained)
 
 
-def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus]:
+def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus, dict[str, int]]:
     """What bad input makes fail, cheapest first, before any model is built: config, models, run folder, data."""
     ds_config = engine.load_config(cfg)
-    models = [("--teachers", path) for path in cfg.teachers if cfg.distils]
+    models = [("--teachers", path) for path in cfg.teachers if cfg.distils and not cache.folder_of(path)]
     models += [("--student", cfg.student)] if cfg.student not in SIZES else []
     sources = [(flag, teachers.model_source(path, flag)) for flag, path in models]
     folder = report.claim_folder(cfg, RECIPE, undo)
@@ -200,7 +202,7 @@ def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus]:
     report.check_data(cfg, corpus.fingerprint)
     for flag, source in sources:
         text.require_same_tokenizer(corpus.tokenizer, source, flag=flag)
-    return folder, ds_config, corpus
+    return folder, ds_config, corpus, cache_mlm.masking(cfg, corpus)
 
 
 def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
@@ -209,7 +211,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         cfg = cli.parse(Config, typed, preset)
         if report.says_finished(cfg):
             return 0
-        folder, ds_config, corpus = engine.join(lambda: prepare(cfg, undo))
+        folder, ds_config, corpus, masking = engine.join(lambda: prepare(cfg, undo))
         folder, vocab_size = engine.broadcast(folder), len(corpus.tokenizer)
         checkpoint = engine.newest_checkpoint(folder / "checkpoints") if cfg.resume else None
         first = engine.step_of(checkpoint)
@@ -239,6 +241,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         rank=engine.rank(),
         world_size=engine.world_size(),
         mask_fraction=cfg.mask_fraction,
+        **masking,
         position=text.Position(*state["position"]),
         steps=cfg.steps - first,
     )
