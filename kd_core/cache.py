@@ -105,7 +105,7 @@ def build(
         settings: what the answers follow from; JSON values.
         answer: records, of the layout's dtype, of the indices given.
         companions: writes what the task needs besides into the folder given.
-        score: of the teacher, for `CachedTeacher.score`; called on every rank.
+        score: of the teacher, for `CachedTeacher.score`; called on rank 0, so that ranks do not change its last digits.
 
     Raises:
         ValueError: `folder` has a complete cache or one of other settings, or the disk lacks room.
@@ -130,10 +130,9 @@ def build(
                 os.fsync(stream.fileno())
             _write_json(_side(folder, number), [file_digest(file), time.perf_counter() - began])
             bar.update()
-    scored = score()
     dist.barrier()
     if engine.rank() == 0:
-        _complete(folder, layout, scored)
+        _complete(folder, layout, score())
 
 
 def _announce(folder: Path, layout: Layout, left: int, seconds: float) -> None:

@@ -181,12 +181,11 @@ def _top_k(logits_NV: Tensor, k: int, temperatures: Sequence[float]) -> dict[str
 def _score(flags: BuildFlags, corpus: text.Corpus, model: Any) -> dict[str, float]:
     """The teacher's validation loss, as the recipe measures it."""
     sums = torch.zeros(2, device=engine.device())
-    share = dict(rank=engine.rank(), world_size=engine.world_size())
-    for micro in text.validation_batches(corpus, micro_batch_size=flags.micro_batch_size, **share):
+    for micro in text.validation_batches(corpus, micro_batch_size=flags.micro_batch_size, rank=0, world_size=1):
         micro = micro.to(engine.device())
         _, label_N = softmax_kl(model.cls(_hidden(model, micro))[:, : len(corpus.tokenizer)], None, micro.labels)
         sums += torch.stack([label_N.sum(), (micro.labels != text.IGNORE_INDEX).sum()])
-    loss_sum, tokens = engine.total(sums).tolist()
+    loss_sum, tokens = sums.tolist()
     return {"eval/loss": loss_sum / tokens}
 
 

@@ -67,8 +67,8 @@ class SharedFlags:
     """For --teacher-placement zero3: a file of ds_configs/, or your own."""
     teacher_ahead: bool = False
     """On a GPU, run the teachers one micro-batch ahead on a side stream; the same results."""
-    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
-    """forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher)."""
+    divergence: Literal["forward_kl", "reverse_kl", "mse"] = "forward_kl"
+    """forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher); mse: squared error of raw logits."""
     steps: int = 1000
     """Length of the run in optimizer steps; the learning rate is scheduled over it."""
     max_minutes: float | None = None

@@ -255,7 +255,8 @@ def split_by_zero3(model: nn.Module, path: str) -> Any:
         )
     config |= {"train_batch_size": world_size(), "train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
     with contextlib.redirect_stdout(None):
-        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        # Its linear layer would replace PyTorch's in the student too.
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, mem_efficient_linear=False)
     return initialize(model, None, config)
 
 

@@ -179,7 +179,10 @@ class TeacherPool:
         self._held = range(len(models)) if held is None else held
         self._pinned, self._split = pinned, split
         self._stream = torch.cuda.Stream() if ahead else None
-        self._digests = {model: tensor_digest(model.eval().requires_grad_(False).named_buffers()) for model in models}
+        for model in models:
+            model.eval()  # of an engine returns None
+            model.requires_grad_(False)
+        self._digests = {model: tensor_digest(model.named_buffers()) for model in models}
         for model in self._digests if compiled else ():
             model.compile()
 

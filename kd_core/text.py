@@ -375,6 +375,12 @@ class MicroBatch:
         """What says which rows these are, and how they are masked."""
         return self.sample_ids, self.epochs
 
+    def at_all_positions(self) -> "MicroBatch":
+        """The same with every position of its rows, in their order; the labels of those not supervised are ignored."""
+        positions = torch.arange(self.input_ids.numel())
+        labels = torch.full_like(positions, IGNORE_INDEX).scatter(0, self.positions, self.labels)
+        return replace(self, positions=positions, labels=labels)
+
     def pin_memory(self) -> "MicroBatch":
         input_ids, positions, labels = (tensor.pin_memory() for tensor in (self.input_ids, self.positions, self.labels))
         return replace(self, input_ids=input_ids, positions=positions, labels=labels)

@@ -20,7 +20,8 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.utils.logging import disable_progress_bar
 
 from kd_core import cache, cache_mlm, cli, engine, report, schedule, teachers, text
-from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_sum
+from kd_core.kernels.softmax_kl import softmax_kl
+from kd_core.losses import distillation_sum
 
 RECIPE = Path(__file__).stem
 disable_progress_bar()  # Hugging Face's, for files that load in a moment
@@ -46,6 +47,8 @@ class Config(cli.SharedFlags):
     """Share of the positions masked in training (MosaicBERT: 0.30); evaluation always masks 0.15."""
     teacher_dtype: Literal["bf16", "fp32"] = "bf16"
     """Weights and activations of the teachers."""
+    softmax_axis: Literal["class", "sequence"] = "class"
+    """sequence: the teacher term's softmax runs over all positions of a sequence, as in the authors' released code."""
     weight_decay: float = 1e-5
     """Decoupled: the share of a weight that is lost per step at the peak learning rate."""
     dropout: float = 0.1
@@ -64,6 +67,8 @@ class Config(cli.SharedFlags):
         self.check("seq_len", 8 <= self.seq_len <= 512, "between 8 and 512")
         masked = round(self.mask_fraction * self.seq_len)
         self.check("mask_fraction", 1 <= masked <= self.seq_len - 2, "in (0, 1), at least one position of --seq-len")
+        by_class = self.divergence == "mse" or any(map(cache.folder_of, self.teachers))
+        self.check("softmax_axis", self.softmax_axis == "class" or not by_class, "class for mse and cached teachers")
         self.check("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         self.check("weight_decay", 0 <= self.weight_decay < 1, "in [0, 1)")
 
@@ -120,19 +125,24 @@ def train_step(
     lr = cfg.lr * schedule.linear_warmup_decay(step, cfg.steps, warmup_fraction=cfg.warmup_fraction, floor=0.02)
     step_tokens = engine.total(batch.tokens)
     engine.seed_step(cfg.seed, step)
-    divergence: dict[str, Any] = {
+    method: dict[str, Any] = {
+        "divergence": cfg.divergence,
         "temperature": now.temperature,
-        "direction": cfg.divergence.removesuffix("_kl"),
+        "kd_weight": now.kd_ratio,
+        "label_weight": now.label_weight,
         "valid_columns": pool.columns,
     }
+    micro_batches = batch.micro_batches
+    if cfg.softmax_axis == "sequence" and now.kd_ratio:
+        method["sequence_length"] = cfg.seq_len
+        micro_batches = [micro.at_all_positions() for micro in micro_batches]
     losses = []
-    for micro, teacher_logits in pool.answers(cfg, step, batch.micro_batches, clock):
+    for micro, teacher_logits in pool.answers(cfg, step, micro_batches, clock):
         student_logits = student(micro.input_ids, micro.positions)
         supervised_N = (micro.labels != text.IGNORE_INDEX).float()
-        loss_sum, kd_loss, label_loss = softmax_kl_sum(
-            student_logits, teacher_logits(), micro.labels, kd_weight=now.kd_ratio, label_weight=now.label_weight,
-            row_weight_N=supervised_N, **divergence,
-        )  # fmt: skip
+        loss_sum, kd_loss, label_loss = distillation_sum(
+            student_logits, teacher_logits(), micro.labels, row_weight_N=supervised_N, **method
+        )
         engine.backward_token_mean(student, loss_sum, step_tokens)
         losses.append(torch.stack([label_loss, kd_loss]))
     totals = engine.total(torch.cat([torch.stack(losses).sum(0), stop.votes()]))

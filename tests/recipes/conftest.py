@@ -82,8 +82,11 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.02)
 
 
-def killed_and_resumed(flags: Sequence[object], cache: Path, folder: Path, *, kill_at: int) -> Path:
+def killed_and_resumed(flags: Sequence[object], cache: Path, folder: Path, *kill_at: int) -> Path:
     """Runs a recipe on 2 ranks as a whole; again, killed at step `kill_at`; resumes that and compares the traces.
+
+    Args:
+        kill_at: as often as steps are given.
 
     Returns:
         The folder of the whole run.
@@ -92,11 +95,13 @@ def killed_and_resumed(flags: Sequence[object], cache: Path, folder: Path, *, ki
     os.environ["KD_CACHE"] = str(cache)
     whole = deepspeed(2, str(RECIPE), *map(str, flags), "--out", str(folder / "whole"))
     assert whole.returncode == 0, whole.stderr[-3000:]
-    process = start(cache, *two, free_port(), RECIPE, *flags, "--out", folder / "killed")
-    wait_for_step(folder / "killed", kill_at, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    resumed = deepspeed(2, str(RECIPE), "--out", str(folder / "killed"), "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert trace(folder / "killed") == trace(folder / "whole")
+    for step in kill_at:
+        killed = folder / f"killed{step}"
+        process = start(cache, *two, free_port(), RECIPE, *flags, "--out", killed)
+        wait_for_step(killed, step, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        resumed = deepspeed(2, str(RECIPE), "--out", str(killed), "--resume")
+        assert resumed.returncode == 0, resumed.stderr[-3000:]
+        assert trace(killed) == trace(folder / "whole"), f"killed at step {step}"
     return folder / "whole"

@@ -114,9 +114,9 @@ def test_kill_9_on_two_ranks_then_resume_gives_the_same_trace(
     """The window closes at step 6, after the checkpoint at step 3 and before the one at step 9."""
     flags = [*SMALL, "--data", corpus_file, "--teachers", teacher, "--kd-ratio", 0.9, "--kd-stop", 0.5, "--steps", 12]
     flags += ["--micro-batch-size", 2]
-    whole = killed_and_resumed(flags, cache, tmp_path, kill_at=5)
+    whole = killed_and_resumed(flags, cache, tmp_path, 5)
     assert len(trace(whole)) == 12
-    again = deepspeed(2, str(RECIPE), "--out", str(tmp_path / "killed"), "--resume")
+    again = deepspeed(2, str(RECIPE), "--out", str(tmp_path / "killed5"), "--resume")
     assert again.returncode == 0
     assert "has finished" in again.stdout
 
