@@ -32,12 +32,12 @@ from torch import nn
 from tqdm import tqdm
 
 from kd_core import cli, engine
+from kd_core.cli import CACHE_PREFIX as PREFIX
 from kd_core.packing import file_digest, say
 from kd_core.report import write_atomic
 
 FORMAT = 1
 NUM_PARTS, PART_BYTES = 64, 64 * 2**20
-PREFIX = "cache:"  # of a source of --teachers
 
 
 class CachedTeacher(nn.Module):

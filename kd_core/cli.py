@@ -25,6 +25,9 @@ ConfigT = TypeVar("ConfigT", bound="SharedFlags")
 FlagsT = TypeVar("FlagsT", bound=Any)
 
 
+CACHE_PREFIX = "cache:"  # of a source of --teachers that holds answers
+
+
 @dataclasses.dataclass(frozen=True)
 class SharedFlags:
     """The flags that all recipes share; a recipe's Config adds its own and sets its defaults."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kd_core import cli, time_to_quality_report
+from kd_core.cli import CACHE_PREFIX
 from kd_core.quality_curves import CONFIDENCE, Curve, Reached, Run, learning_curve, log_interval, tradeoff_curve
 
 LOWER_IS_BETTER = dict.fromkeys(("eval/loss", "eval/perplexity", "eval/ece"), True)
@@ -137,10 +138,10 @@ def teacher_costs(runs: Sequence[Run]) -> tuple[dict[str, float | None], list[st
         if run.fields.get("kd_ratio", 1) or run.fields.get("kd_ratio_stop")
         for path in run.fields.get("teachers", ())
     ):
-        folder = Path(path).parent if Path(path).name == "hf" else Path(path)
         try:
-            record = json.loads((folder / "run.json").read_text())
-            seconds[path] = float(record["result"]["train_s"])
+            trained, building = _origin(path)
+            record = json.loads((trained / "run.json").read_text())
+            seconds[path] = building + float(record["result"]["train_s"])
         except (OSError, ValueError, KeyError):
             seconds[path] = None
             remarks.append(f"Teacher {path}: no run.json with a result there, so its training cost is unknown.")
@@ -148,6 +149,16 @@ def teacher_costs(runs: Sequence[Run]) -> tuple[dict[str, float | None], list[st
         if any(record.get(name) != runs[0].fields.get(name) for name in ("hardware", "world_size")):
             remarks.append(f"Teacher {path}: trained on other hardware than the runs, so its seconds are not theirs.")
     return seconds, remarks
+
+
+def _origin(path: str) -> tuple[Path, float]:
+    """The run folder of a teacher, and the seconds that its cache took to build, 0 without one."""
+    folder, building = Path(path), 0.0
+    if path.startswith(CACHE_PREFIX):
+        cache = Path(path.removeprefix(CACHE_PREFIX))
+        folder = Path(json.loads((cache / "header.json").read_text())["teacher"])
+        building = float(json.loads((cache / "build.json").read_text())["seconds"])
+    return folder.parent if folder.name == "hf" else folder, building
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
