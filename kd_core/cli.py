@@ -121,10 +121,13 @@ class SharedFlags:
     def _check_pool(self) -> None:
         """What --teachers and the flags beside it must agree on."""
         number, weights = len(self.teachers), self.teacher_weights
-        drawn_by_rank = self.sampler == "per_rank"
-        self.check("teacher_placement", self.teacher_placement != "sharded" or drawn_by_rank, "used with per_rank")
-        self.check("sampler", self.teacher_placement != "zero3" or not drawn_by_rank, "one that all ranks share")
-        self.check("draws", self.draws <= max(1, number), f"at most the number of --teachers, {number}")
+        placement, by_rank = self.teacher_placement, self.sampler == "per_rank"
+        cached = any(path.startswith(CACHE_PREFIX) for path in self.teachers)
+        self.check("teacher_placement", placement != "sharded" or by_rank, "used with --sampler per_rank")
+        self.check("teacher_placement", placement in ("device", "sharded") or not cached, "device for cached teachers")
+        self.check("sampler", placement != "zero3" or not by_rank, "one that all ranks share, for zero3")
+        most = 1 if placement == "sharded" else max(1, number)
+        self.check("draws", self.draws <= most, f"at most the number of --teachers that a rank has, {most}")
         if weights:
             self.check("teacher_weights", self.sampler in ("weighted", "curriculum"), "given to weighted or curriculum")
             self.check("teacher_weights", len(weights) == number, f"one a teacher, {number}")

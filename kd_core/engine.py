@@ -254,9 +254,10 @@ def split_by_zero3(model: nn.Module, path: str) -> Any:
             "choose --teacher-dtype accordingly"
         )
     config |= {"train_batch_size": world_size(), "train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
+    # DeepSpeed's own linear layer would replace PyTorch's in the whole process, so in the student too.
+    config["zero_optimization"] |= {"memory_efficient_linear": False}
     with contextlib.redirect_stdout(None):
-        # Its linear layer would replace PyTorch's in the student too.
-        deepspeed.zero.Init(module=model, config_dict_or_path=config, mem_efficient_linear=False)
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
     return initialize(model, None, config)
 
 

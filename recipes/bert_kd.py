@@ -277,6 +277,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
             engine.save_checkpoint(student, folder / "checkpoints", step + 1, state, cfg.keep)
         if stop.agreed and not last:
             return run.finish(stop.agreed, step=step + 1)
+    pool.release()
     export(student, corpus, folder)
     return run.finish("finished", step=cfg.steps)
 

@@ -175,16 +175,16 @@ def main() -> int:
                 distil = dataclasses.replace(cfg, teachers=(size,), kd_ratio=0.9)
                 variants[f"recipe, {stage}, teacher {size}"] = Recipe(distil, corpus, pool, root / size).step
     sizes = args.teachers[:1] * args.pool
-    cfg = dataclasses.replace(cfg, deepspeed_config=str(root / f"{args.stages[0]}.json"), kd_ratio=0.9)
+    cfg = dataclasses.replace(cfg, deepspeed_config=str(root / f"{args.stages[0]}.json"))
     many = build_pool(sizes, base, len(corpus.tokenizer), torch.bfloat16)
     for sampler in ("uniform", "all") if sizes else ():
-        distil = dataclasses.replace(cfg, teachers=tuple(sizes), sampler=sampler)
+        distil = dataclasses.replace(cfg, teachers=tuple(sizes), kd_ratio=0.9, sampler=sampler)
         name = f"recipe, {args.pool} x teacher {sizes[0]}, {sampler}"
         variants[name] = Recipe(distil, corpus, many, root / sampler).step
     if args.cache:
         answers = cache_mlm.CachedBert(Path(args.cache), len(corpus.tokenizer)).to(engine.device())
         pool = teachers.TeacherPool(cached.teachers, [answers], columns=len(corpus.tokenizer))
-        distil = dataclasses.replace(cfg, teachers=cached.teachers)
+        distil = dataclasses.replace(cfg, teachers=cached.teachers, kd_ratio=0.9)
         variants["recipe, cached teacher"] = Recipe(distil, corpus, pool, root / "cached").step
     for size, pool in pools.items():
 
