@@ -112,14 +112,20 @@ def build(
     """
     header = json.loads(json.dumps({"format": FORMAT, **settings, "layout": dataclasses.asdict(layout)}))
     if engine.rank() == 0:
+        _require_room(folder, layout)
         _claim(folder, header)
         companions(folder)
     dist.barrier()
-    todo = [number for number in range(len(layout.parts)) if not _side(folder, number).exists()]
+    todo = _missing(folder, layout)
     mine = todo[engine.rank() :: engine.world_size()]
     dist.barrier()
     if engine.rank() == 0:
-        _announce(folder, layout, sum(len(layout.parts[number]) for number in todo), _seconds_a_record(answer, layout))
+        left, size = sum(len(layout.parts[number]) for number in todo), layout.dtype.itemsize
+        minutes = left * _seconds_a_record(answer, layout) / engine.world_size() / 60
+        say(
+            f"{folder}: {layout.num_records} records of {size} bytes, {layout.num_records * size / 1e9:.2f} GB; "
+            f"{left} to compute on {engine.world_size()} rank(s), about {minutes:.1f} min"
+        )
     with tqdm(total=len(mine), unit="part", disable=engine.rank() != 0 or not sys.stderr.isatty()) as bar:
         for number in mine:
             began = time.perf_counter()
@@ -135,16 +141,16 @@ def build(
         _complete(folder, layout, score())
 
 
-def _announce(folder: Path, layout: Layout, left: int, seconds: float) -> None:
-    """Says what the cache takes, and how long the records that are left."""
-    size, minutes = layout.dtype.itemsize, left * seconds / engine.world_size() / 60
-    say(
-        f"{folder}: {layout.num_records} records of {size} bytes, {layout.num_records * size / 1e9:.2f} GB; "
-        f"{left} to compute on {engine.world_size()} rank(s), about {minutes:.1f} min"
-    )
-    free = shutil.disk_usage(folder).free
-    if left * size > free:
-        raise ValueError(f"--out {folder} needs {left * size / 1e9:.2f} GB more and has {free / 1e9:.2f} GB; make room")
+def _missing(folder: Path, layout: Layout) -> list[int]:
+    """Numbers of the parts that are not whole."""
+    return [number for number in range(len(layout.parts)) if not _side(folder, number).exists()]
+
+
+def _require_room(folder: Path, layout: Layout) -> None:
+    needed = sum(len(layout.parts[number]) for number in _missing(folder, layout)) * layout.dtype.itemsize
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    if needed > free:
+        raise ValueError(f"--out {folder} needs {needed / 1e9:.2f} GB more and has {free / 1e9:.2f} GB; make room")
 
 
 def _complete(folder: Path, layout: Layout, scored: dict[str, float]) -> None:

@@ -192,12 +192,17 @@ class TeacherPool:
     def scores(self, evaluate: Callable[[Any], dict[str, float]]) -> list[dict[str, float]]:
         """`evaluate` of each teacher, of a cached one what its cache recorded; call on every rank, before `keep_held`."""
         scores: dict[nn.Module, dict[str, float]] = {}
+        held = [self.models[index] for index in self._held]
         for model in self._digests:
             if isinstance(model, CachedTeacher):
                 scores[model] = model.score
-            else:
-                with self._on_device(model):
-                    scores[model] = evaluate(model)
+                continue
+            if model not in held:  # it visits
+                model.to(engine.device())
+            with self._on_device(model):
+                scores[model] = evaluate(model)
+            if model not in held:
+                model.cpu()
         self.check_unchanged()
         return [scores[model] for model in self.models.values()]
 
@@ -308,12 +313,8 @@ class TeacherPool:
                 answers.append((model(*keys, temperature) if cached else model(*inputs))[:, : self.columns])
         return mean_teacher_logits(answers, temperature, self.ensemble)
 
-    def _on_device(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-        if self._pinned is not None:
-            return self._pinned.on_device(model)
-        if model not in (self.models[index] for index in self._held):  # it visits, to be evaluated
-            model.to(engine.device())
-        return contextlib.nullcontext()
+    def _on_device(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return self._pinned.on_device(model) if self._pinned else contextlib.nullcontext()
 
     def check_unchanged(self) -> None:
         """

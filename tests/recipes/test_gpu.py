@@ -132,9 +132,10 @@ def test_teachers_in_pinned_memory_hold_two_on_the_gpu() -> None:
     for step in range(12):
         for _, answer in pool.answers(cfg, step, batch_of(1), Stopwatch({})):
             answer()
-    assert torch.cuda.memory_allocated() - before <= 2.05 * single
+    workspace = 64 * 2**20  # of cuBLAS, which stays
+    assert torch.cuda.memory_allocated() - before <= 2.05 * single + workspace < 4 * single
     pool.release()
-    assert torch.cuda.memory_allocated() <= before + 2**20
+    assert torch.cuda.memory_allocated() <= before + workspace
 
 
 def spans(events: Any, wanted: Callable[[str], bool]) -> list[tuple[float, float]]:
