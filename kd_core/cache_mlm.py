@@ -240,11 +240,14 @@ class CachedBert(cache.CachedTeacher):
         if "hidden" in stored:
             hidden_ND = stored["hidden"]
             return self.head(hidden_ND.view(torch.bfloat16) if self._dtype == torch.bfloat16 else hidden_ND)
-        place = self._temperatures.index(temperature)
-        log_probs_Nk = stored["logits"] / temperature - stored["log_sum_exp"][:, place, None]
-        log_each_N1 = stored["log_tail"][:, place, None] - math.log(self._columns - log_probs_Nk.shape[1])
-        log_probs_NV = log_each_N1.repeat(1, self._columns).scatter(1, stored["ids"].long(), log_probs_Nk)
-        return temperature * log_probs_NV
+        return _logits_of_top_k(stored, self._temperatures.index(temperature), temperature, self._columns)
+
+
+def _logits_of_top_k(stored: dict[str, Tensor], place: int, temperature: float, columns: int) -> Tensor:
+    """Logits [N, V] whose probabilities at `temperature` are exact for the top k and share the tail evenly."""
+    log_probs_Nk = stored["logits"] / temperature - stored["log_sum_exp"][:, place, None]
+    log_each_N1 = stored["log_tail"][:, place, None] - math.log(columns - log_probs_Nk.shape[1])
+    return temperature * log_each_N1.repeat(1, columns).scatter(1, stored["ids"].long(), log_probs_Nk)
 
 
 def _on_device(values: np.ndarray) -> Tensor:

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from kd_core import cache
+from kd_core.cache_mlm import _logits_of_top_k, _top_k
 
 SETTINGS = {"kind": "test", "seed": 3}
 LAYOUT = cache.Layout(
@@ -118,3 +120,17 @@ def test_too_small_a_disk_is_refused_before_it_starts(tmp_path: Path, monkeypatc
     with pytest.raises(ValueError, match="make room"):
         build(tmp_path / "full")
     assert not (tmp_path / "full").exists()
+
+
+def test_top_k_keeps_probabilities_and_the_mass_of_the_tail_exactly() -> None:
+    torch.manual_seed(0)
+    logits = 5 * torch.randn(40, 300)
+    stored = _top_k(logits, 8, (1.0, 2.5))
+    for place, temperature in enumerate((1.0, 2.5)):
+        exact = (logits.double() / temperature).softmax(-1)
+        kept = (_logits_of_top_k(stored, place, temperature, 300).double() / temperature).softmax(-1)
+        top = stored["ids"].long()
+        torch.testing.assert_close(kept.gather(1, top), exact.gather(1, top), rtol=1e-5, atol=0)
+        tail = kept.scatter(1, top, 0.0)
+        torch.testing.assert_close(tail.sum(-1), exact.scatter(1, top, 0.0).sum(-1), rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(tail.max(-1).values, tail.sum(-1) / 292, rtol=1e-6, atol=0)
