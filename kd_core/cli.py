@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import glob
 import io
 import json
 import math
@@ -24,6 +25,9 @@ ConfigT = TypeVar("ConfigT", bound="SharedFlags")
 FlagsT = TypeVar("FlagsT", bound=Any)
 
 
+CACHE_PREFIX = "cache:"  # of a source of --teachers that holds answers
+
+
 @dataclasses.dataclass(frozen=True)
 class SharedFlags:
     """The flags that all recipes share; a recipe's Config adds its own and sets its defaults."""
@@ -38,6 +42,14 @@ class SharedFlags:
     """Weight of the teacher term inside the window, in [0, 1]; the labels get the rest."""
     temperature: float = 1.0
     """tau > 0; divides the logits of teacher and student in the teacher term."""
+    kd_ratio_stop: float | None = None
+    """The ratio at the end of the window, towards which it goes along --kd-ramp; default: constant."""
+    temperature_stop: float | None = None
+    """The temperature at the end of the window, towards which it goes along --kd-ramp; default: constant."""
+    kd_ramp: Literal["linear", "cosine"] = "linear"
+    """How --kd-ratio-stop and --temperature-stop are reached over the window."""
+    kd_every: int = 1
+    """Inside the window, distil on every so many-th step; the steps between have the weights of those outside."""
     kd_start: float = 0.0
     """Start of the window, as a fraction of --steps."""
     kd_stop: float = 1.0
@@ -45,9 +57,21 @@ class SharedFlags:
     label_weight_outside: float = 1.0
     """Weight of the label loss outside the window; inside it is 1 - kd_ratio."""
     sampler: Sampler = "uniform"
-    """uniform: one teacher a step, drawn at random; all: the mean of all teachers' probabilities."""
-    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
-    """forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher)."""
+    """Who answers at a step: drawn uniform, weighted or per_rank; round_robin; curriculum, weak to strong; or all."""
+    draws: int = 1
+    """Teachers a step, without meaning for the sampler all; they answer as an ensemble."""
+    teacher_weights: tuple[float, ...] = ()
+    """Of weighted and curriculum, one a teacher; default: 1 / perplexity, measured before the first step."""
+    ensemble: Literal["probabilities", "logits"] = "probabilities"
+    """What is averaged when several teachers answer."""
+    teacher_placement: Literal["device", "host", "sharded", "zero3"] = "device"
+    """Weights on each GPU; in CPU memory, two of them on the GPU; one teacher a rank (for per_rank); or split by ZeRO-3."""
+    teacher_deepspeed_config: str = "teacher_zero3_bf16.json"
+    """For --teacher-placement zero3: a file of ds_configs/, or your own."""
+    teacher_ahead: bool = False
+    """On a GPU, run the teachers one micro-batch ahead on a side stream; the same results."""
+    divergence: Literal["forward_kl", "reverse_kl", "mse"] = "forward_kl"
+    """forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher); mse: squared error of raw logits."""
     steps: int = 1000
     """Length of the run in optimizer steps; the learning rate is scheduled over it."""
     max_minutes: float | None = None
@@ -78,23 +102,53 @@ class SharedFlags:
     """Initialisation, data order, masks, dropout and teacher draws."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "save_every", "keep", "eval_every", "log_every", "global_batch_size", "micro_batch_size"):
+        whole = "steps save_every keep eval_every log_every global_batch_size micro_batch_size kd_every draws"
+        for name in whole.split():
             self.check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("kd_ratio", "kd_start", "kd_stop", "warmup_fraction"):
-            self.check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        for name in ("temperature", "lr"):
-            self.check(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
+        for name in ("kd_ratio", "kd_ratio_stop", "kd_start", "kd_stop", "warmup_fraction"):
+            self.check(name, 0 <= (getattr(self, name) or 0) <= 1, "in [0, 1]")
+        for name in ("temperature", "temperature_stop", "lr"):
+            value = getattr(self, name)
+            self.check(name, value is None or 0 < value < math.inf, "a finite number above 0")
         for name in ("clip", "label_weight_outside"):
             self.check(name, 0 <= getattr(self, name) < math.inf, "a finite number, at least 0")
         self.check("max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0")
         self.check("kd_stop", self.kd_stop >= self.kd_start, f"at least --kd-start, {self.kd_start}")
-        self.check("kd_ratio", self.kd_ratio == 0 or bool(self.teachers), "0 without --teachers (or name a teacher)")
+        self.check("kd_ratio", not self.distils or bool(self.teachers), "0 without --teachers (or name a teacher)")
         self.check("seed", self.seed >= 0, "at least 0")
+        self._check_pool()
+
+    def _check_pool(self) -> None:
+        """What --teachers and the flags beside it must agree on."""
+        number, weights = len(self.teachers), self.teacher_weights
+        placement, by_rank = self.teacher_placement, self.sampler == "per_rank"
+        cached = any(path.startswith(CACHE_PREFIX) for path in self.teachers)
+        self.check("teacher_placement", placement != "sharded" or by_rank, "used with --sampler per_rank")
+        self.check("teacher_placement", placement in ("device", "sharded") or not cached, "device for cached teachers")
+        self.check("sampler", placement != "zero3" or not by_rank, "one that all ranks share, for zero3")
+        most = 1 if placement == "sharded" else max(1, number)
+        self.check("draws", self.draws <= most, f"at most the number of --teachers that a rank has, {most}")
+        if weights:
+            self.check("teacher_weights", self.sampler in ("weighted", "curriculum"), "given to weighted or curriculum")
+            self.check("teacher_weights", len(weights) == number, f"one a teacher, {number}")
+            self.check("teacher_weights", all(0 <= weight < math.inf for weight in weights), "finite, at least 0")
+            above = sum(weight > 0 for weight in weights)
+            self.check("teacher_weights", above >= self.draws, f"above 0 for at least --draws, {self.draws}")
+
+    @property
+    def distils(self) -> bool:
+        """Whether any teacher is asked in the run."""
+        return max(self.kd_ratio, self.kd_ratio_stop or 0) > 0
 
     def check(self, name: str, ok: bool, allowed: str) -> None:
-        """Raises ValueError naming the flag, what is allowed and what was given, unless `ok`."""
-        if not ok:
-            raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(self, name)}")
+        """`check_flag` of these flags."""
+        check_flag(self, name, ok, allowed)
+
+
+def check_flag(flags: Any, name: str, ok: bool, allowed: str) -> None:
+    """Raises ValueError naming the flag, what is allowed and what was given, unless `ok`."""
+    if not ok:
+        raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(flags, name)}")
 
 
 # Flags that --resume may change: where, how long and how often, never what is computed.
@@ -146,14 +200,27 @@ def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset
     if load is None and out and "--resume" in words and (Path(out) / "run.json").exists():
         load = str(Path(out) / "run.json")
     if load is None:
-        return read_flags(config_type, shlex.split(preset, comments=True) + words, config_type())
+        return _matched(read_flags(config_type, shlex.split(preset, comments=True) + words, config_type()))
     saved = _saved_config(load)
     unknown = sorted(set(saved) - {field.name for field in dataclasses.fields(config_type)})
     if unknown:
         raise ValueError(f"{load} has settings that this recipe lacks: {unknown}; use the recipe that wrote it")
     # A loaded run is a starting point, not the same run: its folder is not taken over.
     saved |= {"out": None, "resume": False}
-    return read_flags(config_type, words, dataclasses.replace(config_type(), **saved))
+    return _matched(read_flags(config_type, words, dataclasses.replace(config_type(), **saved)))
+
+
+def _matched(cfg: ConfigT) -> ConfigT:
+    """`cfg` with each pattern of --teachers replaced by the paths that it matches, in their order by name."""
+    teachers: list[str] = []
+    for path in cfg.teachers:
+        found = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+        if not found:
+            raise FileNotFoundError(
+                f"--teachers {path} matches nothing; give paths, names or a pattern such as 'runs/*'"
+            )
+        teachers += found
+    return dataclasses.replace(cfg, teachers=tuple(teachers))
 
 
 def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:

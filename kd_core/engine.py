@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -141,38 +141,54 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def gathered(value: T) -> list[T]:
+    """Every rank's `value`, on every rank; any picklable object."""
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 # --- engine -----------------------------------------------------------------------------------------------------------
 
 
-def find_config(path: str) -> Path:
+def find_config(path: str, flag: str = "--deepspeed-config") -> Path:
     """The DeepSpeed JSON `path`: as given, or in `ds_configs/` beside `kd_core/`."""
     root = Path(__file__).resolve().parents[1]
     for candidate in (Path(path), root / path, root / "ds_configs" / path):
         if candidate.is_file():
             return candidate
     available = sorted(file.name for file in (root / "ds_configs").glob("*.json"))
-    raise FileNotFoundError(f"--deepspeed-config {path} does not exist; give a JSON file or one of {available}")
+    raise FileNotFoundError(f"{flag} {path} does not exist; give a JSON file or one of {available}")
+
+
+def _read_config(path: str, flag: str) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: malformed JSON, an unknown key, a key that the recipe owns, or "auto".
+    """
+    file = find_config(path, flag)
+    try:
+        config = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{flag} {file} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{flag} {file} must hold a JSON object, got {type(config).__name__}")
+    for key, owner in OWNED_BY_RECIPE.items():
+        if key in config:
+            raise ValueError(f"{flag} {file} sets {key!r}, which {owner} sets; remove it from the file")
+    _refuse_unknown_keys(config, f"{flag} {file}")
+    if '"auto"' in json.dumps(config):
+        raise ValueError(f'{flag} {file} has the value "auto", which only Hugging Face\'s Trainer fills in')
+    return config
 
 
 def load_config(cfg: SharedFlags) -> dict[str, Any]:
     """The DeepSpeed config of `--deepspeed-config` plus what the recipe owns: batch sizes, accumulation, clipping.
 
     Raises:
-        ValueError: malformed JSON, an unknown key, a key that the recipe owns, "auto", or a batch that does not split.
+        ValueError: as `_read_config`, or a batch that does not split.
     """
-    file = find_config(cfg.deepspeed_config)
-    try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--deepspeed-config {file} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"--deepspeed-config {file} must hold a JSON object, got {type(config).__name__}")
-    for key, flag in OWNED_BY_RECIPE.items():
-        if key in config:
-            raise ValueError(f"--deepspeed-config {file} sets {key!r}, which {flag} sets; remove it from the file")
-    _refuse_unknown_keys(config, file)
-    if '"auto"' in json.dumps(config):
-        raise ValueError(f'--deepspeed-config {file} has the value "auto", which only Hugging Face\'s Trainer fills in')
+    config = _read_config(cfg.deepspeed_config, "--deepspeed-config")
     share = cfg.micro_batch_size * world_size()
     if cfg.global_batch_size % share:
         raise ValueError(
@@ -188,27 +204,27 @@ def load_config(cfg: SharedFlags) -> dict[str, Any]:
     }
 
 
-def _refuse_unknown_keys(config: dict[str, Any], file: Path) -> None:
+def _refuse_unknown_keys(config: dict[str, Any], what: str) -> None:
     """DeepSpeed ignores unknown keys silently at the top level, and names those below only once a model is built."""
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     sections = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
     if config.get("fp16", {}).get("enabled"):
-        raise ValueError(f"--deepspeed-config {file} enables fp16, whose loss scaling skips steps; use bf16")
+        raise ValueError(f"{what} enables fp16, whose loss scaling skips steps; use bf16")
     unknown = set(config) - KNOWN_KEYS - set(sections)
     for name, section in sections.items():
         keys = config.get(name, {})
         if not isinstance(keys, dict):
-            raise ValueError(f"--deepspeed-config {file}: {name!r} must be an object, got {keys!r}")
+            raise ValueError(f"{what}: {name!r} must be an object, got {keys!r}")
         fields = section.model_fields
         known = set(fields) | {field.alias for field in fields.values()}
         unknown |= {f"{name}.{key}" for key in set(keys) - known}
     if unknown:
-        raise ValueError(f"--deepspeed-config {file} has unknown keys {sorted(unknown)}; correct or remove them")
+        raise ValueError(f"{what} has unknown keys {sorted(unknown)}; correct or remove them")
 
 
-def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]) -> Any:
     """A DeepSpeed engine around `model`, with every process group given a finite timeout."""
     import deepspeed
 
@@ -220,6 +236,43 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     for group in list(c10d._world.pg_map):
         set_timeout(COLLECTIVE_TIMEOUT, group)
     return engine
+
+
+def split_by_zero3(model: nn.Module, path: str) -> Any:
+    """A ZeRO-3 engine around a frozen model, by its own config `path`: each rank holds its share of every weight.
+
+    A forward gathers weights as it goes, so all ranks must take it together.
+
+    Args:
+        model: on the CPU, where each rank reads it whole.
+
+    Raises:
+        ValueError: as `load_config`, naming --teacher-deepspeed-config; or not stage 3, or another precision.
+    """
+    import deepspeed
+
+    config = _read_config(path, "--teacher-deepspeed-config")
+    stage, bf16 = config.get("zero_optimization", {}).get("stage"), config.get("bf16", {}).get("enabled", False)
+    if stage != 3:
+        raise ValueError(f"--teacher-deepspeed-config {path} must have zero_optimization.stage 3, got {stage}")
+    dtype = next(model.parameters()).dtype
+    if bf16 != (dtype == torch.bfloat16):
+        raise ValueError(
+            f"--teacher-deepspeed-config {path} has bf16 {'on' if bf16 else 'off'}, but the teacher is {dtype}; "
+            "choose --teacher-dtype accordingly"
+        )
+    config |= {"train_batch_size": world_size(), "train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
+    # DeepSpeed's own linear layer would replace PyTorch's in the whole process, so in the student too.
+    config["zero_optimization"] |= {"memory_efficient_linear": False}
+    with contextlib.redirect_stdout(None):
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    return initialize(model, None, config)
+
+
+def destroy_engines(engines: Iterable[Any]) -> None:
+    """Lets go of what DeepSpeed holds of the engines."""
+    for one in engines:
+        one.destroy()
 
 
 def total(value: float | Tensor) -> Tensor:
@@ -263,10 +316,8 @@ class NonFiniteStepError(RuntimeError):
 def suspects(sample_ids: Sequence[Tensor], losses: Sequence[Tensor]) -> list[int]:
     """Over all ranks, the samples of the micro-batches whose losses are not finite; all of the step's if none is."""
     bad = [ids for ids, loss in zip(sample_ids, losses, strict=True) if not bool(loss.isfinite().all())]
-    gathered: list[Any] = [None] * world_size()
-    mine = (torch.cat(bad).tolist() if bad else [], torch.cat(list(sample_ids)).tolist())
-    dist.all_gather_object(gathered, mine)
-    return [i for one in gathered for i in one[0]] or [i for one in gathered for i in one[1]]
+    both = gathered((torch.cat(bad).tolist() if bad else [], torch.cat(list(sample_ids)).tolist()))
+    return [i for one in both for i in one[0]] or [i for one in both for i in one[1]]
 
 
 def apply_step(engine: Any, loss: float, lr: float) -> float:

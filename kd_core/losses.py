@@ -1,16 +1,27 @@
-"""Losses in plain PyTorch that need no kernel of their own. Shape letters: N rows, V vocabulary."""
+"""Losses beside the kernels' own. Shape letters: N rows, V vocabulary, B sequences, T positions."""
 
+import functools
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_sum
 
-def mean_teacher_logits(teacher_logits_NV: Sequence[Tensor], temperature: float) -> Tensor:
-    """Logits of one teacher whose probabilities at `temperature` are the mean of the teachers' probabilities.
+Divergence = Literal["forward_kl", "reverse_kl", "mse"]
+Ensemble = Literal["probabilities", "logits"]
 
-    `temperature * log(mean_i softmax(logits_i / temperature))`, so that any divergence at that temperature sees the
-    ensemble of Hinton et al. 2015. One teacher is returned as it is.
+
+def mean_teacher_logits(
+    teacher_logits_NV: Sequence[Tensor], temperature: float, ensemble: Ensemble = "probabilities"
+) -> Tensor:
+    """Logits of one teacher that stands for several; one teacher is returned as it is.
+
+    `probabilities`: `temperature * log(mean_i softmax(logits_i / temperature))`, so that any divergence at that
+    temperature sees the mean of their probabilities, the ensemble of Hinton et al. 2015. `logits`: the mean of their
+    logits, a normalised geometric mean of the probabilities, as in the code that the authors of arXiv 2211.00683
+    released.
 
     Args:
         teacher_logits_NV: float [N, V] each, without padded columns, any float dtype; computed in float32.
@@ -21,10 +32,58 @@ def mean_teacher_logits(teacher_logits_NV: Sequence[Tensor], temperature: float)
     """
     if len(teacher_logits_NV) == 1:
         return teacher_logits_NV[0]
-    log_sum_NV: Tensor | None = None
-    for logits_NV in teacher_logits_NV:
-        log_probs_NV = torch.log_softmax(logits_NV.float() / temperature, -1)
-        log_sum_NV = log_probs_NV if log_sum_NV is None else torch.logaddexp(log_sum_NV, log_probs_NV)
-    assert log_sum_NV is not None, "an ensemble needs at least one teacher"
+    if ensemble == "logits":
+        return functools.reduce(torch.add, (logits_NV.float() for logits_NV in teacher_logits_NV)) / len(
+            teacher_logits_NV
+        )
+    log_probs_NV = (torch.log_softmax(logits_NV.float() / temperature, -1) for logits_NV in teacher_logits_NV)
     # The missing -log(n) is the same for every column: softmax removes it.
-    return log_sum_NV.mul_(temperature)
+    return functools.reduce(torch.logaddexp, log_probs_NV).mul_(temperature)
+
+
+def distillation_sum(
+    student_logits_NV: Tensor,
+    teacher_logits_NV: Tensor | None,
+    labels_N: Tensor,
+    *,
+    divergence: Divergence,
+    kd_weight: float,
+    label_weight: float,
+    row_weight_N: Tensor,
+    temperature: float,
+    valid_columns: int | None = None,
+    sequence_length: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`softmax_kl_sum` for every divergence, and for a softmax over positions.
+
+    `mse` is the mean over columns of the squared difference of raw logits; it has no temperature.
+
+    Args:
+        sequence_length: T, where the teacher term's softmax runs over the T positions of a sequence, for each column by
+            itself. Then rows are the B T positions, and for each supervised row the term counts the sum over the columns
+            of a sequence: its mean over supervised rows is the mean over sequences of that sum.
+
+    Returns:
+        loss, kd_sum, label_sum, as `softmax_kl_sum`.
+
+    Source: composer pull request 1819, by the authors of arXiv 2211.00683: the mean squared error gives good results
+        too, and the softmax over the tokens of a sequence, found by accident, better ones for masked language models.
+    """
+    shared: dict[str, Any] = dict(label_weight=label_weight, row_weight_N=row_weight_N, valid_columns=valid_columns)
+    tempered: dict[str, Any] = dict(temperature=temperature, direction=divergence.removesuffix("_kl"))
+    if teacher_logits_NV is None:
+        return softmax_kl_sum(student_logits_NV, None, labels_N, **shared)
+    if divergence != "mse" and sequence_length is None:
+        return softmax_kl_sum(student_logits_NV, teacher_logits_NV, labels_N, kd_weight=kd_weight, **tempered, **shared)
+    loss, _, label_sum = softmax_kl_sum(student_logits_NV, None, labels_N, **shared)
+    student_NV, teacher_NV = (logits[:, :valid_columns].float() for logits in (student_logits_NV, teacher_logits_NV))
+    if sequence_length is None:
+        kd_sum = (row_weight_N * (student_NV - teacher_NV).square().mean(-1)).sum()
+    else:
+        student_T, teacher_T = (
+            logits.unflatten(0, (-1, sequence_length)).transpose(1, 2).flatten(0, 1)
+            for logits in (student_NV, teacher_NV)
+        )
+        rows_of_a_sequence = row_weight_N.sum() * sequence_length / len(row_weight_N)
+        kd_sum = softmax_kl(student_T, teacher_T, **tempered)[0].sum() * rows_of_a_sequence
+    return loss + kd_weight * kd_sum, kd_sum.detach(), label_sum

@@ -51,7 +51,7 @@ class Plan:
     """Step times measured on few GPUs, and the run planned on many. Milliseconds are per optimizer step."""
 
     measured: tuple[str, ...] = ()
-    """Run folders (with and without teacher) that give the defaults of all flags down to --sampler."""
+    """Run folders (with and without teacher) that give the defaults of all flags down to --draws."""
     student_step_ms: float = 0.0
     """A step without teacher: forward, backward, update, of --measured-batch-size samples on --measured-gpus."""
     teacher_forward_ms: tuple[float, ...] = ()
@@ -72,8 +72,12 @@ class Plan:
     """Start of the window, as a fraction of --steps."""
     kd_stop: float = 1.0
     """End of the window, as a fraction of --steps."""
+    kd_every: int = 1
+    """Inside the window, every so many-th step distils."""
     sampler: Sampler = "uniform"
-    """uniform: one teacher's forward a step; all: every teacher's."""
+    """all: every teacher's forward a step; else that of --draws teachers."""
+    draws: int = 1
+    """Teachers a step."""
     gpus: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
     """Numbers of GPUs to plan for."""
     gpus_per_node: int = 8
@@ -104,6 +108,8 @@ def check(plan: Plan) -> None:
         "measured_batch_size": (plan.measured_batch_size >= 1, "at least 1; or name --measured runs"),
         "steps": (plan.steps >= 1, "at least 1"),
         "kd_stop": (0 <= plan.kd_start <= plan.kd_stop <= 1, f"in [--kd-start, 1] = [{plan.kd_start}, 1]"),
+        "kd_every": (plan.kd_every >= 1, "at least 1"),
+        "draws": (plan.draws >= 1, "at least 1"),
         "gpus_per_node": (plan.gpus_per_node >= 1 and nodes_whole, "such that every number of --gpus fills its nodes"),
         "gpus": (min(plan.gpus, default=0) >= 1, "one or more numbers, each at least 1"),
         "parameters": (plan.parameters >= 1 or max(plan.gpus, default=0) == 1, "at least 1 for more than one GPU"),
@@ -136,9 +142,9 @@ def all_reduce_ms(num_bytes: float, gpus: int, plan: Plan) -> float:
     return 1000 * seconds + plan.latency_us / 1000 * hops
 
 
-def window_share(steps: int, start: float, stop: float) -> float:
-    """Share of the `steps` that distil: those with start <= step / steps < stop, as in `schedule.window_ratio`."""
-    return (math.ceil(stop * steps) - math.ceil(start * steps)) / steps
+def window_share(steps: int, start: float, stop: float, every: int = 1) -> float:
+    """Share of the `steps` that distil: every so many-th with start <= step / steps < stop, as `schedule.distillation`."""
+    return math.ceil((math.ceil(stop * steps) - math.ceil(start * steps)) / every) / steps
 
 
 def predict(plan: Plan, gpus: int) -> dict[str, float]:
@@ -159,10 +165,10 @@ def predict(plan: Plan, gpus: int) -> dict[str, float]:
         )
     share = plan.global_batch_size / gpus / (plan.measured_batch_size / plan.measured_gpus)
     forwards_ms = plan.teacher_forward_ms or (0.0,)
-    teacher_ms = share * (sum(forwards_ms) if plan.sampler == "all" else statistics.fmean(forwards_ms))
+    teacher_ms = share * (sum(forwards_ms) if plan.sampler == "all" else plan.draws * statistics.fmean(forwards_ms))
     step_ms = share * computing_ms + exposed_ms(gpus)
     kd_step_ms = step_ms + teacher_ms
-    mean_ms = step_ms + window_share(plan.steps, plan.kd_start, plan.kd_stop) * teacher_ms
+    mean_ms = step_ms + window_share(plan.steps, plan.kd_start, plan.kd_stop, plan.kd_every) * teacher_ms
     hours, kd_hours = (plan.steps * ms / 3.6e6 for ms in (step_ms, mean_ms))
     return {
         "gpus": gpus,
@@ -197,15 +203,16 @@ def measure(folders: Sequence[Path]) -> dict[str, Any]:
             if value != kinds[0][name]:
                 raise ValueError(f"--measured {folder} has {name} {value}, {folders[0]} has {kinds[0][name]}")
     student_s, forward_s = [], []
-    for folder in folders:
+    for run, folder in zip(runs, folders, strict=True):
         lines = report.read_metrics(folder)
+        ranks = run["world_size"] if run["config"].get("sampler") == "per_rank" else 1  # the log names all ranks' draws
         for before, line in itertools.pairwise(lines):
             train_s, teacher_s = (
                 (line[part] - before[part]) / (line["step"] - before["step"]) for part in ("train_s", "teacher_s")
             )
             student_s.append(train_s - teacher_s)
             if before["teacher"] and line["teacher"]:
-                forward_s.append(teacher_s / len(line["teacher"]))
+                forward_s.append(teacher_s * ranks / len(line["teacher"]))
     if not student_s:
         raise ValueError(f"--measured {folders[0]} has fewer than two lines in its log; choose a smaller --log-every")
     distilled = next((run["config"] for run in runs if run["config"]["kd_ratio"]), None)
@@ -218,6 +225,8 @@ def measure(folders: Sequence[Path]) -> dict[str, Any]:
         "measured_batch_size": config["global_batch_size"],
         "parameters": next((count for count in map(_parameters, folders) if count), 0.0),
         "sampler": config["sampler"],
+        "kd_every": config.get("kd_every", 1),
+        "draws": config.get("draws", 1),
     }
 
 

@@ -54,7 +54,7 @@ def launch(
             flags = node if preset == "node" else small
             if preset == "small":
                 cfg = cli.parse(config_type, typed, f"{small} --teachers {shlex.quote(UNSET)}")
-                if cfg.kd_ratio > 0 and cfg.teachers == (UNSET,):
+                if cfg.distils and cfg.teachers == (UNSET,):
                     engine.load_config(cfg)  # what is wrong with the run shows before minutes go into its teacher
                     report.check_folder(cfg)
                     folder = _teacher_folder(teacher, cfg, build_data)

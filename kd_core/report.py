@@ -18,14 +18,16 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from kd_core import engine
 from kd_core.cli import FREE_ON_RESUME, SharedFlags
-from kd_core.teachers import TeacherPool
+
+if TYPE_CHECKING:
+    from kd_core.teachers import TeacherPool
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers")
 
@@ -33,11 +35,15 @@ PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokeniz
 class Stopwatch:
     """Seconds by part of a run, without synchronising: CUDA events are read when they have passed.
 
-    Parts nest: "teacher" and "data" are also counted within "train". Seconds continue from `seconds` on resume.
+    Parts nest: "teacher" and "data" are also counted within "train", "teacher/2" within "teacher". On resume, seconds and
+    calls continue from those given.
     """
 
-    def __init__(self, seconds: dict[str, float], *, compiling: bool = False) -> None:
+    def __init__(
+        self, seconds: dict[str, float], calls: dict[str, int] | None = None, *, compiling: bool = False
+    ) -> None:
         self.seconds = {"train": 0.0, "teacher": 0.0, "data": 0.0, **seconds}
+        self.calls = dict(calls or {})
         self._cuda = torch.cuda.is_available()
         self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         # The first steps compile: they are counted at the time of the first step after them.
@@ -47,6 +53,7 @@ class Stopwatch:
     @contextlib.contextmanager
     def part(self, name: str, on_host: bool = False) -> Iterator[None]:
         """Counts the block under `name`; `on_host` measures what the host waits for, such as data."""
+        self.calls[name] = self.calls.get(name, 0) + 1
         if self._cuda and not on_host:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -69,10 +76,16 @@ class Stopwatch:
 
     def _add(self, name: str, seconds: float) -> None:
         if not self._compiling:
-            self.seconds[name] += seconds * (1 + self._skipped)
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds * (1 + self._skipped)
         if name == "train":  # the end of a step: its other parts came before
             self._skipped = self._skipped + 1 if self._compiling else 0
             self._compiling = max(0, self._compiling - 1)
+
+
+def resumed_clock(state: dict[str, Any], *, compiling: bool = False) -> Stopwatch:
+    """This rank's clock of a checkpoint's state, in whose "clocks" every rank's `seconds` and `calls` stand."""
+    clocks = state.get("clocks")
+    return Stopwatch(*(clocks[engine.rank()] if clocks else (state.get("seconds", {}),)), compiling=compiling)
 
 
 def check_folder(cfg: SharedFlags) -> dict[str, Any]:
@@ -147,12 +160,13 @@ def _check_resumed(cfg: SharedFlags, folder: Path) -> dict[str, Any]:
     if not (folder / "run.json").exists():
         raise ValueError(f"--resume: --out {folder} holds no run (no run.json); leave out --resume to start one")
     before = json.loads((folder / "run.json").read_text())
-    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    now, default = (json.loads(json.dumps(dataclasses.asdict(flags))) for flags in (cfg, type(cfg)()))
+    was = default | before["config"]  # a flag that is younger than the run had its default
     for name, value in now.items():
-        if name not in FREE_ON_RESUME and before["config"].get(name) != value:
+        if name not in FREE_ON_RESUME and was[name] != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
-                f"--resume: {flag} was {before['config'].get(name)!r} and is now {value!r}, which would alter the run; "
+                f"--resume: {flag} was {was[name]!r} and is now {value!r}, which would alter the run; "
                 f"leave {flag} out, or start a new run in another --out"
             )
     if before["world_size"] != engine.world_size():
@@ -192,6 +206,7 @@ class Run:
     def __init__(self, folder: Path, cfg: SharedFlags, *, first: int = 0, **record: Any) -> None:
         self.folder, self.steps, self.first = folder, cfg.steps, first
         self._rate_from = first
+        self._pool: TeacherPool | None = None
         self.writer = engine.rank() == 0
         if not self.writer:
             return
@@ -227,16 +242,50 @@ class Run:
         if self.writer:
             tqdm.write(text, file=sys.stderr)
 
-    def teachers(self, pool: TeacherPool, evaluate: Callable[[Any], dict[str, float]]) -> None:
-        """Evaluates every teacher once, before the first step, so that a broken one shows there; call on every rank."""
-        if self.first:
+    def teachers(
+        self, pool: "TeacherPool", evaluate: Callable[[Any], dict[str, float]], clock: Stopwatch, *, chance_loss: float
+    ) -> None:
+        """Evaluates every teacher once, before the first step, so that a broken one shows there; call on every rank.
+
+        Args:
+            chance_loss: `eval/loss` of a guess; a teacher above it is warned of.
+        """
+        self._pool, self._clock = pool, clock
+        if not len(pool):
             return
-        scores = [{"name": name, **evaluate(model)} for name, model in zip(pool.names, pool.models, strict=True)]
-        for score in scores:
-            self.say(
-                "teacher " + " ".join(f"{k} {v:.4f}" if isinstance(v, float) else str(v) for k, v in score.items())
-            )
-        self.update(teachers=scores)
+        if self.first:
+            known = engine.broadcast(self._record["teachers"] if self.writer else [])
+        else:
+            known = []
+            for name, score in zip(pool.names, pool.scores(evaluate), strict=True):
+                self.say(f"teacher {name} " + " ".join(f"{metric} {value:.4f}" for metric, value in score.items()))
+                if worse := not score["eval/loss"] < chance_loss:
+                    self.say(f"warning: teacher {name} is worse than a guess, whose loss is {chance_loss:.4f}")
+                known.append({"name": name, **score, "worse_than_chance": worse})
+        pool.weigh([score["eval/loss"] for score in known])
+        pool.keep_held()
+        sizes = (engine.total(torch.tensor(pool.device_bytes())) / engine.world_size()).tolist()
+        self.update(teachers=[one | {"device_bytes": int(size)} for one, size in zip(known, sizes, strict=True)])
+
+    def _teacher_costs(self) -> None:
+        """A line a teacher, over all ranks: how often it was asked, and what that took; also into run.json."""
+        if self._pool is None or "teacher" not in self._clock.calls:
+            return
+        seconds, calls = self._clock.read(wait=True), self._clock.calls
+        parts = [f"teacher/{index}" for index in range(len(self._pool.names))]
+        mine = [(calls.get(part, 0), seconds.get(part, 0.0)) for part in parts] + [(1, seconds["train"])]
+        *rows, (ranks, train_s) = engine.total(torch.tensor(mine)).tolist()
+        if not self.writer:
+            return
+        costs = [
+            one | {"forwards": int(forwards), "seconds": took / ranks, "share": took / train_s}
+            for one, (forwards, took) in zip(self._record["teachers"], rows, strict=True)
+        ]
+        self.update(teachers=costs)
+        self.say(f"{'forwards':>9} {'seconds':>9} {'of steps':>9} {'MiB':>9}  teacher")
+        for one in costs:
+            size = one["device_bytes"] / 2**20
+            self.say(f"{one['forwards']:9} {one['seconds']:9.1f} {one['share']:9.1%} {size:9.1f}  {one['name']}")
 
     def log(self, line: dict[str, Any], clock: Stopwatch, *, write: bool) -> None:
         """Shows a step's line; with `write`, or when it holds an evaluation, also metrics.jsonl and TensorBoard."""
@@ -244,7 +293,7 @@ class Run:
         seconds = clock.read(wait=bool(evaluated))  # on every rank: it frees what has been read
         if not self.writer:
             return
-        values = line | {f"{part}_s": round(value, 6) for part, value in seconds.items()}
+        values = line | {f"{part}_s": round(value, 6) for part, value in seconds.items() if "/" not in part}
         if write or evaluated:
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
@@ -284,6 +333,7 @@ class Run:
         Args:
             stopped: "finished", "SIGTERM", "SIGINT", "max-minutes" or "non-finite".
         """
+        self._teacher_costs()
         if self.writer:
             self._metrics.close()
             self._tensorboard.close()

@@ -363,10 +363,33 @@ class MicroBatch:
     positions: torch.Tensor  # int64 [N], indices into B * T, ascending
     labels: torch.Tensor  # int64 [N], IGNORE_INDEX where unsupervised
     sample_ids: torch.Tensor  # int64 [B], see `sample_id`
+    epochs: torch.Tensor  # int64 [B], of the masks
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a model takes."""
+        return self.input_ids, self.positions
+
+    @property
+    def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What says which rows these are, and how they are masked."""
+        return self.sample_ids, self.epochs
+
+    def at_all_positions(self) -> "MicroBatch":
+        """The same with every position of its rows, in their order; the labels of those not supervised are ignored."""
+        positions = torch.arange(self.input_ids.numel())
+        labels = torch.full_like(positions, IGNORE_INDEX).scatter(0, self.positions, self.labels)
+        return replace(self, positions=positions, labels=labels)
 
     def pin_memory(self) -> "MicroBatch":
-        tensors = (self.input_ids, self.positions, self.labels, self.sample_ids)
-        return MicroBatch(*(tensor.pin_memory() for tensor in tensors))
+        input_ids, positions, labels = (tensor.pin_memory() for tensor in (self.input_ids, self.positions, self.labels))
+        return replace(self, input_ids=input_ids, positions=positions, labels=labels)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """With what models take on `device`, copied while it computes if pinned; keys stay on the host."""
+        moved = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.positions, self.labels))
+        input_ids, positions, labels = moved
+        return replace(self, input_ids=input_ids, positions=positions, labels=labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -407,6 +430,8 @@ class MaskedBatches:
         seed: of order and masks, >= 0.
         global_batch_size: G, rows a step over all ranks; a multiple of `micro_batch_size * world_size`.
         mask_fraction: of the positions of a row, see `mask_tokens`.
+        mask_seed: of the masks; None: `seed`.
+        mask_patterns: epoch e has the masks of epoch e mod this; None: new masks in each epoch.
         position: where to begin; a `Step.position` continues after that step.
         steps: how many steps will be taken; the iterator ends there, and no shard beyond is downloaded. None: no end.
 
@@ -425,6 +450,8 @@ class MaskedBatches:
         rank: int,
         world_size: int,
         mask_fraction: float,
+        mask_seed: int | None = None,
+        mask_patterns: int | None = None,
         position: Position = START,
         steps: int | None = None,
     ) -> None:
@@ -439,6 +466,7 @@ class MaskedBatches:
         corpus.check_batch(global_batch_size)
         self.position = position
         self._corpus, self._seed, self._mask_fraction = corpus, seed, mask_fraction
+        self._mask_seed, self._mask_patterns = seed if mask_seed is None else mask_seed, mask_patterns
         self._global, self._micro, self._rank, self._world_size = global_batch_size, micro_batch_size, rank, world_size
         self._steps_left = steps
         self._order_of = functools.lru_cache(maxsize=2)(self._row_order)
@@ -463,8 +491,8 @@ class MaskedBatches:
             tokens_BT,
             sample_id(shards_B, rows_B),
             micro_batch_size=self._micro,
-            seed=self._seed,
-            epoch=epochs_G[mine],
+            seed=self._mask_seed,
+            epoch=epochs_G[mine] % self._mask_patterns if self._mask_patterns else epochs_G[mine],
             fraction=self._mask_fraction,
             tokenizer=self._corpus.tokenizer,
         )
@@ -524,6 +552,7 @@ def masked_micro_batches(
     input_ids_BT, columns_BK, labels_BK = _mask(
         tokens_BT, sample_ids_B, seed=seed, epoch=epoch, fraction=fraction, tokenizer=tokenizer
     )
+    epochs_B = np.broadcast_to(np.int64(epoch), len(tokens_BT)).copy()
     cuts = [slice(start, start + micro_batch_size) for start in range(0, len(tokens_BT), micro_batch_size)]
     return [
         MicroBatch(
@@ -531,6 +560,7 @@ def masked_micro_batches(
             positions=torch.from_numpy(_flat_positions(columns_BK[cut], tokens_BT.shape[1])),
             labels=torch.from_numpy(labels_BK[cut].reshape(-1)),
             sample_ids=torch.from_numpy(sample_ids_B[cut]),
+            epochs=torch.from_numpy(epochs_B[cut]),
         )
         for cut in cuts
     ]

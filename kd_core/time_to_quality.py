@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from kd_core import cli, time_to_quality_report
+from kd_core.cli import CACHE_PREFIX
 from kd_core.quality_curves import CONFIDENCE, Curve, Reached, Run, learning_curve, log_interval, tradeoff_curve
 
 LOWER_IS_BETTER = dict.fromkeys(("eval/loss", "eval/perplexity", "eval/ece"), True)
@@ -29,7 +30,9 @@ ARMS = ("baseline", "against")
 BOOKKEEPING = cli.FREE_ON_RESUME | {"seed", "steps"}
 OF_A_RUN = BOOKKEEPING | {"teachers"}
 OF_AN_ARM = OF_A_RUN | {"kd_ratio", "temperature", "kd_start", "kd_stop", "label_weight_outside", "sampler"}
-OF_AN_ARM |= {"divergence", "teacher_dtype", "lr", "warmup_fraction", "clip", "weight_decay", "dropout"}
+OF_AN_ARM |= {"divergence", "softmax_axis", "teacher_dtype", "lr", "warmup_fraction", "clip", "weight_decay", "dropout"}
+OF_AN_ARM |= {"kd_ratio_stop", "temperature_stop", "kd_ramp", "kd_every", "draws", "teacher_weights", "ensemble"}
+OF_AN_ARM |= {"teacher_placement", "teacher_deepspeed_config", "teacher_ahead"}
 OF_AN_ARM |= {"micro_batch_size", "deepspeed_config", "compile", "gradient_checkpointing"}
 
 
@@ -130,12 +133,15 @@ def teacher_costs(runs: Sequence[Run]) -> tuple[dict[str, float | None], list[st
     seconds: dict[str, float | None] = {}
     remarks = []
     for path in dict.fromkeys(
-        path for run in runs if run.fields.get("kd_ratio", 1) for path in run.fields.get("teachers", ())
+        path
+        for run in runs
+        if run.fields.get("kd_ratio", 1) or run.fields.get("kd_ratio_stop")
+        for path in run.fields.get("teachers", ())
     ):
-        folder = Path(path).parent if Path(path).name == "hf" else Path(path)
         try:
-            record = json.loads((folder / "run.json").read_text())
-            seconds[path] = float(record["result"]["train_s"])
+            trained, building = _origin(path)
+            record = json.loads((trained / "run.json").read_text())
+            seconds[path] = building + float(record["result"]["train_s"])
         except (OSError, ValueError, KeyError):
             seconds[path] = None
             remarks.append(f"Teacher {path}: no run.json with a result there, so its training cost is unknown.")
@@ -143,6 +149,16 @@ def teacher_costs(runs: Sequence[Run]) -> tuple[dict[str, float | None], list[st
         if any(record.get(name) != runs[0].fields.get(name) for name in ("hardware", "world_size")):
             remarks.append(f"Teacher {path}: trained on other hardware than the runs, so its seconds are not theirs.")
     return seconds, remarks
+
+
+def _origin(path: str) -> tuple[Path, float]:
+    """The run folder of a teacher, and the seconds that its cache took to build, 0 without one."""
+    folder, building = Path(path), 0.0
+    if path.startswith(CACHE_PREFIX):
+        cache = Path(path.removeprefix(CACHE_PREFIX))
+        folder = Path(json.loads((cache / "header.json").read_text())["teacher"])
+        building = float(json.loads((cache / "build.json").read_text())["seconds"])
+    return folder.parent if folder.name == "hf" else folder, building
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ Smoke:   python recipes/bert_kd.py --student tiny --vocab-size 1024 --seq-len 32
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 from transformers.utils.logging import disable_progress_bar
 
-from kd_core import cli, engine, report, schedule, teachers, text
+from kd_core import cache, cache_mlm, cli, engine, report, schedule, teachers, text
 from kd_core.kernels.linear_softmax_kl import LinearSoftmaxKL
-from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_sum
-from kd_core.samplers import draw_teachers
+from kd_core.kernels.softmax_kl import softmax_kl
+from kd_core.losses import distillation_sum
 
 RECIPE = Path(__file__).stem
 disable_progress_bar()  # Hugging Face's, for files that load in a moment
@@ -48,6 +48,8 @@ class Config(cli.SharedFlags):
     """Share of the positions masked in training (MosaicBERT: 0.30); evaluation always masks 0.15."""
     teacher_dtype: Literal["bf16", "fp32"] = "bf16"
     """Weights and activations of the teachers."""
+    softmax_axis: Literal["class", "sequence"] = "class"
+    """sequence: the teacher term's softmax runs over all positions of a sequence, as in the authors' released code."""
     weight_decay: float = 1e-5
     """Decoupled: the share of a weight that is lost per step at the peak learning rate."""
     dropout: float = 0.1
@@ -55,7 +57,7 @@ class Config(cli.SharedFlags):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     fused_head: bool = False
-    """Never hold the logits: measured on CPUs as fast, with less memory from 64 MiB of them on; not for ensembles."""
+    """Never hold the logits: measured on CPUs as fast, with less memory from 64 MiB of them on."""
     # The authors' released settings for BERT-base on C4.
     steps: int = 70_000
     global_batch_size: int = 4096
@@ -68,6 +70,14 @@ class Config(cli.SharedFlags):
         self.check("seq_len", 8 <= self.seq_len <= 512, "between 8 and 512")
         masked = round(self.mask_fraction * self.seq_len)
         self.check("mask_fraction", 1 <= masked <= self.seq_len - 2, "in (0, 1), at least one position of --seq-len")
+        by_class = self.divergence == "mse" or any(map(cache.folder_of, self.teachers))
+        self.check("softmax_axis", self.softmax_axis == "class" or not by_class, "class for mse and cached teachers")
+        with_logits = by_class or self.softmax_axis == "sequence" or self.sampler == "all" or self.draws > 1
+        with_logits |= self.teacher_placement != "device" or self.teacher_ahead
+        needs = (
+            "off for ensembles, mse, a softmax over the sequence, cached teachers, --teacher-placement, --teacher-ahead"
+        )
+        self.check("fused_head", not (self.fused_head and self.distils and with_logits), needs)
         self.check("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         self.check("weight_decay", 0 <= self.weight_decay < 1, "in [0, 1)")
 
@@ -111,54 +121,60 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
 
 def build_teachers(cfg: Config, vocab_size: int) -> teachers.TeacherPool:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.teacher_dtype]
-    models = [teachers.load_pretrained(MaskedBert, path, vocab_size, dtype=dtype) for path in cfg.teachers]
-    models = [model.to(engine.device()) for model in models]
-    return teachers.TeacherPool(cfg.teachers, models, columns=vocab_size, compiled=cfg.compile)
+
+    def load(path: str) -> torch.nn.Module:
+        if folder := cache.folder_of(path):
+            return cache_mlm.CachedBert(folder, vocab_size)
+        return teachers.load_pretrained(MaskedBert, path, vocab_size, dtype=dtype)
+
+    return teachers.build_pool(cfg, load, columns=vocab_size)
 
 
 def micro_losses(
-    cfg: Config, student: Any, pool: teachers.TeacherPool, drawn: Sequence[int], inputs: tuple[Tensor, ...],
-    labels: Tensor, clock: Any, **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sums over the masked positions: the loss, its KD term and its label term; `options` are softmax_kl_sum's."""
-    if len(drawn) > 1 or not cfg.fused_head:
-        teacher_logits = None
-        if drawn:
-            with clock.part("teacher"):
-                teacher_logits = pool.logits(drawn, inputs, cfg.temperature)
-        return softmax_kl_sum(student(*inputs), teacher_logits, labels, **options)
-    hidden = weight = bias = None
-    if drawn:
-        teacher: Any = pool.models[drawn[0]]
-        with clock.part("teacher"), torch.no_grad():
-            hidden = teacher(*inputs, head=False)
-        weight, bias = teacher.cls.predictions.decoder.weight, teacher.cls.predictions.decoder.bias
-    return student(*inputs, hidden, weight, labels, teacher_bias_V=bias, **options)
+    cfg: Config, student: Any, pool: teachers.TeacherPool, step: int, micro_batches: Sequence[text.MicroBatch], clock: Any,
+    **method: Any,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Of each micro-batch, sums over its supervised positions: the loss, its teacher term and its label term."""
+    if not cfg.fused_head:
+        for micro, teacher_logits in pool.answers(cfg, step, micro_batches, clock):
+            logits, weight_N = student(*micro.inputs), (micro.labels != text.IGNORE_INDEX).float()
+            yield distillation_sum(logits, teacher_logits(), micro.labels, row_weight_N=weight_N, **method)
+        return
+    method["direction"] = method.pop("divergence").removesuffix("_kl")
+    for micro in micro_batches:
+        micro = micro.to(engine.device())
+        hidden = weight = bias = None
+        for index in pool.draw(cfg, step):  # one, or none
+            teacher: Any = pool.models[index]
+            with clock.part("teacher"), torch.no_grad():
+                hidden = teacher(*micro.inputs, head=False)
+            weight, bias = teacher.cls.predictions.decoder.weight, teacher.cls.predictions.decoder.bias
+        weight_N = (micro.labels != text.IGNORE_INDEX).float()
+        method |= {"row_weight_N": weight_N, "teacher_bias_V": bias}
+        yield student(*micro.inputs, hidden, weight, micro.labels, **method)
 
 
 def train_step(
     cfg: Config, student: Any, pool: teachers.TeacherPool, batch: text.Step, step: int, clock: Any, stop: Any
 ) -> dict[str, Any]:
     """The method: one optimizer step on `batch`. Returns the step's line of the log, over all ranks."""
-    kd_ratio = schedule.window_ratio(step, cfg.steps, ratio=cfg.kd_ratio, start=cfg.kd_start, stop=cfg.kd_stop)
-    label_weight = 1 - kd_ratio if kd_ratio else cfg.label_weight_outside
-    drawn = draw_teachers(cfg.sampler, len(pool), seed=cfg.seed, step=step) if kd_ratio else ()
+    now = schedule.distillation(cfg, step)
     lr = cfg.lr * schedule.linear_warmup_decay(step, cfg.steps, warmup_fraction=cfg.warmup_fraction, floor=0.02)
     step_tokens = engine.total(batch.tokens)
     engine.seed_step(cfg.seed, step)
-    divergence: dict[str, Any] = {
-        "temperature": cfg.temperature,
-        "direction": cfg.divergence.removesuffix("_kl"),
+    method: dict[str, Any] = {
+        "divergence": cfg.divergence,
+        "temperature": now.temperature,
+        "kd_weight": now.kd_ratio,
+        "label_weight": now.label_weight,
         "valid_columns": pool.columns,
     }
+    micro_batches = batch.micro_batches
+    if cfg.softmax_axis == "sequence" and now.kd_ratio:
+        method["sequence_length"] = cfg.seq_len
+        micro_batches = [micro.at_all_positions() for micro in micro_batches]
     losses = []
-    for micro in batch.micro_batches:
-        input_ids, positions, labels = engine.to_device(micro.input_ids, micro.positions, micro.labels)
-        supervised_N = (labels != text.IGNORE_INDEX).float()
-        loss_sum, kd_loss, label_loss = micro_losses(
-            cfg, student, pool, drawn, (input_ids, positions), labels, clock,
-            kd_weight=kd_ratio, label_weight=label_weight, row_weight_N=supervised_N, **divergence,
-        )  # fmt: skip
+    for loss_sum, kd_loss, label_loss in micro_losses(cfg, student, pool, step, micro_batches, clock, **method):
         engine.backward_token_mean(student, loss_sum, step_tokens)
         losses.append(torch.stack([label_loss, kd_loss]))
     totals = engine.total(torch.cat([torch.stack(losses).sum(0), stop.votes()]))
@@ -166,7 +182,7 @@ def train_step(
     label_sum, kd_sum, *votes, tokens = torch.cat([totals, step_tokens[None]]).tolist()
     stop.count(votes)
     label_loss, kd_loss = label_sum / tokens, kd_sum / tokens
-    loss = label_weight * label_loss + kd_ratio * kd_loss
+    loss = now.label_weight * label_loss + now.kd_ratio * kd_loss
     try:
         grad_norm = engine.apply_step(student, loss, lr)
     except engine.NonFiniteStepError as error:
@@ -180,12 +196,12 @@ def train_step(
         "loss": loss,
         "label_loss": label_loss,
         "kd_loss": kd_loss,
-        "kd_ratio": kd_ratio,
-        "label_weight": label_weight,
-        "temperature": cfg.temperature,
+        "kd_ratio": now.kd_ratio,
+        "label_weight": now.label_weight,
+        "temperature": now.temperature,
         "lr": lr,
         "grad_norm": grad_norm,
-        "teacher": [pool.names[index] for index in drawn],
+        "teacher": pool.drawn_names(cfg, step),
     }
 
 
@@ -216,10 +232,10 @@ def export(student: Any, corpus: text.Corpus, folder: Path) -> None:
         report.replace_folder(folder / "hf", plain.save_pretrained, corpus.tokenizer.save_pretrained)
 
 
-def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus]:
+def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus, dict[str, int]]:
     """What bad input makes fail, cheapest first, before any model is built: config, models, run folder, data."""
     ds_config = engine.load_config(cfg)
-    models = [("--teachers", path) for path in cfg.teachers if cfg.kd_ratio]
+    models = [("--teachers", path) for path in cfg.teachers if cfg.distils and not cache.folder_of(path)]
     models += [("--student", cfg.student)] if cfg.student not in SIZES else []
     sources = [(flag, teachers.model_source(path, flag)) for flag, path in models]
     folder = report.claim_folder(cfg, RECIPE, undo)
@@ -228,7 +244,7 @@ def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus]:
     report.check_data(cfg, corpus.fingerprint)
     for flag, source in sources:
         text.require_same_tokenizer(corpus.tokenizer, source, flag=flag)
-    return folder, ds_config, corpus
+    return folder, ds_config, corpus, cache_mlm.masking(cfg, corpus)
 
 
 def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
@@ -237,12 +253,12 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         cfg = cli.parse(Config, typed, preset)
         if report.says_finished(cfg):
             return 0
-        folder, ds_config, corpus = engine.join(lambda: prepare(cfg, undo))
+        folder, ds_config, corpus, masking = engine.join(lambda: prepare(cfg, undo))
         folder, vocab_size = engine.broadcast(folder), len(corpus.tokenizer)
         checkpoint = engine.newest_checkpoint(folder / "checkpoints") if cfg.resume else None
         first = engine.step_of(checkpoint)
-        closed = cfg.kd_ratio == 0 or schedule.window_closed(first, cfg.steps, stop=cfg.kd_stop)
-        pool = teachers.TeacherPool((), (), columns=vocab_size) if closed else build_teachers(cfg, vocab_size)
+        closed = schedule.window_closed(cfg, first)
+        pool = teachers.TeacherPool(cfg.teachers, (), columns=vocab_size) if closed else build_teachers(cfg, vocab_size)
         model = build_student(cfg, vocab_size)
         # torch multiplies the decay by the learning rate, the authors' decoupled AdamW only by its share of the peak.
         decay = cfg.weight_decay / cfg.lr
@@ -252,13 +268,13 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         if cfg.compile:
             model.compile()
         student = engine.initialize(model, optimizer, ds_config)
-        state: dict[str, Any] = {"position": (0, 0, 0), "seconds": {}}
+        state: dict[str, Any] = {"position": (0, 0, 0)}
         if checkpoint:
             state = engine.load_checkpoint(student, folder / "checkpoints", checkpoint)
         run = report.Run(folder, cfg, first=first, data=corpus.fingerprint)
         stop = engine.StopSignal(cfg.max_minutes)
-    run.teachers(pool, lambda teacher: evaluate(cfg, teacher, corpus))
-    clock = report.Stopwatch(state["seconds"], compiling=cfg.compile)
+    clock = report.resumed_clock(state, compiling=cfg.compile)
+    run.teachers(pool, lambda teacher: evaluate(cfg, teacher, corpus), clock, chance_loss=math.log(vocab_size))
     batches = text.MaskedBatches(
         corpus,
         seed=cfg.seed,
@@ -267,12 +283,13 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         rank=engine.rank(),
         world_size=engine.world_size(),
         mask_fraction=cfg.mask_fraction,
+        **masking,
         position=text.Position(*state["position"]),
         steps=cfg.steps - first,
     )
     ahead = text.prefetch(batches, pin_memory=torch.cuda.is_available())
     for step in range(first, cfg.steps):
-        if len(pool) and schedule.window_closed(step, cfg.steps, stop=cfg.kd_stop):
+        if len(pool) and schedule.window_closed(cfg, step):
             pool.release()
             run.say(f"step {step}: the window has closed, the teachers are released")
         with clock.part("train"):
@@ -288,10 +305,11 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
             line |= evaluate(cfg, student, corpus)
         run.log(line, clock, write=last or bool(stop.agreed) or (step + 1) % cfg.log_every == 0)
         if last or stop.agreed or (step + 1) % cfg.save_every == 0:
-            state = {"position": tuple(batch.position), "seconds": clock.read(wait=True)}
+            state = {"position": tuple(batch.position), "clocks": engine.gathered((clock.read(wait=True), clock.calls))}
             engine.save_checkpoint(student, folder / "checkpoints", step + 1, state, cfg.keep)
         if stop.agreed and not last:
             return run.finish(stop.agreed, step=step + 1)
+    pool.release()
     export(student, corpus, folder)
     return run.finish("finished", step=cfg.steps)
 

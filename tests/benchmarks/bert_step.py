@@ -2,6 +2,7 @@
 
     ./launch/bench.sh bert                                                        on a GPU: BERT-base, length 128, bf16
     ./launch/bench.sh bert --student tiny --teachers mini --seq-len 64 --micro-batch-size 64 --vocab-size 4096   on a CPU
+    ./launch/bench.sh bert ... --pool 4 --cache DIR     also with a pool of 4 of the first teacher, and with cached answers
 
 All variants are built in one process and take turns, so that a machine whose speed drifts slows all alike. The bare loop
 has the same model, batches, optimizer and loss and nothing else: no DeepSpeed, log, clock or checks. A round times
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from kd_core import engine, report, teachers, text
+from kd_core import cache_mlm, engine, report, teachers, text
 from kd_core.kernels.softmax_kl import softmax_kl
 from recipes.bert_kd import RECIPE, SIZES, Config, build_student, train_step
 
@@ -118,6 +119,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="base", choices=SIZES)
     parser.add_argument("--teachers", nargs="*", default=["base", "large"], choices=SIZES)
+    parser.add_argument("--pool", type=int, default=0, help="also a pool of so many of the first teacher")
+    parser.add_argument("--cache", help="also the answers in this folder, of the same data, by kd_core.cache")
     parser.add_argument("--micro-batch-size", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=30522)
@@ -143,6 +146,7 @@ def main() -> int:
     corpus = engine.join(
         lambda: text.prepare(args.data, tokenizer=None, vocab_size=args.vocab_size, seq_len=args.seq_len)
     )
+    cached = dataclasses.replace(base, teachers=(f"cache:{args.cache}",), kd_ratio=0.9) if args.cache else base
     batches = text.prefetch(
         text.MaskedBatches(
             corpus,
@@ -152,6 +156,7 @@ def main() -> int:
             rank=0,
             world_size=1,
             mask_fraction=base.mask_fraction,
+            **cache_mlm.masking(cached, corpus),
         ),
         pin_memory=CUDA,
     )
@@ -169,6 +174,18 @@ def main() -> int:
             for size, pool in pools.items():
                 distil = dataclasses.replace(cfg, teachers=(size,), kd_ratio=0.9)
                 variants[f"recipe, {stage}, teacher {size}"] = Recipe(distil, corpus, pool, root / size).step
+    sizes = args.teachers[:1] * args.pool
+    cfg = dataclasses.replace(cfg, deepspeed_config=str(root / f"{args.stages[0]}.json"))
+    many = build_pool(sizes, base, len(corpus.tokenizer), torch.bfloat16)
+    for sampler in ("uniform", "all") if sizes else ():
+        distil = dataclasses.replace(cfg, teachers=tuple(sizes), kd_ratio=0.9, sampler=sampler)
+        name = f"recipe, {args.pool} x teacher {sizes[0]}, {sampler}"
+        variants[name] = Recipe(distil, corpus, many, root / sampler).step
+    if args.cache:
+        answers = cache_mlm.CachedBert(Path(args.cache), len(corpus.tokenizer)).to(engine.device())
+        pool = teachers.TeacherPool(cached.teachers, [answers], columns=len(corpus.tokenizer))
+        distil = dataclasses.replace(cfg, teachers=cached.teachers, kd_ratio=0.9)
+        variants["recipe, cached teacher"] = Recipe(distil, corpus, pool, root / "cached").step
     for size, pool in pools.items():
 
         def forward(batch: text.Step, pool: teachers.TeacherPool = pool) -> None:
@@ -207,6 +224,11 @@ def main() -> int:
             f"\nstep with teacher {size} / (step without + teacher forward alone): "
             f"{statistics.median(costs):.3f} ({costs[0]:.3f} to {costs[-1]:.3f})"
         )
+    one = f"{plain}, teacher {args.teachers[0]}" if args.teachers else plain
+    for name in [name for name in variants if " x teacher " in name or "cached" in name]:
+        for other in (plain, one):
+            costs = sorted(r[name] / r[other] for r in rounds)
+            print(f"\n{name} / {other}: {statistics.median(costs):.3f} ({costs[0]:.3f} to {costs[-1]:.3f})")
     if args.out:
         head = report.describe("bench_bert", base)
         with args.out.open("a") as stream:

@@ -2,16 +2,19 @@
 
 import itertools
 import json
+import os
 import pydoc_data.topics
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, cpu_environment
+from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
 
 RECIPE = ROOT / "recipes" / "bert_kd.py"
 SMALL = (
@@ -95,3 +98,43 @@ def trace(folder: Path) -> list[tuple[Any, ...]]:
     """What must be equal to the last digit between runs that compute the same."""
     names = ("step", "loss", "label_loss", "kd_loss", "kd_ratio", "lr", "grad_norm", "teacher", "eval/loss")
     return [tuple(line.get(name) for name in names) for line in metrics(folder)]
+
+
+def start(cache: Path, *words: object) -> subprocess.Popen[str]:
+    env = cpu_environment(KD_CACHE=str(cache))
+    return subprocess.Popen([*map(str, words)], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not (
+        (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= step
+    ):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline, f"no step {step} within two minutes"
+        time.sleep(0.02)
+
+
+def killed_and_resumed(flags: Sequence[object], cache: Path, folder: Path, *kill_at: int) -> Path:
+    """Runs a recipe on 2 ranks as a whole; again, killed at step `kill_at`; resumes that and compares the traces.
+
+    Args:
+        kill_at: as often as steps are given.
+
+    Returns:
+        The folder of the whole run.
+    """
+    two = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", 2, "--master_port"]
+    os.environ["KD_CACHE"] = str(cache)
+    whole = deepspeed(2, str(RECIPE), *map(str, flags), "--out", str(folder / "whole"))
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    for step in kill_at:
+        killed = folder / f"killed{step}"
+        process = start(cache, *two, free_port(), RECIPE, *flags, "--out", killed)
+        wait_for_step(killed, step, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        resumed = deepspeed(2, str(RECIPE), "--out", str(killed), "--resume")
+        assert resumed.returncode == 0, resumed.stderr[-3000:]
+        assert trace(killed) == trace(folder / "whole"), f"killed at step {step}"
+    return folder / "whole"

@@ -53,6 +53,24 @@ def test_flags(attempt: Attempt) -> None:
     assert "--mask-fraction must be in (0, 1)" in attempt("--mask-fraction", 0.01)
 
 
+def test_flags_of_the_pool(attempt: Attempt, teacher: Path, tmp_path: Path) -> None:
+    kd = ("--kd-ratio", 0.5, "--teachers", teacher, teacher)
+    assert "--teacher-placement must be used with --sampler per_rank" in attempt(*kd, "--teacher-placement", "sharded")
+    zero3 = attempt(*kd, "--sampler", "per_rank", "--teacher-placement", "zero3")
+    assert "--sampler must be one that all ranks share" in zero3
+    assert "--draws must be at most" in attempt(*kd, "--draws", 3)
+    assert "--teacher-weights must be one a teacher, 2" in attempt(*kd, "--sampler", "weighted", "--teacher-weights", 1)
+    assert "--teacher-weights must be given to weighted" in attempt(*kd, "--teacher-weights", 1, 1)
+    assert "--kd-every must be at least 1" in attempt(*kd, "--kd-every", 0)
+    assert "--kd-ratio-stop must be in [0, 1]" in attempt(*kd, "--kd-ratio-stop", 2)
+    assert "--temperature-stop must be a finite number above 0" in attempt(*kd, "--temperature-stop", 0)
+    assert "--softmax-axis must be class" in attempt(*kd, "--divergence", "mse", "--softmax-axis", "sequence")
+    assert f"--teachers {tmp_path}/run* matches nothing" in attempt("--kd-ratio", 0.5, "--teachers", f"{tmp_path}/run*")
+    cached = ("--kd-ratio", 0.5, "--teachers", f"cache:{tmp_path}/nowhere")
+    assert "no cache there; make one by python -m kd_core.cache build" in attempt(*cached)
+    assert "--teacher-placement must be device for cached" in attempt(*cached, "--teacher-placement", "host")
+
+
 def test_data(attempt: Attempt, tmp_path: Path, corpus_file: Path) -> None:
     assert "--data" in attempt("--data", "./nowhere.txt")
     folder = tmp_path / "texts"

@@ -19,7 +19,7 @@ from kd_core import text
 from kd_core.kernels.softmax_kl import softmax_kl
 from recipes.bert_kd import MaskedBert
 from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
-from tests.recipes.conftest import RECIPE, SMALL, metrics, trace
+from tests.recipes.conftest import RECIPE, SMALL, killed_and_resumed, metrics, start, trace, wait_for_step
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -109,40 +109,15 @@ def test_ratio_0_is_bit_identical_to_no_teacher(train: Train, teacher: Path, tmp
     assert all(line["teacher_s"] == 0 for line in metrics(tmp_path / "ratio0"))
 
 
-def start(cache: Path, *words: object) -> subprocess.Popen[str]:
-    env = cpu_environment(KD_CACHE=str(cache))
-    return subprocess.Popen([*map(str, words)], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not (
-        (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= step
-    ):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline, f"no step {step} within two minutes"
-        time.sleep(0.02)
-
-
 def test_kill_9_on_two_ranks_then_resume_gives_the_same_trace(
     teacher: Path, corpus_file: Path, cache: Path, tmp_path: Path
 ) -> None:
     """The window closes at step 6, after the checkpoint at step 3 and before the one at step 9."""
     flags = [*SMALL, "--data", corpus_file, "--teachers", teacher, "--kd-ratio", 0.9, "--kd-stop", 0.5, "--steps", 12]
     flags += ["--micro-batch-size", 2]
-    two = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", 2, "--master_port"]
-    os.environ["KD_CACHE"] = str(cache)
-    whole = deepspeed(2, str(RECIPE), *map(str, flags), "--out", str(tmp_path / "whole"))
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    process = start(cache, *two, free_port(), RECIPE, *flags, "--out", tmp_path / "killed")
-    wait_for_step(tmp_path / "killed", 5, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    resumed = deepspeed(2, str(RECIPE), "--out", str(tmp_path / "killed"), "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
-    assert len(trace(tmp_path / "whole")) == 12
-    again = deepspeed(2, str(RECIPE), "--out", str(tmp_path / "killed"), "--resume")
+    whole = killed_and_resumed(flags, cache, tmp_path, 5)
+    assert len(trace(whole)) == 12
+    again = deepspeed(2, str(RECIPE), "--out", str(tmp_path / "killed5"), "--resume")
     assert again.returncode == 0
     assert "has finished" in again.stdout
 

@@ -3,12 +3,21 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig
 
+from kd_core import text
+from kd_core.cli import SharedFlags
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_reference
+from kd_core.placement import PinnedTeachers
+from kd_core.report import Stopwatch
+from kd_core.teachers import TeacherPool
+from recipes.bert_kd import MaskedBert
 from tests.recipes.conftest import RECIPE, SMALL, metrics, trace
 
 pytestmark = pytest.mark.gpu
@@ -78,3 +87,100 @@ def test_glue_in_bf16_and_compiled_scores_as_in_float32(
 def train_on_gpu(corpus_file: Path, cache: Path, tmp_path: Path) -> Path:
     train(cache, "--data", corpus_file, "--deepspeed-config", "zero1_bf16.json", "--out", tmp_path / "pretrained")
     return tmp_path / "pretrained"
+
+
+def pools(number: int, **placement: Any) -> tuple[SharedFlags, TeacherPool]:
+    """A uniform pool of MaskedBert teachers, the same for every placement."""
+    cfg = SharedFlags(
+        teachers=tuple(f"teacher{i}" for i in range(number)), kd_ratio=0.9, sampler="round_robin", **placement
+    )
+    models: list[torch.nn.Module] = []
+    for index in range(number):
+        torch.manual_seed(index)
+        shape: dict[str, Any] = {"num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
+        models.append(MaskedBert(BertConfig(vocab_size=8192, hidden_size=512, **shape)).to(torch.bfloat16))
+    device, ahead = torch.device("cuda"), cfg.teacher_ahead
+    host = cfg.teacher_placement == "host"
+    pinned = PinnedTeachers([model.eval() for model in models], device) if host else None
+    return cfg, TeacherPool(
+        cfg.teachers, models if host else [m.to(device) for m in models], pinned=pinned, ahead=ahead
+    )
+
+
+def batch_of(micro_batches: int) -> list[text.MicroBatch]:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(8192, (64, 128), generator=generator) for _ in range(micro_batches)]
+    positions, keys = torch.arange(0, 64 * 128, 7), torch.zeros(64, dtype=torch.int64)
+    return [text.MicroBatch(one, positions, one.flatten()[positions], keys, keys).pin_memory() for one in ids]
+
+
+def answers(cfg: SharedFlags, pool: TeacherPool, student: torch.nn.Module, steps: int) -> list[torch.Tensor]:
+    """All logits of a few steps, beside the forward and backward of a student."""
+    logits = []
+    for step in range(steps):
+        for micro, answer in pool.answers(cfg, step, batch_of(2), Stopwatch({})):
+            student(micro.input_ids, micro.positions).float().logsumexp(-1).sum().backward()
+            got = answer()
+            assert got is not None
+            logits.append(got.cpu())
+    return logits
+
+
+@pytest.fixture
+def student() -> MaskedBert:
+    torch.manual_seed(99)
+    return MaskedBert(BertConfig(vocab_size=8192, num_hidden_layers=6)).to("cuda", torch.bfloat16)
+
+
+AHEAD, HOST = {"teacher_ahead": True}, {"teacher_placement": "host"}
+
+
+@pytest.mark.parametrize("settings", [AHEAD, HOST, AHEAD | HOST], ids=["ahead", "host", "both"])
+def test_placement_and_running_ahead_change_no_bit(settings: dict[str, Any], student: MaskedBert) -> None:
+    cfg, pool = pools(4)
+    expected = answers(cfg, pool, student, 6)
+    cfg, pool = pools(4, **settings)
+    for got, wanted in zip(answers(cfg, pool, student, 6), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_teachers_in_pinned_memory_hold_two_on_the_gpu() -> None:
+    before = torch.cuda.memory_allocated()
+    _, one = pools(1)
+    single = torch.cuda.memory_allocated() - before
+    one.release()
+    assert torch.cuda.memory_allocated() <= before
+    cfg, pool = pools(6, teacher_placement="host")
+    for step in range(12):
+        for _, answer in pool.answers(cfg, step, batch_of(1), Stopwatch({})):
+            answer()
+    workspace = 64 * 2**20  # of cuBLAS, which stays
+    assert torch.cuda.memory_allocated() - before <= 2.05 * single + workspace < 4 * single
+    pool.release()
+    assert torch.cuda.memory_allocated() <= before + workspace
+
+
+def spans(events: Any, wanted: Callable[[str], bool]) -> list[tuple[float, float]]:
+    device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [(event.time_range.start, event.time_range.end) for event in device if wanted(event.name)]
+
+
+def overlap_us(left: list[tuple[float, float]], right: list[tuple[float, float]]) -> float:
+    return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in left for b in right)
+
+
+def test_copies_of_the_next_teacher_overlap_with_computing(student: MaskedBert) -> None:
+    """Fails when the copies are put on the stream that computes."""
+    cfg, pool = pools(4, teacher_placement="host")
+    answers(cfg, pool, student, 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for step in range(8):
+            for micro, answer in pool.answers(cfg, step, batch_of(1), Stopwatch({})):
+                student(micro.input_ids, micro.positions).float().logsumexp(-1).sum().backward()
+                answer()
+        torch.cuda.synchronize()
+    weights = [span for span in spans(profile.events(), lambda name: "HtoD" in name) if span[1] - span[0] > 100]
+    kernels = spans(profile.events(), lambda name: not name.startswith(("Mem", "mem")))
+    assert len(weights) >= 7, "a weight copy a step"
+    copied = sum(end - start for start, end in weights)
+    assert overlap_us(weights, kernels) > 0.5 * copied

@@ -28,6 +28,15 @@ def test_typed_flags_win_over_the_preset_and_the_preset_over_defaults() -> None:
     assert cli.parse(Config, []).steps == 100
 
 
+def test_a_pattern_of_teachers_is_what_it_matches(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+    cfg = cli.parse(Config, ["--teachers", "hub/name", f"{tmp_path}/*"])
+    assert cfg.teachers == ("hub/name", f"{tmp_path}/a", f"{tmp_path}/b")
+    with pytest.raises(FileNotFoundError, match="matches nothing"):
+        cli.parse(Config, ["--teachers", f"{tmp_path}/c*"])
+
+
 def test_load_starts_from_a_saved_run_and_typed_flags_win(tmp_path: Path) -> None:
     saved = cli.parse(Config, ["--steps", "5", "--teachers", "a", "--out", str(tmp_path)])
     (tmp_path / "run.json").write_text(json.dumps({"config": dataclasses.asdict(saved)}))

@@ -1,13 +1,23 @@
 """Teachers are frozen, answer without gradients, and give their memory back."""
 
+import contextlib
+import itertools
+import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
-from kd_core.teachers import TeacherPool, model_source
+from kd_core.cache import CachedTeacher
+from kd_core.cli import SharedFlags
+from kd_core.placement import PinnedTeachers, teachers_of_rank
+from kd_core.report import Stopwatch
+from kd_core.teachers import TeacherPool, build_pool, model_source
 
 
 def test_teachers_are_frozen_and_answer_without_gradients() -> None:
@@ -57,3 +67,152 @@ def test_model_source_knows_runs_folders_and_hub_names(tmp_path: Path) -> None:
     assert model_source(str(hf)) == str(hf)
     with pytest.raises(FileNotFoundError, match="no model folder there"):
         model_source(str(tmp_path / "nowhere"))
+
+
+def flags(**changed: Any) -> SharedFlags:
+    return SharedFlags(**{"teachers": ("a", "b", "c", "d"), "kd_ratio": 0.5, "steps": 40} | changed)
+
+
+def pool_of(cfg: SharedFlags, **settings: Any) -> TeacherPool:
+    return TeacherPool(cfg.teachers, [torch.nn.Linear(4, 8) for _ in cfg.teachers], **settings)
+
+
+def test_draws_need_no_state_and_end_with_the_window() -> None:
+    cfg = flags(sampler="round_robin", kd_start=0.25, kd_stop=0.5, kd_every=2)
+    draws = [pool_of(cfg).draw(cfg, step) for step in range(40)]
+    assert draws[10:20] == [(0,), (), (1,), (), (2,), (), (3,), (), (0,), ()]
+    assert not any(draws[:10] + draws[20:])
+
+
+def test_weights_are_those_given_or_measured() -> None:
+    pool = pool_of(flags())
+    pool.weigh([5.0, 5.0, 5.0 + math.log(3), 1000.0])
+    assert pool.weights == (pytest.approx(1), pytest.approx(1), pytest.approx(1 / 3), 0)
+    given = pool_of(flags(), weights=(1, 2, 3, 4))
+    given.weigh([1, 1, 1, 1])
+    assert given.weights == (1, 2, 3, 4)
+
+
+def test_a_sharded_pool_is_dealt_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [teachers_of_rank(4, rank, 2) for rank in range(2)] == [(0, 2), (1, 3)]
+    assert [teachers_of_rank(2, rank, 4) for rank in range(4)] == [(0,), (1,), (0,), (1,)]
+    with pytest.raises(ValueError, match="divides the 2 rank"):
+        teachers_of_rank(3, 0, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    cfg = flags(sampler="per_rank", teacher_placement="sharded")
+    for rank in range(2):
+        drawn = {pool_of(cfg).draw(cfg, step, rank) for step in range(40)}
+        assert drawn == {(index,) for index in teachers_of_rank(4, rank, 2)}
+    names = pool_of(cfg).drawn_names(cfg, 3)
+    assert len(names) == 2 and names[0] in "ac" and names[1] in "bd"
+    pool = pool_of(cfg, held=teachers_of_rank(4, 1, 2))
+    pool.keep_held()
+    assert sorted(pool.models) == [1, 3]
+    assert pool.device_bytes() == [0, 160, 0, 160]
+
+
+def test_a_source_named_twice_is_loaded_once(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "link").symlink_to(tmp_path)
+    loaded = []
+
+    def load(path: str) -> torch.nn.Module:
+        loaded.append(path)
+        return torch.nn.Linear(4, 8)
+
+    pool = build_pool(flags(teachers=(str(tmp_path), str(tmp_path / "link"))), load)
+    assert len(loaded) == 1
+    assert pool.models[0] is pool.models[1]
+    assert pool.scores(lambda model: {"eval/loss": 1.0}) == [{"eval/loss": 1.0}] * 2
+
+
+def test_a_teacher_that_changes_its_buffers_is_found() -> None:
+    model = torch.nn.BatchNorm1d(4)
+    pool = TeacherPool(["a"], [model])
+    pool.logits((0,), (torch.randn(8, 4),), 1.0)
+    pool.check_unchanged()
+    model.train()
+    pool.logits((0,), (torch.randn(8, 4),), 1.0)
+    with pytest.raises(RuntimeError, match="teacher a has changed its buffers"):
+        pool.release()
+
+
+@dataclass(frozen=True)
+class Micro:
+    inputs: tuple[torch.Tensor, ...]
+    keys: tuple[torch.Tensor, ...] = ()
+
+    def to(self, device: torch.device) -> "Micro":
+        return self
+
+
+class Constant(CachedTeacher):
+    def forward(self, keys: torch.Tensor, temperature: float) -> torch.Tensor:
+        return keys[:, None].float().repeat(1, 8) * temperature
+
+
+def test_answers_come_from_models_by_inputs_and_from_caches_by_keys_and_are_counted() -> None:
+    cfg = flags(teachers=("a", "cache:b"), sampler="round_robin", temperature=2.0)
+    linear = torch.nn.Linear(4, 8)
+    pool = TeacherPool(cfg.teachers, [linear, Constant()], columns=6)
+    clock = Stopwatch({})
+    micro_batches = [Micro((torch.randn(3, 4),), (torch.arange(3) + i,)) for i in range(2)]
+    for step in range(3):
+        for micro, answer in pool.answers(cfg, step, micro_batches, clock):
+            logits = answer()
+            assert logits is not None
+            expected = linear(*micro.inputs)[:, :6] if step != 1 else micro.keys[0][:, None] * 2.0 * torch.ones(6)
+            torch.testing.assert_close(logits, expected)
+    assert (clock.calls["teacher"], clock.calls["teacher/0"], clock.calls["teacher/1"]) == (6, 4, 2)
+    closed = flags(teachers=cfg.teachers, kd_stop=0.0)
+    assert [answer() for _, answer in pool.answers(closed, 0, micro_batches, clock)] == [None, None]
+
+
+class FakeEvent:
+    """What `PinnedTeachers` needs of CUDA, recording the order of what is asked of the streams."""
+
+    log: ClassVar[list[Any]] = []
+
+    def record(self) -> None:
+        self.log.append(("record", id(self)))
+
+
+class FakeStream:
+    def __init__(self, *_: Any) -> None: ...
+
+    def wait_event(self, event: FakeEvent) -> None:
+        FakeEvent.log.append(("wait", id(event)))
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **settings: empty(*size, **settings))
+    for name, value in (("Event", FakeEvent), ("Stream", FakeStream), ("stream", contextlib.nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+
+
+def test_pinned_teachers_share_two_slots_and_answer_as_before(fake_cuda: None) -> None:
+    """The order of copies and uses; that copies overlap with computing is for tests/recipes/test_gpu.py."""
+    sizes = (8, 16, 4, 12)
+    models = [
+        torch.nn.Sequential(torch.nn.Linear(4, size), torch.nn.BatchNorm1d(size), torch.nn.Linear(size, 8)).eval()
+        for size in sizes
+    ]
+    inputs = torch.randn(5, 4)
+    expected = [model(inputs) for model in models]
+    pinned = PinnedTeachers(models, torch.device("cpu"))
+
+    def inside() -> list[int]:
+        slots = [slot.untyped_storage().data_ptr() for slot in pinned._slots]
+        return [i for i, model in enumerate(models) if model[0].weight.untyped_storage().data_ptr() in slots]
+
+    assert len(pinned._slots) == 2 and inside() == []
+    draws = np.random.default_rng(0).integers(4, size=60).tolist()
+    for drawn, upcoming in itertools.pairwise(draws):
+        with pinned.on_device(models[drawn]):
+            pinned.prefetch(models[upcoming])
+            assert {drawn, upcoming} <= set(inside()) and len(inside()) <= 2
+            torch.testing.assert_close(models[drawn](inputs), expected[drawn], rtol=0, atol=0)

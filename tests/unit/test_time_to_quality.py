@@ -263,6 +263,11 @@ def test_the_teachers_cost_is_its_own_run_and_is_paid_back(
         assert sum(parts.values()) == pytest.approx(row["against_s"], rel=1e-3)
         assert parts["teacher"] == pytest.approx(row["against_s"] / 4, rel=1e-3)
         assert parts["data"] == pytest.approx(row["against_s"] / 10, rel=1e-3)
+    Path("answers").mkdir()
+    Path("answers/header.json").write_text('{"teacher": "teacher"}')
+    Path("answers/build.json").write_text('{"seconds": 7}')
+    cached = report(baseline, make_arm(Path("cached"), speed=2, kd_ratio=0.9, teachers=["cache:answers"]))
+    assert cached["against"]["teacher_seconds"] == 107
     unknown = make_arm(Path("hub"), speed=2, kd_ratio=0.9, kd_stop=0.5, teachers=["teacher", "google-bert/bert-base"])
     study = report(baseline, unknown)
     assert study["against"]["teacher_seconds"] is None

@@ -1,0 +1,298 @@
+"""Teachers' answers, computed once and read by every epoch, seed and experiment that follows.
+
+    python -m kd_core.cache build --teacher RUN --data DATA --out DIR [flags]      resumes where it was killed
+    deepspeed --module kd_core.cache build ...                                     all ranks share the work
+    python recipes/bert_kd.py --data DATA --teachers cache:DIR ...
+
+A cache is a folder of records of one size, one for each sample and pattern of its masking or augmentation:
+
+    header.json      what the answers were computed from, and the layout of a record
+    part-00000.bin   records in their order; while building, part-00000.json says that it is whole
+    manifest.json    checksums of all files; it is written last, so a cache without it is not complete
+    build.json       seconds that the build took, summed over ranks
+    ...              what the task needs besides, such as the teacher's head (kd_core/cache_mlm.py)
+
+Nothing here knows a task. Record `pattern * num_samples + sample` is the same for any number of ranks, and its bytes
+follow from the header alone.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from kd_core import cli, engine
+from kd_core.cli import CACHE_PREFIX as PREFIX
+from kd_core.packing import file_digest, say
+from kd_core.report import write_atomic
+
+FORMAT = 1
+NUM_PARTS, PART_BYTES = 64, 64 * 2**20
+
+
+class CachedTeacher(nn.Module):
+    """A teacher that is called with the keys of samples and the temperature, instead of the samples."""
+
+    score: dict[str, float]  # its model's evaluation, which the manifest recorded
+
+
+def folder_of(source: str) -> Path | None:
+    """The folder of a source of --teachers that is a cache, else None."""
+    return Path(source.removeprefix(PREFIX)) if source.startswith(PREFIX) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The records of a cache.
+
+    Args:
+        fields: name, NumPy type and shape of each field of a record.
+        num_samples, num_patterns: there is a record for each pair.
+        batch_records: records that are computed together.
+    """
+
+    fields: Sequence[tuple[str, str, Sequence[int]]]
+    num_samples: int
+    num_patterns: int
+    batch_records: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype([(name, kind, tuple(shape)) for name, kind, shape in self.fields])
+
+    @property
+    def num_records(self) -> int:
+        return self.num_samples * self.num_patterns
+
+    @property
+    def part_records(self) -> int:
+        """Records of a part, a multiple of a batch: 64 parts, or more where they would exceed 64 MiB."""
+        batches = -(-self.num_records // (NUM_PARTS * self.batch_records))
+        most = PART_BYTES // (self.batch_records * self.dtype.itemsize)
+        return self.batch_records * max(1, min(batches, most))
+
+    @property
+    def parts(self) -> list[range]:
+        """Indices of the records of each part."""
+        starts = range(0, self.num_records, self.part_records)
+        return [range(start, min(start + self.part_records, self.num_records)) for start in starts]
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def build(
+    folder: Path,
+    settings: Mapping[str, Any],
+    layout: Layout,
+    answer: Callable[[range], np.ndarray],
+    companions: Callable[[Path], None],
+    score: Callable[[], dict[str, float]],
+) -> None:
+    """Fills `folder`, with all ranks, from where an earlier build of the same was killed; call on every rank.
+
+    Args:
+        settings: what the answers follow from; JSON values.
+        answer: records, of the layout's dtype, of the indices given.
+        companions: writes what the task needs besides into the folder given.
+        score: of the teacher, for `CachedTeacher.score`; called on rank 0, so that ranks do not change its last digits.
+
+    Raises:
+        ValueError: `folder` has a complete cache or one of other settings, or the disk lacks room.
+    """
+    header = json.loads(json.dumps({"format": FORMAT, **settings, "layout": dataclasses.asdict(layout)}))
+    if engine.rank() == 0:
+        _require_room(folder, layout)
+        _claim(folder, header)
+        companions(folder)
+    dist.barrier()
+    todo = _missing(folder, layout)
+    mine = todo[engine.rank() :: engine.world_size()]
+    dist.barrier()
+    if engine.rank() == 0:
+        left, size = sum(len(layout.parts[number]) for number in todo), layout.dtype.itemsize
+        minutes = left * _seconds_a_record(answer, layout) / engine.world_size() / 60
+        say(
+            f"{folder}: {layout.num_records} records of {size} bytes, {layout.num_records * size / 1e9:.2f} GB; "
+            f"{left} to compute on {engine.world_size()} rank(s), about {minutes:.1f} min"
+        )
+    with tqdm(total=len(mine), unit="part", disable=engine.rank() != 0 or not sys.stderr.isatty()) as bar:
+        for number in mine:
+            began = time.perf_counter()
+            file = _part(folder, number)
+            with file.open("wb") as stream:
+                answer(layout.parts[number]).tofile(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            _write_json(_side(folder, number), [file_digest(file), time.perf_counter() - began])
+            bar.update()
+    dist.barrier()
+    if engine.rank() == 0:
+        _complete(folder, layout, score())
+
+
+def _missing(folder: Path, layout: Layout) -> list[int]:
+    """Numbers of the parts that are not whole."""
+    return [number for number in range(len(layout.parts)) if not _side(folder, number).exists()]
+
+
+def _require_room(folder: Path, layout: Layout) -> None:
+    needed = sum(len(layout.parts[number]) for number in _missing(folder, layout)) * layout.dtype.itemsize
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    if needed > free:
+        raise ValueError(f"--out {folder} needs {needed / 1e9:.2f} GB more and has {free / 1e9:.2f} GB; make room")
+
+
+def _complete(folder: Path, layout: Layout, scored: dict[str, float]) -> None:
+    sides = [_side(folder, number) for number in range(len(layout.parts))]
+    sums, seconds = zip(*(json.loads(side.read_text()) for side in sides), strict=True)
+    _write_json(folder / "build.json", {"seconds": sum(seconds)})
+    others = [file for file in sorted(folder.iterdir()) if not file.name.startswith((".", "part-", "build."))]
+    digests = dict(zip((_part(folder, number).name for number in range(len(sides))), sums, strict=True))
+    digests |= {file.name: file_digest(file) for file in others}
+    _write_json(folder / "manifest.json", {"score": scored, "sha256": digests})
+    for side in sides:
+        side.unlink()
+    say(f"{folder} is complete: --teachers {PREFIX}{folder}")
+
+
+def _claim(folder: Path, header: dict[str, Any]) -> None:
+    """Begins a cache in `folder`, or makes sure that the one there is the same and not complete."""
+    if (folder / "manifest.json").exists():
+        raise ValueError(
+            f"--out {folder} is a complete cache; use it by --teachers {PREFIX}{folder}, or choose another"
+        )
+    if not (folder / "header.json").exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"--out {folder} exists and is neither empty nor a cache; choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / "header.json", header)
+    there = json.loads((folder / "header.json").read_text())
+    for name in header:
+        if there.get(name) != header[name]:
+            raise ValueError(
+                f"--out {folder} has begun with another {name}, {there.get(name)!r}, now {header[name]!r}; "
+                "repeat its flags to continue it, or choose another folder"
+            )
+
+
+def _seconds_a_record(answer: Callable[[range], np.ndarray], layout: Layout) -> float:
+    some = range(min(layout.batch_records, layout.num_records))
+    answer(some)
+    began = time.perf_counter()
+    answer(some)
+    return (time.perf_counter() - began) / len(some)
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:05d}.bin"
+
+
+def _side(folder: Path, number: int) -> Path:
+    return _part(folder, number).with_suffix(".json")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """
+    Raises:
+        FileNotFoundError: no cache there.
+        ValueError: the cache is not complete, or of another format.
+    """
+    if not (folder / "header.json").exists():
+        raise FileNotFoundError(
+            f"--teachers {PREFIX}{folder}: no cache there; make one by python -m kd_core.cache build"
+        )
+    if not (folder / "manifest.json").exists():
+        raise ValueError(f"--teachers {PREFIX}{folder} is not complete; repeat its build, which continues it")
+    header = _read_json(folder / "header.json")
+    if header.get("format") != FORMAT:
+        raise ValueError(f"--teachers {PREFIX}{folder} has format {header.get('format')}, not {FORMAT}; build it anew")
+    return header
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Its `score` and `sha256` of each file."""
+    return _read_json(folder / "manifest.json")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except ValueError:
+        raise ValueError(
+            f"--teachers {PREFIX}{file.parent} is damaged ({file.name}); delete it and build it again"
+        ) from None
+
+
+def require(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The header of a cache whose settings are `expected` and whose every byte is as it was written.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_header`; another setting, named with both values; a damaged file.
+    """
+    header = read_header(folder)
+    for name, value in expected.items():
+        if header.get(name) != value:
+            raise ValueError(
+                f"--teachers {PREFIX}{folder} has {name} {header.get(name)!r}, the run {value!r}; "
+                "choose the run's flags as those of the cache, or build another"
+            )
+    if engine.local_rank() == 0:
+        for name, digest in read_manifest(folder)["sha256"].items():
+            if not (folder / name).exists() or file_digest(folder / name) != digest:
+                raise ValueError(f"--teachers {PREFIX}{folder} is damaged ({name}); delete it and build it again")
+    return header
+
+
+class Records:
+    """The records of a complete cache, memory-mapped."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.layout = layout
+        self._parts = [np.memmap(_part(folder, number), layout.dtype, mode="r") for number in range(len(layout.parts))]
+
+    def take(self, samples_B: np.ndarray, patterns_B: np.ndarray) -> np.ndarray:
+        """Records [B] of samples and patterns, int64 each."""
+        part_B, offset_B = np.divmod(patterns_B * self.layout.num_samples + samples_B, self.layout.part_records)
+        records_B = np.empty(len(samples_B), self.layout.dtype)
+        for part in np.unique(part_B):
+            here = part_B == part
+            records_B[here] = self._parts[part][offset_B[here]]
+        return records_B
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def main(typed: Sequence[str] | None = None) -> int:
+    """`build` with its flags; returns the exit code."""
+    from kd_core import cache_mlm
+
+    with cli.one_line_errors():
+        words = [word for word in (sys.argv[1:] if typed is None else typed) if not word.startswith("--local")]
+        if words[:1] not in (["build"], ["--help"]):
+            raise ValueError(f"python -m kd_core.cache knows one command, build; got {' '.join(words[:1]) or 'none'}")
+        cache_mlm.build(cli.read_flags(cache_mlm.BuildFlags, words[1:] or ["--help"], cache_mlm.BuildFlags()))
+    engine.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    engine.end_process(main)

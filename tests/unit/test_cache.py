@@ -1,0 +1,136 @@
+"""Storage of cached answers: found by key, continued after a kill with the same bytes, refused when anything is off."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kd_core import cache
+from kd_core.cache_mlm import _logits_of_top_k, _top_k
+
+SETTINGS = {"kind": "test", "seed": 3}
+LAYOUT = cache.Layout(
+    [("ids", "<i4", (2, 3)), ("logits", "<f4", (2,))], num_samples=300, num_patterns=3, batch_records=4
+)
+
+
+def answer(indices: range) -> np.ndarray:
+    """Records that tell which they are."""
+    records = np.empty(len(indices), LAYOUT.dtype)
+    numbers = np.asarray(indices)
+    records["ids"] = numbers[:, None, None] + np.arange(6).reshape(2, 3)
+    records["logits"] = numbers[:, None] / 7
+    return records
+
+
+def build(folder: Path, settings: dict[str, Any] = SETTINGS, answer: Callable[[range], np.ndarray] = answer) -> None:
+    def companions(new: Path) -> None:
+        (new / "head.bin").write_bytes(b"head")
+
+    cache.build(folder, settings, LAYOUT, answer, companions, lambda: {"eval/loss": 4.5})
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.dist, "barrier", lambda: None)
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    build(tmp_path / "built")
+    return tmp_path / "built"
+
+
+def test_records_are_found_by_sample_and_pattern(built: Path) -> None:
+    assert len(LAYOUT.parts) == 57, "sixteen records, four batches, a part"
+    records = cache.Records(built, LAYOUT)
+    samples, patterns = np.array([299, 0, 17, 17]), np.array([2, 0, 1, 2])
+    taken = records.take(samples, patterns)
+    assert taken["ids"][:, 0, 0].tolist() == [2 * 300 + 299, 0, 317, 617]
+    np.testing.assert_array_equal(taken["logits"][:, 1], np.float32([899, 0, 317, 617]) / np.float32(7))
+    assert cache.read_manifest(built)["score"] == {"eval/loss": 4.5}
+    assert not list(built.glob("part-*.json"))
+
+
+def test_a_build_that_was_killed_continues_and_gives_the_same_bytes(built: Path, tmp_path: Path) -> None:
+    asked: list[range] = []
+
+    def killed(indices: range) -> np.ndarray:
+        if len(indices) > 4 and len(asked) == 20:
+            raise KeyboardInterrupt
+        asked.append(indices)
+        return answer(indices)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "killed", answer=killed)
+    with pytest.raises(ValueError, match=r"killed is not complete; repeat its build"):
+        cache.require(tmp_path / "killed", SETTINGS)
+    with pytest.raises(ValueError, match="has begun with another seed, 3, now 4"):
+        build(tmp_path / "killed", settings=SETTINGS | {"seed": 4})
+    before = len(asked)
+    asked.append(range(0))
+    build(tmp_path / "killed", answer=killed)
+    assert len(asked) - before < 57, "parts that were there are computed again"
+    names = sorted(file.name for file in built.iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "killed").iterdir())
+    for name in set(names) - {"build.json"}:
+        assert (built / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", ["part-00040.bin", "head.bin"])
+def test_a_damaged_cache_is_refused(built: Path, name: str) -> None:
+    file = built / name
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], whole + b" ", bytes([whole[0] ^ 1]) + whole[1:]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"is damaged \\({name}\\); delete it and build it again"):
+            cache.require(built, SETTINGS)
+    file.unlink()
+    with pytest.raises(ValueError, match="is damaged"):
+        cache.require(built, SETTINGS)
+
+
+def test_a_damaged_header_is_refused(built: Path) -> None:
+    (built / "header.json").write_text((built / "header.json").read_text()[:-5])
+    with pytest.raises(ValueError, match=r"is damaged \(header.json\)"):
+        cache.require(built, SETTINGS)
+
+
+def test_a_foreign_cache_is_refused_with_the_setting_that_differs(built: Path, tmp_path: Path) -> None:
+    assert cache.require(built, SETTINGS)["layout"]["num_samples"] == 300
+    with pytest.raises(ValueError, match=r"has seed 3, the run 5; choose the run's flags"):
+        cache.require(built, SETTINGS | {"seed": 5})
+    with pytest.raises(FileNotFoundError, match="no cache there"):
+        cache.require(tmp_path / "nowhere", SETTINGS)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("")
+    with pytest.raises(ValueError, match="neither empty nor a cache"):
+        build(tmp_path / "other")
+    with pytest.raises(ValueError, match="is a complete cache"):
+        build(built)
+
+
+def test_too_small_a_disk_is_refused_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match="make room"):
+        build(tmp_path / "full")
+    assert not (tmp_path / "full").exists()
+
+
+def test_top_k_keeps_probabilities_and_the_mass_of_the_tail_exactly() -> None:
+    torch.manual_seed(0)
+    logits = 5 * torch.randn(40, 300)
+    stored = _top_k(logits, 8, (1.0, 2.5))
+    for place, temperature in enumerate((1.0, 2.5)):
+        exact = (logits.double() / temperature).softmax(-1)
+        kept = (_logits_of_top_k(stored, place, temperature, 300).double() / temperature).softmax(-1)
+        top = stored["ids"].long()
+        torch.testing.assert_close(kept.gather(1, top), exact.gather(1, top), rtol=1e-5, atol=0)
+        tail = kept.scatter(1, top, 0.0)
+        torch.testing.assert_close(tail.sum(-1), exact.scatter(1, top, 0.0).sum(-1), rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(tail.max(-1).values, tail.sum(-1) / 292, rtol=1e-6, atol=0)
