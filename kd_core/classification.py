@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CALIBRATION_BINS = 15
+NUM_SUMS = 4 + 2 * CALIBRATION_BINS
 
 
 def classification_sums(logits_BC: Tensor, labels_B: Tensor, counted_B: Tensor) -> Tensor:
@@ -18,7 +19,7 @@ def classification_sums(logits_BC: Tensor, labels_B: Tensor, counted_B: Tensor) 
         counted_B: bool; False for an image that only fills a batch.
 
     Returns:
-        float32 [4 + 2 * CALIBRATION_BINS]: loss in nats, top-1 hits, top-5 hits, images; then by bin of the top
+        float32 [NUM_SUMS]: loss in nats, top-1 hits, top-5 hits, images; then by bin of the top
         probability the sums of that probability and of the hits.
     """
     logits_BC, weight_B = logits_BC.float(), counted_B.float()

@@ -13,6 +13,7 @@ import functools
 import io
 import itertools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from torchvision.transforms.v2 import functional as F
 
 from kd_core.hashing import uniforms
 from kd_core.image_sources import DAMAGE, Split, say_corrupt
+from kd_core.image_sources import ImageSet as ImageSet
 from kd_core.image_sources import prepare as prepare
 from kd_core.packing import prefetch
 
@@ -78,7 +80,7 @@ class MicroBatch:
     labels: torch.Tensor  # int64 [B]
     sample_ids: torch.Tensor  # int64 [B], numbers of the images in their split
     counted: torch.Tensor  # bool [B]; False for an image that only fills a batch of the validation
-    corrupt: int = 0  # images that could not be decoded
+    corrupt: torch.Tensor  # float scalar, images that could not be decoded and were replaced
 
     def pin_memory(self) -> "MicroBatch":
         return replace(
@@ -87,6 +89,7 @@ class MicroBatch:
             labels=self.labels.pin_memory(),
             sample_ids=self.sample_ids.pin_memory(),
             counted=self.counted.pin_memory(),
+            corrupt=self.corrupt.pin_memory(),
         )
 
 
@@ -287,10 +290,23 @@ class ValidationBatches(Dataset[MicroBatch]):
 def _micro_batch(
     split: Split, pixels_BHWC: np.ndarray, ids_B: np.ndarray, counted_B: np.ndarray, corrupt: int
 ) -> MicroBatch:
-    pixels = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2)
     return MicroBatch(
-        pixels, torch.from_numpy(split.labels[ids_B]), torch.from_numpy(ids_B), torch.from_numpy(counted_B), corrupt
+        pixels=torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2),
+        labels=torch.from_numpy(split.labels[ids_B]),
+        sample_ids=torch.from_numpy(ids_B),
+        counted=torch.from_numpy(counted_B),
+        corrupt=torch.tensor(float(corrupt)),
     )
+
+
+def num_workers(asked: int | None, split: Split, randaugment: int = 0) -> int:
+    """Processes that decode: `asked`, or none for decoded images without RandAugment, else the rank's share of cores."""
+    if asked is not None:
+        return asked
+    if split.pixels is not None and not randaugment:
+        return 0
+    ranks_here = torch.cuda.device_count() or int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
 def load(batches: Dataset[MicroBatch], numbers: Sequence[int], *, workers: int) -> Iterator[MicroBatch]:

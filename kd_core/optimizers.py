@@ -44,35 +44,38 @@ class Ema:
     Source: Composer's EMA (half-life in batches, an update every few). ZeRO-3 splits the weights, so it has none.
 
     Args:
-        half_life: optimizer steps after which a weight counts half.
+        half_life: optimizer steps after which a weight counts half; 0: there is no average, and nothing happens.
         every: optimizer steps between updates.
     """
 
     def __init__(self, module: nn.Module, *, half_life: int, every: int) -> None:
-        self._live = [tensor for tensor in module.state_dict(keep_vars=True).values() if tensor.is_floating_point()]
+        tensors = module.state_dict(keep_vars=True).values() if half_life else ()
+        self._live = [tensor for tensor in tensors if tensor.is_floating_point()]
         self.average = [tensor.detach().float().clone() for tensor in self._live]
-        self._every, self._share = every, 1 - 0.5 ** (every / half_life)
+        self._every, self._share = every, 1 - 0.5 ** (every / half_life) if half_life else 0.0
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the weights after `step` steps, if it is one of those."""
-        if step % self._every == 0:
+        if self._live and step % self._every == 0:
             torch._foreach_lerp_(self.average, [tensor.detach().float() for tensor in self._live], self._share)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Within, the module's weights are the average."""
         kept = [tensor.detach().clone() for tensor in self._live]
-        self._set(self.average)
+        _copy(self._live, self.average)
         try:
             yield
         finally:
-            self._set(kept)
-
-    @torch.no_grad()
-    def _set(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_([tensor.detach() for tensor in self._live], values)
+            _copy(self._live, kept)
 
     def load(self, average: list[Tensor]) -> None:
         """Continues from the `average` of a checkpoint."""
-        torch._foreach_copy_(self.average, [tensor.to(self.average[0].device) for tensor in average])
+        _copy(self.average, average)
+
+
+@torch.no_grad()
+def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)

@@ -26,6 +26,7 @@ from kd_core.teachers import model_source
 SMALL_DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)  # 6n + 2, He et al. 2015, section 4.2
 SMALL = tuple(f"resnet{depth}" for depth in SMALL_DEPTHS)
 LARGE = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
+NAMES = SMALL + LARGE
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BLUR_MIN_CHANNELS = 16  # Composer's: the first convolution, of 3 channels, stays as it is
 
@@ -121,6 +122,9 @@ def add_blurpool(net: nn.Module) -> None:
 class Classifier(nn.Module):
     """A network with the normalisation and resolution of its input.
 
+    Activations have the memory format of the pixels. A student's weights stay contiguous: DeepSpeed flattens them, and
+    cannot broadcast others.
+
     Args:
         size: side in pixels to which a view is resized first; None takes it as it comes.
         autocast: compute in bf16 with weights in float32, as a teacher does.
@@ -136,9 +140,10 @@ class Classifier(nn.Module):
         autocast: bool = False,
     ) -> None:
         super().__init__()
-        self.net, self.size, self.autocast = net, size, autocast
+        self.net, self.size, self.autocast, self.mean, self.std = net, size, autocast, tuple(mean), tuple(std)
         mean_311, std_311 = (torch.tensor(values)[:, None, None] for values in (mean, std))
-        self.scale, self.shift = nn.Buffer(1 / (255 * std_311), False), nn.Buffer(-mean_311 / std_311, False)
+        self.scale = nn.Buffer(1 / (255 * std_311), persistent=False)
+        self.shift = nn.Buffer(-mean_311 / std_311, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W], uint8 or float in [0, 255] -> logits [B, C]."""
@@ -153,7 +158,7 @@ class Classifier(nn.Module):
 def build_net(
     name: str, num_classes: int, *, blurpool: bool = False, sync_bn: bool = False, last_bias: float | None = None
 ) -> nn.Module:
-    """A randomly initialised network, channels last, whose residual blocks begin as the identity.
+    """A randomly initialised network whose residual blocks begin as the identity.
 
     Args:
         name: one of SMALL or LARGE.
@@ -173,7 +178,8 @@ def build_net(
     for module in net.modules():
         if isinstance(module, BatchNorm):
             module.synced = sync_bn
-    return net.to(memory_format=torch.channels_last)
+    net.built_as = {"model": name, "blurpool": blurpool}
+    return net
 
 
 def average_batch_norm(net: nn.Module) -> None:
@@ -194,15 +200,21 @@ def average_batch_norm(net: nn.Module) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def save_net(folder: str, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Writes `model.safetensors`, a torchvision state dict, and `config.json`: the model's name and its input."""
+def save(folder: str, model: Classifier, state: dict[str, Tensor], classes: Sequence[str], **view: int) -> None:
+    """Writes `model.safetensors`, a torchvision state dict, and `config.json`: what the model is, knows and sees.
+
+    Args:
+        state: of the network `model.net`.
+        view: `image_size`, the side in pixels that it was trained at, and further facts for the reader.
+    """
+    config = {**model.net.built_as, "classes": list(classes), "mean": model.mean, "std": model.std, **view}  # type: ignore[dict-item]
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, Path(folder) / "model.safetensors")
     (Path(folder) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def load_net(folder: str, flag: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The network that `save_net` wrote, or a run folder's, and its config.
+    """The network that `save` wrote, or a run folder's, and its config.
 
     Raises:
         ValueError: an unreadable or foreign file, weights that are missing or too many.
@@ -231,6 +243,15 @@ def check_source(path: str, flag: str) -> None:
             raise ValueError(f"{flag} {path}: {name} has the weights {available}")
     else:
         model_source(path, flag)
+
+
+def check_student(path: str) -> None:
+    """Raises ValueError or FileNotFoundError unless `path` is a folder that holds a model."""
+    if not Path(path).exists():
+        raise ValueError(
+            f"--student {path} is no folder and no known size; give a run folder or one of {', '.join(NAMES)}"
+        )
+    model_source(path, "--student")
 
 
 def load_classifier(
@@ -267,6 +288,5 @@ def load_classifier(
             raise ValueError(f"{flag} {path} cannot be loaded: {str(error).splitlines()[0]}") from error
         view = weights.transforms()
         mean, std, own_size = view.mean, view.std, view.crop_size[0]
-    net = net.to(memory_format=torch.channels_last)
     own = own_size if size is None else size or None
     return Classifier(net, mean=mean, std=std, size=own, autocast=autocast)

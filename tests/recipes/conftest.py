@@ -4,13 +4,15 @@ import json
 import pydoc_data.topics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
-from tests.conftest import ROOT, cpu_environment
+from tests.conftest import DATA, ROOT, cpu_environment
 
 RECIPE = ROOT / "recipes" / "bert_kd.py"
 SMALL = (
@@ -62,3 +64,53 @@ def trace(folder: Path) -> list[tuple[Any, ...]]:
     """What must be equal to the last digit between runs that compute the same."""
     names = ("step", "loss", "label_loss", "kd_loss", "kd_ratio", "lr", "grad_norm", "teacher", "eval/loss")
     return [tuple(line.get(name) for name in names) for line in metrics(folder)]
+
+
+def start(cache: Path, *words: object) -> subprocess.Popen[str]:
+    env = cpu_environment(KD_CACHE=str(cache))
+    return subprocess.Popen([*map(str, words)], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not (
+        (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= step
+    ):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline, f"no step {step} within two minutes"
+        time.sleep(0.02)
+
+
+class Attempt:
+    """Runs a recipe's `main` in this process with small flags, in `folder`, expecting one line and exit code 2."""
+
+    def __init__(
+        self, main: Callable[..., int], flags: list[object], folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.main, self.flags, self.folder, self.capsys = main, flags, folder, capsys
+
+    def __call__(self, *words: object) -> str:
+        with pytest.raises(SystemExit) as end:
+            self.main([*map(str, self.flags), "--out", "run", *map(str, words)])
+        captured = self.capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert end.value.code == 2, captured.err
+        assert len(lines) == 1, captured.err
+        assert "Traceback" not in captured.err
+        assert not (self.folder / "run").exists(), "a half-made run folder was left"
+        return lines[0]
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """480 training and 120 validation images of CIFAR-10 as JPEG files, <split>/<class>/<number>.jpg."""
+    source = DATA / "cifar10" / "test.parquet"
+    if not source.exists():
+        pytest.skip(f"{source} is absent")
+    root = tmp_path_factory.mktemp("images")
+    table = pyarrow.parquet.read_table(source).slice(0, 600).to_pylist()
+    for number, row in enumerate(table):
+        folder = root / ("train" if number < 480 else "val") / f"class{row['label']}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:04d}.jpg").write_bytes(row["image"]["bytes"])
+    return root

@@ -18,7 +18,7 @@ from kd_core import text
 from kd_core.kernels.softmax_kl import softmax_kl
 from recipes.bert_kd import MaskedBert
 from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
-from tests.recipes.conftest import RECIPE, SMALL, metrics, trace
+from tests.recipes.conftest import RECIPE, SMALL, metrics, start, trace, wait_for_step
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -106,21 +106,6 @@ def test_ratio_0_is_bit_identical_to_no_teacher(train: Train, teacher: Path, tmp
     train("--out", tmp_path / "ratio0", "--teachers", teacher, "--kd-ratio", 0)
     assert trace(tmp_path / "without") == trace(tmp_path / "ratio0")
     assert all(line["teacher_s"] == 0 for line in metrics(tmp_path / "ratio0"))
-
-
-def start(cache: Path, *words: object) -> subprocess.Popen[str]:
-    env = cpu_environment(KD_CACHE=str(cache))
-    return subprocess.Popen([*map(str, words)], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not (
-        (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= step
-    ):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline, f"no step {step} within two minutes"
-        time.sleep(0.02)
 
 
 def test_kill_9_on_two_ranks_then_resume_gives_the_same_trace(
