@@ -304,7 +304,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         engine.rank(), engine.world_size(),
     )  # fmt: skip
     ahead = images.steps(batches, first, workers=images.num_workers(cfg.workers, data.train, cfg.randaugment))
-    corrupt = 0
+    best, corrupt = state["best"], 0
     for step in range(first, cfg.steps):
         if len(pool) and schedule.window_closed(step, cfg.steps, stop=cfg.kd_stop):
             pool.release()
@@ -325,12 +325,12 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         if last or (not stop.agreed and (step + 1) % cfg.eval_every == 0):
             with ema.applied():
                 line |= evaluate(cfg, student, data)
-                if line["eval/accuracy"] > state["best"]:
-                    state["best"] = line["eval/accuracy"]
+                if line["eval/accuracy"] > best:
+                    best = line["eval/accuracy"]
                     export(cfg, student, data, folder / "best")
         run.log(line, clock, write=last or bool(stop.agreed) or (step + 1) % cfg.log_every == 0)
         if last or stop.agreed or (step + 1) % cfg.save_every == 0:
-            state |= {"seconds": clock.read(wait=True), "ema": ema.average}
+            state = {"seconds": clock.read(wait=True), "best": best, "ema": ema.average}
             engine.save_checkpoint(student, folder / "checkpoints", step + 1, state, cfg.keep)
         if stop.agreed and not last:
             return run.finish(stop.agreed, step=step + 1)
