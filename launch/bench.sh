@@ -3,6 +3,8 @@
 #
 #     ./launch/bench.sh kernels [flags]   the kernels against PyTorch (kd_core/kernels/bench.py)
 #     ./launch/bench.sh bert [flags]      the BERT recipe's step against a bare PyTorch loop, ZeRO 0 to 3, with teachers
+#     ./launch/bench.sh resnet [flags]    the same of the ResNet recipe
+#     ./launch/bench.sh images [flags]    the image loader against torchvision's ImageFolder and DataLoader
 set -euo pipefail
 here=$(dirname "$0")
 cd "$here/.."
@@ -10,6 +12,8 @@ what=${1:-}
 case $what in
     kernels) module=kd_core.kernels.bench ;;
     bert) module=tests.benchmarks.bert_step ;;
-    *) echo "usage: launch/bench.sh kernels|bert [flags]; --help after either lists its flags" >&2; exit 2 ;;
+    resnet) module=tests.benchmarks.resnet_step ;;
+    images) module=tests.benchmarks.image_loader ;;
+    *) echo "usage: launch/bench.sh kernels|bert|resnet|images [flags]; --help after either lists its flags" >&2; exit 2 ;;
 esac
 exec bash launch/env.sh python3 -m "$module" "${@:2}"

@@ -98,7 +98,7 @@ class Config(cli.SharedFlags):
         # Mosaic ResNet "mild" at its 36 epochs (mosaicml/benchmarks, blogs/resnet/recipes).
         "mild-36": dict(
             steps=22_500, lr_batch_size=2048, train_size=176, eval_resize=232, blurpool=True, loss="bce",
-            label_smoothing=0.08, resize_from=0.5, ema_half_life=100,
+            label_smoothing=0.08, resize_from=0.5, ema_half_life=100, teacher_size=0,
         ),
         # He et al. 2015, section 4.2 (batch, momentum, crop), shortened to 5 epochs of CIFAR-10.
         "cifar": dict(
