@@ -130,7 +130,8 @@ def one_line_errors() -> Iterator[contextlib.ExitStack]:
 def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset: str = "") -> ConfigT:
     """The run's config: defaults, then `--preset NAME`, then a launch file's `preset`, then `typed` flags.
 
-    `--load runs/x/run.json` starts from a saved run's config instead; so does `--resume`, from the run in `--out`.
+    `--load runs/x/run.json` starts from a saved run's config in place of defaults and launch file; so does `--resume`,
+    from the run in `--out`.
 
     Args:
         config_type: a frozen dataclass whose fields are the flags; a string below a field is its help.
@@ -147,17 +148,18 @@ def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset
     out, _ = take(words, "--out")
     if load is None and out and "--resume" in words and (Path(out) / "run.json").exists():
         load = str(Path(out) / "run.json")
+    name, words = take(shlex.split(preset if load is None else "", comments=True) + words, "--preset")
+    if name is not None and name not in config_type.PRESETS:
+        raise ValueError(f"--preset must be one of {sorted(config_type.PRESETS)}, got {name}")
+    flags = config_type.PRESETS.get(name or "", {})
     if load is None:
-        name, words = take(shlex.split(preset, comments=True) + words, "--preset")
-        if name is not None and name not in config_type.PRESETS:
-            raise ValueError(f"--preset must be one of {sorted(config_type.PRESETS)}, got {name}")
-        return read_flags(config_type, words, config_type(**config_type.PRESETS.get(name or "", {})))
+        return read_flags(config_type, words, config_type(**flags))
     saved = _saved_config(load)
     unknown = sorted(set(saved) - {field.name for field in dataclasses.fields(config_type)})
     if unknown:
         raise ValueError(f"{load} has settings that this recipe lacks: {unknown}; use the recipe that wrote it")
     # A loaded run is a starting point, not the same run: its folder is not taken over.
-    saved |= {"out": None, "resume": False}
+    saved |= {"out": None, "resume": False} | flags
     return read_flags(config_type, words, dataclasses.replace(config_type(), **saved))
 
 
