@@ -16,12 +16,13 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -72,6 +73,14 @@ class View:
         return self.size if scale >= 1 else min(self.size, round(self.size * scale / SIZE_STEP) * SIZE_STEP)
 
 
+class JpegView(NamedTuple):
+    """A view that is decoded and cut on the device."""
+
+    file: torch.Tensor  # uint8 [bytes], a JPEG file in RGB or grey
+    box: tuple[int, int, int, int]  # left, top, width, height
+    flip: bool
+
+
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
     """What one rank feeds to one forward."""
@@ -81,6 +90,7 @@ class MicroBatch:
     sample_ids: torch.Tensor  # int64 [B], numbers of the images in their split
     counted: torch.Tensor  # bool [B]; False for an image that only fills a batch of the validation
     corrupt: torch.Tensor  # float scalar, images that could not be decoded and were replaced
+    jpegs: tuple["JpegView", ...] = ()  # instead of pixels, of which there are then none: what the GPU decodes
 
     def pin_memory(self) -> "MicroBatch":
         return replace(
@@ -170,6 +180,31 @@ def training_view(image: Image.Image | np.ndarray, view: View, size: int, number
     return pixels
 
 
+def jpeg_view(data: bytes, view: View, numbers: Sequence[float]) -> JpegView:
+    """The view of one image, for `on_device` to make; images in other formats are encoded again. Raises one of DAMAGE."""
+    image = Image.open(io.BytesIO(data))
+    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        file = io.BytesIO()
+        image.convert("RGB").save(file, "jpeg", quality=95)
+        data = file.getvalue()
+    elif b"\xff\xd9" not in data[-64:]:
+        raise ValueError("the JPEG file is cut off")
+    box = resized_box(*image.size, numbers[BOX:], view.min_scale)
+    return JpegView(torch.frombuffer(bytearray(data), dtype=torch.uint8), box, numbers[FLIP] < 0.5)
+
+
+def on_device(micro: MicroBatch, device: torch.device) -> torch.Tensor:
+    """The pixels of a micro-batch on the device, uint8 [B, 3, S, S]; decodes there what `jpeg_view` made."""
+    if not micro.jpegs:
+        return micro.pixels.to(device, non_blocking=True)
+    side, views = list(micro.pixels.shape[2:]), []
+    decoded = decode_jpeg([jpeg.file for jpeg in micro.jpegs], mode="RGB", device=device)
+    for image, (_, (left, top, width, height), flip) in zip(decoded, micro.jpegs, strict=True):
+        view = F.resized_crop(image, top, left, height, width, side, antialias=True)
+        views.append(F.horizontal_flip(view) if flip else view)
+    return torch.stack(views).contiguous(memory_format=torch.channels_last)
+
+
 @functools.cache
 def _randaugment(magnitude: int) -> v2.RandAugment:
     return v2.RandAugment(num_ops=2, magnitude=magnitude)
@@ -215,6 +250,7 @@ class TrainBatches(Dataset[MicroBatch]):
     micro_batch_size: int
     rank: int
     world_size: int
+    nvjpeg: bool = False
 
     @property
     def accum(self) -> int:
@@ -231,11 +267,11 @@ class TrainBatches(Dataset[MicroBatch]):
             ids_B[here] = image_order(self.seed, epoch, images)[places_B[here] % images]
         numbers_BK = uniforms(self.seed, epochs_B, ids_B, self.view.numbers)
         size, corrupt = self.view.size_at(step, self.steps), 0
-        pixels_BHWC = np.empty((len(ids_B), size, size, 3), np.uint8)
+        views: list[Any] = []
         for row, numbers in enumerate(numbers_BK.tolist()):
             while True:
                 try:
-                    pixels_BHWC[row] = training_view(_read(self.split, int(ids_B[row])), self.view, size, numbers)
+                    views.append(self._view(int(ids_B[row]), size, numbers))
                     break
                 except DAMAGE as error:
                     assert self.split.encoded is not None, error
@@ -244,7 +280,15 @@ class TrainBatches(Dataset[MicroBatch]):
                     if corrupt > images:
                         raise
                     ids_B[row] = (ids_B[row] + 1) % images
-        return _micro_batch(self.split, pixels_BHWC, ids_B, np.ones(len(ids_B), bool), corrupt)
+        none_BHWC = np.empty((0, size, size, 3), np.uint8)
+        pixels_BHWC, jpegs = (none_BHWC, tuple(views)) if self.nvjpeg else (np.stack(views), ())
+        return _micro_batch(self.split, pixels_BHWC, ids_B, np.ones(len(ids_B), bool), corrupt, jpegs)
+
+    def _view(self, index: int, size: int, numbers: Sequence[float]) -> Any:
+        if self.nvjpeg:
+            assert self.split.encoded is not None, "images held decoded are not decoded again"
+            return jpeg_view(self.split.encoded.read(index), self.view, numbers)
+        return training_view(_read(self.split, index), self.view, size, numbers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,7 +332,12 @@ class ValidationBatches(Dataset[MicroBatch]):
 
 
 def _micro_batch(
-    split: Split, pixels_BHWC: np.ndarray, ids_B: np.ndarray, counted_B: np.ndarray, corrupt: int
+    split: Split,
+    pixels_BHWC: np.ndarray,
+    ids_B: np.ndarray,
+    counted_B: np.ndarray,
+    corrupt: int,
+    jpegs: tuple[JpegView, ...] = (),
 ) -> MicroBatch:
     return MicroBatch(
         pixels=torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2),
@@ -296,6 +345,7 @@ def _micro_batch(
         sample_ids=torch.from_numpy(ids_B),
         counted=torch.from_numpy(counted_B),
         corrupt=torch.tensor(float(corrupt)),
+        jpegs=jpegs,
     )
 
 

@@ -81,6 +81,8 @@ class Config(cli.SharedFlags):
     """Data up to this size is held decoded, in files that all ranks of a machine share."""
     workers: int | None = None
     """Processes per rank that decode; default: none for data held decoded, else the rank's share of the cores."""
+    decoder: Literal["cpu", "nvjpeg"] = "cpu"
+    """nvjpeg: the GPU decodes and resizes the training images (torchvision's nvJPEG), workers only read."""
     max_corrupt: float = 0.001
     """Share of the training images that may be unreadable before the run stops."""
     # The authors' released settings for ResNet-50 on ImageNet.
@@ -128,6 +130,11 @@ class Config(cli.SharedFlags):
             "workers",
             self.workers is None or self.workers >= bool(self.randaugment),
             "at least 0 (1 with --randaugment)",
+        )
+
+        nvjpeg_ok = torch.cuda.is_available() and self.crop == "resized" and not self.randaugment
+        self.check(
+            "decoder", self.decoder == "cpu" or nvjpeg_ok, "cpu without a GPU, with --crop padded or --randaugment"
         )
 
     @property
@@ -196,7 +203,9 @@ def train_step(
     engine.seed_step(cfg.seed, step)
     losses = []
     for micro in batch.micro_batches:
-        pixels, targets, corrupt = engine.to_device(micro.pixels, micro.labels, micro.corrupt)
+        with clock.part("data"):
+            pixels = images.on_device(micro, engine.device())
+        targets, corrupt = engine.to_device(micro.labels, micro.corrupt)
         if mix is not None:
             pixels, targets = mix(pixels.float(), targets)
         teacher_logits, kd_loss = None, torch.zeros((), device=engine.device())
@@ -301,7 +310,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
     clock, mix = report.Stopwatch(state["seconds"], compiling=cfg.compile), build_mix(cfg, len(data.classes))
     batches = images.TrainBatches(
         data.train, cfg.view, cfg.steps, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size,
-        engine.rank(), engine.world_size(),
+        engine.rank(), engine.world_size(), nvjpeg=cfg.decoder == "nvjpeg" and data.train.encoded is not None,
     )  # fmt: skip
     ahead = images.steps(batches, first, workers=images.num_workers(cfg.workers, data.train, cfg.randaugment))
     best, corrupt = state["best"], 0

@@ -234,3 +234,23 @@ def test_corrupt_images_are_replaced_in_training_and_left_out_of_validation(fold
     assert sorted(torch.cat([micro.sample_ids for micro in micros]).tolist()) == sorted([*range(3), 4, *range(4, 16)])
     share = images.ValidationBatches(data.validation, 32, 24, 6, 0, 1)
     assert share[0].counted.tolist() == [True] * 4 + [False] + [True]
+
+
+@pytest.mark.parametrize(
+    "device", [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str
+)
+def test_views_decoded_on_the_device_are_near_those_of_the_workers(folder: Path, device: torch.device) -> None:
+    grey = io.BytesIO()
+    Image.open(folder / "train" / "dog" / "0.jpg").convert("L").save(grey, "jpeg")
+    (folder / "train" / "dog" / "0.jpg").write_bytes(grey.getvalue())
+    Image.open(folder / "train" / "dog" / "1.jpg").save(folder / "train" / "dog" / "1.png")
+    (folder / "train" / "dog" / "1.jpg").unlink()
+    (folder / "train" / "dog" / "2.jpg").write_bytes(photo(2)[:-200])
+    data = prepare(str(folder), decoded_gib=0, max_corrupt=1)
+    for number in (0, 1):
+        here = batches(data)[number]
+        there = images.TrainBatches(data.train, images.View(24), 10, 7, 8, 8, 0, 1, nvjpeg=True)[number]
+        assert torch.equal(here.sample_ids, there.sample_ids) and torch.equal(here.corrupt, there.corrupt)
+        pixels_BCHW = images.on_device(there, device)
+        assert pixels_BCHW.dtype == torch.uint8 and pixels_BCHW.is_contiguous(memory_format=torch.channels_last)
+        assert (pixels_BCHW.cpu().float() - here.pixels.float()).abs().mean() < 4
