@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -32,7 +31,8 @@ from kd_core.image_sources import ImageSet as ImageSet
 from kd_core.image_sources import prepare as prepare
 from kd_core.packing import prefetch
 
-SIZE_STEP = 4  # progressive sizes are multiples of it
+# Progressive resizing as in Mosaic ResNet's recipes: fractions of training, and the multiple of all sizes before the last.
+GROW_FROM, GROWN_AT, SIZE_STEP = 0.4, 0.8, 4
 BATCHES_AHEAD = 2  # per worker
 # Of torchvision's RandomResizedCrop.
 RATIOS, ATTEMPTS = (3 / 4, 4 / 3), 10
@@ -49,8 +49,8 @@ class View:
         crop: "resized": a random part of the image, of at least `min_scale` of its area, stretched to S x S
             (Szegedy et al. 2015); "padded": a shift by up to an eighth of the side, black outside (He et al. 2015).
         randaugment: magnitude of RandAugment's two operations in 0 to 30 (Cubuk et al. 2019), 0 for none.
-        initial_scale, delay, finetune: progressive resizing, Composer's: `initial_scale * size` for the first `delay` of
-            training, then growing linearly, and `size` for the last `finetune` of it.
+        initial_scale: progressive resizing, Composer's: `initial_scale * size` for the first GROW_FROM of training, then
+            growing linearly, and `size` from GROWN_AT on.
     """
 
     size: int
@@ -58,8 +58,6 @@ class View:
     min_scale: float = 0.08
     randaugment: int = 0
     initial_scale: float = 1.0
-    delay: float = 0.0
-    finetune: float = 0.0
 
     @property
     def numbers(self) -> int:
@@ -68,7 +66,7 @@ class View:
 
     def size_at(self, step: int, steps: int) -> int:
         """S of a step, a multiple of SIZE_STEP until it has grown to `size`."""
-        grown = (step / steps - self.delay) / max(1e-9, 1 - self.delay - self.finetune)
+        grown = (step / steps - GROW_FROM) / (GROWN_AT - GROW_FROM)
         scale = self.initial_scale + (1 - self.initial_scale) * min(1.0, max(0.0, grown))
         return self.size if scale >= 1 else min(self.size, round(self.size * scale / SIZE_STEP) * SIZE_STEP)
 
@@ -197,6 +195,8 @@ def on_device(micro: MicroBatch, device: torch.device) -> torch.Tensor:
     """The pixels of a micro-batch on the device, uint8 [B, 3, S, S]; decodes there what `jpeg_view` made."""
     if not micro.jpegs:
         return micro.pixels.to(device, non_blocking=True)
+    from torchvision.io import decode_jpeg  # here, because torchvision announces its removal in favour of TorchCodec
+
     side, views = list(micro.pixels.shape[2:]), []
     decoded = decode_jpeg([jpeg.file for jpeg in micro.jpegs], mode="RGB", device=device)
     for image, (_, (left, top, width, height), flip) in zip(decoded, micro.jpegs, strict=True):
@@ -347,6 +347,20 @@ def _micro_batch(
         corrupt=torch.tensor(float(corrupt)),
         jpegs=jpegs,
     )
+
+
+def mix(
+    pixels: torch.Tensor, labels: torch.Tensor, mixup: float, cutmix: float, *, num_classes: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each image of a batch mixed with its neighbour, and the shares of its classes, float [B, C]; torch's generator draws.
+
+    Args:
+        mixup, cutmix: alpha of MixUp (Zhang et al. 2017) and CutMix (Yun et al. 2019), 0 for none; of both, one is drawn.
+            Without either, pixels and labels are returned as they are.
+    """
+    kinds: list[v2.Transform] = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
+    kinds += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
+    return v2.RandomChoice(kinds)(pixels.float(), labels) if kinds else (pixels, labels)
 
 
 def num_workers(asked: int | None, split: Split, randaugment: int = 0) -> int:

@@ -41,18 +41,18 @@ class DecoupledSGD(torch.optim.SGD):
 class Ema:
     """Exponential moving average of a module's parameters and buffers, for evaluation; float32, on every rank.
 
-    Source: Composer's EMA (half-life in batches, an update every few). ZeRO-3 splits the weights, so it has none.
+    Source: Composer's EMA: half-life in steps, an update every fifth of it. ZeRO-3 splits the weights, so it has none.
 
     Args:
         half_life: optimizer steps after which a weight counts half; 0: there is no average, and nothing happens.
-        every: optimizer steps between updates.
     """
 
-    def __init__(self, module: nn.Module, *, half_life: int, every: int) -> None:
+    def __init__(self, module: nn.Module, half_life: int) -> None:
         tensors = module.state_dict(keep_vars=True).values() if half_life else ()
         self._live = [tensor for tensor in tensors if tensor.is_floating_point()]
         self.average = [tensor.detach().float().clone() for tensor in self._live]
-        self._every, self._share = every, 1 - 0.5 ** (every / half_life) if half_life else 0.0
+        self._every = max(1, half_life // 5)
+        self._share = 1 - 0.5 ** (self._every / half_life) if half_life else 0.0
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -207,12 +207,13 @@ def save(folder: str, model: Classifier, state: dict[str, Tensor], classes: Sequ
     """Writes `model.safetensors`, a torchvision state dict, and `config.json`: what the model is, knows and sees.
 
     Args:
-        state: of the network `model.net`.
+        state: of `model`, gathered from the ranks.
         view: `image_size`, the side in pixels that it was trained at, and further facts for the reader.
     """
     config = {**model.net.built_as, "classes": list(classes), "mean": model.mean, "std": model.std, **view}  # type: ignore[dict-item]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, Path(folder) / "model.safetensors")
+    state = {name.removeprefix("net."): tensor.contiguous() for name, tensor in state.items()}
+    save_file(state, Path(folder) / "model.safetensors")
     (Path(folder) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kd_core import engine, images, report, resnets, teachers
-from recipes.resnet_kd import Config, build_optimizer, build_student, train_step
+from kd_core import engine, images, optimizers, report, resnets, teachers
+from recipes.resnet_kd import Config, build_student, train_step
 from tests.benchmarks.bert_step import CUDA, timed
 
 
@@ -54,7 +54,9 @@ class Recipe:
         if cfg.compile:
             model.compile()
         ds_config = engine.load_config(cfg) | {"zero_allow_untested_optimizer": True}
-        self.student = engine.initialize(model, build_optimizer(cfg, model), ds_config)
+        groups = optimizers.decay_groups(model, cfg.weight_decay)
+        optimizer = optimizers.DecoupledSGD(groups, lr=cfg.lr, momentum=cfg.momentum)
+        self.student = engine.initialize(model, optimizer, ds_config)
         self.student.train()
         folder.mkdir()
         (folder / "run.json").write_text("{}")
@@ -63,7 +65,7 @@ class Recipe:
 
     def step(self, batch: images.Step) -> None:
         with self.clock.part("train"):
-            line = train_step(self.cfg, self.student, self.pool, batch, self.count, self.clock, self.stop, None)
+            line = train_step(self.cfg, self.student, self.pool, batch, self.count, self.clock, self.stop)
         self.count += 1
         self.run.log(line, self.clock, write=self.count % self.cfg.log_every == 0)
 

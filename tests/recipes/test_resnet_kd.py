@@ -118,7 +118,7 @@ def test_kill_9_on_two_ranks_then_resume_gives_the_same_trace(
 ) -> None:
     """With everything that has state: batch normalisation on ranks of their own, moving average, teachers' window."""
     flags = ["--teachers", teacher, "--kd-ratio", 0.9, "--kd-stop", 0.5, "--steps", 12, "--micro-batch-size", 4]
-    flags += ["--ema-half-life", 2, "--ema-every", 1, "--mixup", 0.2, "--cutmix", 1, "--label-smoothing", 0.1]
+    flags += ["--ema-half-life", 2, "--mixup", 0.2, "--cutmix", 1, "--label-smoothing", 0.1]
     flags += ["--deepspeed-config", "zero1_bf16.json"]
     train("--out", tmp_path / "whole", *flags, ranks=2)
     two = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", 2, "--master_port", free_port()]

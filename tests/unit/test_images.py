@@ -202,7 +202,7 @@ def test_randaugment_is_reproducible_in_workers(folder: Path) -> None:
 
 
 def test_progressive_sizes() -> None:
-    view = images.View(224, initial_scale=0.5, delay=0.4, finetune=0.2)
+    view = images.View(224, initial_scale=0.5)
     sizes = [view.size_at(step, 100) for step in range(100)]
     assert set(sizes[:41]) == {112} and set(sizes[80:]) == {224}
     assert sizes == sorted(sizes) and all(size % 4 == 0 for size in sizes)

@@ -83,7 +83,7 @@ def test_the_classifier_normalises_and_resizes() -> None:
 
 def test_files_bring_the_network_back(tmp_path: Path) -> None:
     model = resnets.Classifier(resnets.build_net("resnet14", 3, blurpool=True))
-    resnets.save(str(tmp_path), model, model.net.state_dict(), ["a", "b", "c"], image_size=32)
+    resnets.save(str(tmp_path), model, model.state_dict(), ["a", "b", "c"], image_size=32)
     loaded = resnets.load_classifier(str(tmp_path), ("a", "b", "c"), flag="--teachers").eval()
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(loaded(pixels), model.eval()(pixels))
@@ -120,7 +120,7 @@ def test_decoupled_sgd_equals_its_formula() -> None:
 
 def test_the_moving_average_has_its_half_life_and_steps_aside() -> None:
     net = resnets.build_net("resnet8", 4)
-    ema = optimizers.Ema(net, half_life=10, every=5)
+    ema = optimizers.Ema(net, half_life=10)
     start = net.fc.weight.detach().clone()  # type: ignore[union-attr, operator]
     with torch.no_grad():
         net.fc.weight.add_(8.0)  # type: ignore[union-attr, operator]
@@ -129,7 +129,7 @@ def test_the_moving_average_has_its_half_life_and_steps_aside() -> None:
     with ema.applied():
         torch.testing.assert_close(net.fc.weight.detach(), start + 6.0)  # type: ignore[union-attr]
     torch.testing.assert_close(net.fc.weight.detach(), start + 8.0)  # type: ignore[union-attr]
-    none = optimizers.Ema(net, half_life=0, every=5)
+    none = optimizers.Ema(net, half_life=0)
     none.update(5)
     with none.applied():
         assert none.average == []
