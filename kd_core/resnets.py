@@ -158,14 +158,11 @@ class Classifier(nn.Module):
             return self.net(x if self.autocast else x.to(next(self.net.parameters()).dtype))
 
 
-def build_net(
-    name: str, num_classes: int, *, blurpool: bool = False, sync_bn: bool = False, last_bias: float | None = None
-) -> nn.Module:
+def build_net(name: str, num_classes: int, *, blurpool: bool = False, last_bias: float | None = None) -> nn.Module:
     """A randomly initialised network whose residual blocks begin as the identity.
 
     Args:
         name: one of SMALL or LARGE.
-        sync_bn: batch statistics over all ranks.
         last_bias: of the last layer, such as -log C for binary cross-entropy: every class begins at probability 1 / C.
     """
     if name in SMALL:
@@ -178,11 +175,15 @@ def build_net(
         add_blurpool(net)
     if last_bias is not None:
         nn.init.constant_(net.fc.bias, last_bias)
-    for module in net.modules():
-        if isinstance(module, BatchNorm):
-            module.synced = sync_bn
     net.built_as = {"model": name, "blurpool": blurpool}
     return net
+
+
+def synchronize_batch_norm(net: nn.Module) -> None:
+    """From now on batches are normalised over all ranks."""
+    for module in net.modules():
+        if isinstance(module, BatchNorm):
+            module.synced = True
 
 
 def average_batch_norm(net: nn.Module) -> None:

@@ -140,11 +140,15 @@ def build_data(cfg: Config) -> images.ImageSet:
 def build_student(cfg: Config, classes: Sequence[str]) -> resnets.Classifier:
     """A randomly initialised network, or a run's."""
     torch.manual_seed(cfg.seed)
-    if cfg.student not in resnets.NAMES:
-        return resnets.load_classifier(cfg.student, classes, flag="--student", size=0)
-    bias = -math.log(len(classes)) if cfg.loss == "bce" else None
-    net = resnets.build_net(cfg.student, len(classes), blurpool=cfg.blurpool, sync_bn=cfg.sync_bn, last_bias=bias)
-    return resnets.Classifier(net)
+    if cfg.student in resnets.NAMES:
+        bias = -math.log(len(classes)) if cfg.loss == "bce" else None
+        net = resnets.build_net(cfg.student, len(classes), blurpool=cfg.blurpool, last_bias=bias)
+        student = resnets.Classifier(net)
+    else:
+        student = resnets.load_classifier(cfg.student, classes, flag="--student", size=0)
+    if cfg.sync_bn:
+        resnets.synchronize_batch_norm(student)
+    return student
 
 
 def build_teachers(cfg: Config, classes: Sequence[str]) -> teachers.TeacherPool:

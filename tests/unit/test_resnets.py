@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -90,6 +91,42 @@ def test_files_bring_the_network_back(tmp_path: Path) -> None:
     assert loaded.size == 32
     with pytest.raises(ValueError, match="same classes in the same order"):
         resnets.load_classifier(str(tmp_path), ("a", "c", "b"), flag="--teachers")
+
+
+def on_one_of_two_ranks(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    x, gradient = 2 + 3 * torch.randn(8, 6, 5, 5), torch.randn(8, 6, 5, 5)
+    reference, ours = nn.BatchNorm2d(6), resnets.BatchNorm(6)
+    resnets.synchronize_batch_norm(ours)
+    mine = slice(4 * rank, 4 * rank + 4)
+    whole, part = x.clone().requires_grad_(), x[mine].clone().requires_grad_()
+    y = reference(whole)
+    (y * gradient).sum().backward()
+    y_mine = ours(part)
+    (y_mine * gradient[mine]).sum().backward()
+    assert whole.grad is not None and part.grad is not None and ours.weight.grad is not None
+    torch.testing.assert_close(y_mine, y[mine])
+    torch.testing.assert_close(part.grad, whole.grad[mine], rtol=1e-4, atol=1e-5)
+    dist.all_reduce(ours.weight.grad)
+    torch.testing.assert_close(ours.weight.grad, reference.weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.running_mean, reference.running_mean)
+    torch.testing.assert_close(ours.running_var, reference.running_var)
+
+    net = resnets.build_net("resnet8", 10)
+    weights = [parameter.clone() for parameter in net.parameters()]
+    for name, buffer in net.named_buffers():
+        if "running" in name:
+            buffer.fill_(1.0 + 2 * rank)
+    resnets.average_batch_norm(net)
+    assert all((buffer == 2).all() for name, buffer in net.named_buffers() if "running" in name)
+    assert all(torch.equal(a, b) for a, b in zip(weights, net.parameters(), strict=True))
+    dist.destroy_process_group()
+
+
+def test_batch_normalisation_over_ranks(tmp_path: Path) -> None:
+    """Synchronised: values, gradients and running statistics of the whole batch; otherwise the statistics' mean."""
+    torch.multiprocessing.spawn(on_one_of_two_ranks, (str(tmp_path),), nprocs=2)
 
 
 # ----------------------------------------------------------------------------------------------------------- optimizer
