@@ -184,7 +184,7 @@ def check_corrupt(corrupt: int, images: int, max_corrupt: float, source: str) ->
     """Raises ValueError when more than the share `max_corrupt` of the images cannot be decoded."""
     if corrupt > max_corrupt * images:
         raise ValueError(
-            f"--data {source}: {corrupt} of {images} images are corrupt (named above), more than --max-corrupt "
+            f"--data {source}: {corrupt} of {images} images are corrupt, more than --max-corrupt "
             f"{max_corrupt} of them; repair or remove them"
         )
 
@@ -205,8 +205,8 @@ def _find(source: str) -> tuple[str, Callable[[], Opened]]:
                 split = next((split for name in names if (split := named_split(name))), "train")
                 by_split.setdefault(split, []).append(table)
             return _identity(tables), lambda: _list_parquet(by_split, source)
-        opened = _list_folder(path, source)
-        return opened.fingerprint + str(path), lambda: opened
+        opened, changed_ns = _list_folder(path, source)
+        return f"{opened.fingerprint} {path} {changed_ns}", lambda: opened
     if path.exists():
         raise ValueError(f"--data {source}: give a folder, an uncompressed .tar, .parquet, or a hub name")
     if HUB_NAME.fullmatch(source) and not path.parent.is_dir():
@@ -220,14 +220,17 @@ def _identity(paths: Sequence[Path]) -> str:
     return json.dumps([(str(path), stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]])
 
 
-def _list_folder(root: Path, source: str) -> Opened:
-    found = []
+def _list_folder(root: Path, source: str) -> tuple[Opened, int]:
+    """The folder's images, and when the newest of them was written."""
+    found, changed_ns = [], 0
     for folder, _, files in os.walk(root, followlinks=True):
         for file in files:
             if file.lower().endswith(IMAGE_SUFFIXES):
                 path = os.path.join(folder, file)
-                found.append((os.path.relpath(path, root), os.stat(path).st_size, 0))
-    return _layout(str(root), sorted(found), source, in_tar=False)
+                stat = os.stat(path)
+                changed_ns = max(changed_ns, stat.st_mtime_ns)
+                found.append((os.path.relpath(path, root), stat.st_size, 0))
+    return _layout(str(root), sorted(found), source, in_tar=False), changed_ns
 
 
 def _list_tar(path: Path, source: str) -> Opened:

@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from kd_core.hashing import uniforms
-from kd_core.image_sources import DAMAGE, Split, say_corrupt
+from kd_core.image_sources import DAMAGE, Split, decode, say_corrupt
 from kd_core.image_sources import ImageSet as ImageSet
 from kd_core.image_sources import prepare as prepare
 from kd_core.packing import prefetch
@@ -180,7 +180,7 @@ def training_view(image: Image.Image | np.ndarray, view: View, size: int, number
 
 def jpeg_view(data: bytes, view: View, numbers: Sequence[float]) -> JpegView:
     """The view of one image, for `on_device` to make; images in other formats are encoded again. Raises one of DAMAGE."""
-    image = Image.open(io.BytesIO(data))
+    image = decode(data)
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         file = io.BytesIO()
         image.convert("RGB").save(file, "jpeg", quality=95)
@@ -231,7 +231,7 @@ def _read(split: Split, index: int) -> Any:
     if split.pixels is not None:
         return split.pixels[index]
     assert split.encoded is not None
-    return Image.open(io.BytesIO(split.encoded.read(index)))
+    return decode(split.encoded.read(index))
 
 
 @dataclass(frozen=True, eq=False)

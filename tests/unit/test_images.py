@@ -74,6 +74,14 @@ def test_decoded_data_is_kept_once_and_equals_the_files(folder: Path, tmp_path: 
     assert prepare(str(folder), decoded_gib=0, max_corrupt=0).train.pixels is None
 
 
+def test_a_file_replaced_by_one_of_the_same_size_is_decoded_again(folder: Path) -> None:
+    file = folder / "train" / "cat" / "0.jpg"
+    before = prepare(str(folder), decoded_gib=1, max_corrupt=1)
+    file.write_bytes(bytes(file.stat().st_size))
+    after = prepare(str(folder), decoded_gib=1, max_corrupt=1)
+    assert (len(before.train), len(after.train)) == (16, 15)
+
+
 def test_images_of_several_sizes_are_not_held(folder: Path) -> None:
     (folder / "train" / "dog" / "7.jpg").write_bytes(photo(0, 33, 32))
     data = prepare(str(folder), decoded_gib=1, max_corrupt=0)
