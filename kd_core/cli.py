@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -101,6 +101,8 @@ class SharedFlags:
     seed: int = 17
     """Initialisation, data order, masks, dropout and teacher draws."""
 
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # flags by the name that --preset takes
+
     def __post_init__(self) -> None:
         whole = "steps save_every keep eval_every log_every global_batch_size micro_batch_size kd_every draws"
         for name in whole.split():
@@ -152,7 +154,7 @@ def check_flag(flags: Any, name: str, ok: bool, allowed: str) -> None:
 
 
 # Flags that --resume may change: where, how long and how often, never what is computed.
-FREE_ON_RESUME = frozenset({"out", "resume", "max_minutes", "save_every", "keep", "eval_every", "log_every"})
+FREE_ON_RESUME = frozenset({"out", "resume", "max_minutes", "save_every", "keep", "eval_every", "log_every", "workers"})
 
 
 @contextlib.contextmanager
@@ -180,9 +182,10 @@ def one_line_errors() -> Iterator[contextlib.ExitStack]:
 
 
 def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset: str = "") -> ConfigT:
-    """The run's config: dataclass defaults, then a launch file's `preset`, then a saved run, then `typed` flags.
+    """The run's config: defaults, then `--preset NAME`, then a launch file's `preset`, then `typed` flags.
 
-    `--load runs/x/run.json` starts from a saved run's config; so does `--resume`, from the run in `--out`.
+    `--load runs/x/run.json` starts from a saved run's config in place of defaults and launch file; so does `--resume`,
+    from the run in `--out`.
 
     Args:
         config_type: a frozen dataclass whose fields are the flags; a string below a field is its help.
@@ -199,14 +202,18 @@ def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset
     out, _ = take(words, "--out")
     if load is None and out and "--resume" in words and (Path(out) / "run.json").exists():
         load = str(Path(out) / "run.json")
+    name, words = take(shlex.split(preset if load is None else "", comments=True) + words, "--preset")
+    if name is not None and name not in config_type.PRESETS:
+        raise ValueError(f"--preset must be one of {sorted(config_type.PRESETS)}, got {name}")
+    flags = config_type.PRESETS.get(name or "", {})
     if load is None:
-        return _matched(read_flags(config_type, shlex.split(preset, comments=True) + words, config_type()))
+        return _matched(read_flags(config_type, words, config_type(**flags)))
     saved = _saved_config(load)
     unknown = sorted(set(saved) - {field.name for field in dataclasses.fields(config_type)})
     if unknown:
         raise ValueError(f"{load} has settings that this recipe lacks: {unknown}; use the recipe that wrote it")
     # A loaded run is a starting point, not the same run: its folder is not taken over.
-    saved |= {"out": None, "resume": False}
+    saved |= {"out": None, "resume": False} | flags
     return _matched(read_flags(config_type, words, dataclasses.replace(config_type(), **saved)))
 
 

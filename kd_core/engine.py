@@ -343,6 +343,46 @@ def apply_step(engine: Any, loss: float, lr: float) -> float:
     return norm if norm is not None else float(engine.get_global_grad_norm())
 
 
+def finish_step(
+    engine: Any,
+    losses: Sequence[Tensor],
+    sample_ids: Sequence[Tensor],
+    step_tokens: Tensor,
+    *,
+    kd_ratio: float,
+    label_weight: float,
+    lr: float,
+    stop: "StopSignal",
+) -> tuple[dict[str, float], list[float]]:
+    """Sums the losses and the votes to stop over ranks and takes the optimizer step: what follows the last backward.
+
+    Args:
+        losses: by micro-batch, [label_loss, kd_loss, ...] summed over its rows, before weights; what follows is counted.
+        sample_ids: by micro-batch, for the message of a step that is not finite.
+        step_tokens: scalar, supervised rows of the step over all ranks.
+
+    Returns:
+        The step's values for the log; and over all ranks the further sums of `losses`, then `step_tokens`.
+
+    Raises:
+        NonFiniteStepError: as `apply_step`, with the suspect samples.
+    """
+    totals = total(torch.cat([torch.stack(list(losses)).sum(0), stop.votes()]))
+    # The one place of a step where the host waits for the GPU.
+    label_sum, kd_sum, *sums, tokens = torch.cat([totals, step_tokens[None]]).tolist()
+    further = len(sums) - len(stop.REASONS)
+    stop.count(sums[further:])
+    label_loss, kd_loss = label_sum / tokens, kd_sum / tokens
+    loss = label_weight * label_loss + kd_ratio * kd_loss
+    try:
+        grad_norm = apply_step(engine, loss, lr)
+    except NonFiniteStepError as error:
+        error.samples = suspects(sample_ids, losses)
+        raise
+    values = {"loss": loss, "label_loss": label_loss, "kd_loss": kd_loss, "kd_ratio": kd_ratio}
+    return values | {"label_weight": label_weight, "lr": lr, "grad_norm": grad_norm}, [*sums[:further], tokens]
+
+
 def gathered_state_dict(engine: Any) -> dict[str, Tensor]:
     """The module's full state dict on the CPU, in its compute dtype; call on every rank (ZeRO-3 gathers)."""
     if engine.zero_optimization_stage() == 3:

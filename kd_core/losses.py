@@ -44,12 +44,12 @@ def mean_teacher_logits(
 def distillation_sum(
     student_logits_NV: Tensor,
     teacher_logits_NV: Tensor | None,
-    labels_N: Tensor,
+    labels_N: Tensor | None = None,
     *,
     divergence: Divergence,
     kd_weight: float,
-    label_weight: float,
-    row_weight_N: Tensor,
+    label_weight: float = 0.0,
+    row_weight_N: Tensor | None = None,
     temperature: float,
     valid_columns: int | None = None,
     sequence_length: int | None = None,
@@ -75,8 +75,12 @@ def distillation_sum(
         return softmax_kl_sum(student_logits_NV, None, labels_N, **shared)
     if divergence != "mse" and sequence_length is None:
         return softmax_kl_sum(student_logits_NV, teacher_logits_NV, labels_N, kd_weight=kd_weight, **tempered, **shared)
-    loss, _, label_sum = softmax_kl_sum(student_logits_NV, None, labels_N, **shared)
     student_NV, teacher_NV = (logits[:, :valid_columns].float() for logits in (student_logits_NV, teacher_logits_NV))
+    loss = label_sum = student_NV.new_zeros(())
+    if labels_N is not None:
+        loss, _, label_sum = softmax_kl_sum(student_logits_NV, None, labels_N, **shared)
+    if row_weight_N is None:
+        row_weight_N = student_NV.new_ones(len(student_NV))
     if sequence_length is None:
         kd_sum = (row_weight_N * (student_NV - teacher_NV).square().mean(-1)).sum()
     else:

@@ -16,8 +16,8 @@ from filelock import FileLock
 from kd_core import cli, engine, report
 from kd_core.launch import die_with_parent
 
-# What decides how text is read, by student and teacher alike.
-TEXT_FIELDS = ("data", "tokenizer", "vocab_size", "seq_len")
+# What decides how data is read, by student and teacher alike.
+DATA_FIELDS = ("data", "tokenizer", "vocab_size", "seq_len", "decoded_gib", "max_corrupt")
 UNSET = "the preset's own teacher"
 
 
@@ -46,7 +46,10 @@ def launch(
         with cli.one_line_errors():
             preset, typed = cli.take(sys.argv[1:], "--preset")
             if preset not in (None, "node", "small"):
-                raise ValueError(f"--preset must be node or small, got {preset}")
+                if preset not in config_type.PRESETS:
+                    names = ", ".join(["node", "small", *config_type.PRESETS])
+                    raise ValueError(f"--preset must be one of {names}, got {preset}")
+                typed, preset = ["--preset", preset, *typed], None
             if preset is None:
                 preset = "node" if torch.cuda.is_available() else "small"
                 if preset == "small":
@@ -71,7 +74,7 @@ def _say(text: str) -> None:
 
 
 def _teacher_folder(flags: str, cfg: cli.SharedFlags, build_data: Callable[[Any], Any]) -> Path:
-    """A name that follows from the teacher's flags and from the text, tokenizer included."""
+    """A name that follows from the teacher's flags and from the data, tokenizer included."""
     key = repr((shlex.split(flags, comments=True), build_data(cfg).fingerprint))
     return Path("runs/small_teacher") / hashlib.sha256(key.encode()).hexdigest()[:8]
 
@@ -86,8 +89,8 @@ def _train_once(folder: Path, main: Callable[..., int], flags: str, cfg: cli.Sha
             return
         _say(f"the small preset's teacher is not there yet: training it into {folder} (minutes, once)")
         words = [sys.executable, str(sys.modules[main.__module__].__file__), *shlex.split(flags, comments=True)]
-        for field in TEXT_FIELDS:
-            if getattr(cfg, field) is not None:
+        for field in DATA_FIELDS:
+            if getattr(cfg, field, None) is not None:
                 words += ["--" + field.replace("_", "-"), str(getattr(cfg, field))]
         words += ["--out", str(folder)] + (["--resume"] if (folder / "run.json").exists() else [])
         # A run of its own, in a world of one.

@@ -29,7 +29,7 @@ from kd_core.cli import FREE_ON_RESUME, SharedFlags
 if TYPE_CHECKING:
     from kd_core.teachers import TeacherPool
 
-PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers")
+PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers", "torchvision")
 
 
 class Stopwatch:
@@ -331,7 +331,7 @@ class Run:
         """Writes the run's result and closes its files; call on every rank, last. Returns the exit code.
 
         Args:
-            stopped: "finished", "SIGTERM", "SIGINT", "max-minutes" or "non-finite".
+            stopped: "finished", "SIGTERM", "SIGINT", "max-minutes", "non-finite" or "corrupt-images".
         """
         self._teacher_costs()
         if self.writer:
@@ -342,7 +342,7 @@ class Run:
             self.update(result={**(lines[-1] if lines else {}), "stopped": stopped, **fields})
             print(f"{stopped}: {self.folder}", *(f"{k} {v}" for k, v in fields.items()), file=sys.stderr, flush=True)
         engine.leave()
-        return {"SIGINT": 130, "non-finite": 1}.get(stopped, 0)
+        return {"SIGINT": 130, "non-finite": 1, "corrupt-images": 1}.get(stopped, 0)
 
 
 def describe(recipe: str, config: Any) -> dict[str, Any]:

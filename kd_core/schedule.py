@@ -24,11 +24,15 @@ def linear_warmup_decay(step: int, steps: int, *, warmup_fraction: float, floor:
 
 
 def linear_warmup_cosine(step: int, steps: int, *, warmup_fraction: float) -> float:
-    """Learning-rate factor of `step`: linear as `linear_warmup_decay`, then half a cosine to 0 at the last step."""
+    """Learning-rate factor of `step`: linear from 1/warmup to 1, then half a cosine down to 0 after the last step.
+
+    Returns:
+        A factor in (0, 1] of the peak learning rate.
+    """
     warmup = round(warmup_fraction * steps)
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (step + 1 - warmup) / max(1, steps - warmup))
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
 class Distillation(NamedTuple):

@@ -254,7 +254,8 @@ class TeacherPool:
         asked: deque[tuple[Micro, Callable[[], Tensor | None]]] = deque()
         for number, micro in enumerate(micro_batches, 1):
             last = number == len(micro_batches) or len(drawn) == 1
-            moved = micro.to(engine.device())
+            with clock.part("data"):
+                moved = micro.to(engine.device())
             asked.append((moved, self._ask(moved, drawn, temperature, clock, upcoming if last else drawn)))
             if len(asked) > (self._stream is not None):
                 yield asked.popleft()

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from kd_core import c4, documents
+from kd_core.hashing import splitmix64 as _hash
 from kd_core.packing import (
     VALIDATION_ROWS,
     HeldOut,
@@ -331,14 +332,6 @@ def _mask(
 
 def _flat_positions(columns_BK: np.ndarray, T: int) -> np.ndarray:
     return (columns_BK + T * np.arange(len(columns_BK))[:, None]).reshape(-1)
-
-
-def _hash(x: np.ndarray | np.uint64) -> np.ndarray:
-    """splitmix64: one independent-looking 64-bit number for each number. https://prng.di.unimi.it/splitmix64.c"""
-    z = np.atleast_1d(x) + np.uint64(0x9E3779B97F4A7C15)  # of arrays, because numpy warns when a scalar wraps around
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

@@ -5,6 +5,8 @@
 #     ./launch/bench.sh linear [flags]    heads and losses in one against PyTorch (kd_core/kernels/bench_linear.py)
 #     ./launch/bench.sh bert [flags]      the BERT recipe's step against a bare PyTorch loop, ZeRO 0 to 3, with teachers
 #     ./launch/bench.sh glue MODEL FOLDER the GLUE recipe's step against a bare PyTorch loop, and jobs at a time
+#     ./launch/bench.sh resnet [flags]    the same of the ResNet recipe
+#     ./launch/bench.sh images [flags]    the image loader against torchvision's ImageFolder and DataLoader
 set -euo pipefail
 here=$(dirname "$0")
 cd "$here/.."
@@ -14,6 +16,8 @@ case $what in
     linear) module=kd_core.kernels.bench_linear ;;
     bert) module=tests.benchmarks.bert_step ;;
     glue) module=tests.benchmarks.glue_step ;;
-    *) echo "usage: launch/bench.sh kernels|linear|bert|glue [flags]; --help after each lists its flags" >&2; exit 2 ;;
+    resnet) module=tests.benchmarks.resnet_step ;;
+    images) module=tests.benchmarks.image_loader ;;
+    *) echo "usage: launch/bench.sh kernels|linear|bert|glue|resnet|images [flags]; --help after each lists its flags" >&2; exit 2 ;;
 esac
 exec bash launch/env.sh python3 -m "$module" "${@:2}"

@@ -177,30 +177,17 @@ def train_step(
     for loss_sum, kd_loss, label_loss in micro_losses(cfg, student, pool, step, micro_batches, clock, **method):
         engine.backward_token_mean(student, loss_sum, step_tokens)
         losses.append(torch.stack([label_loss, kd_loss]))
-    totals = engine.total(torch.cat([torch.stack(losses).sum(0), stop.votes()]))
-    # The one place of a step where the host waits for the GPU.
-    label_sum, kd_sum, *votes, tokens = torch.cat([totals, step_tokens[None]]).tolist()
-    stop.count(votes)
-    label_loss, kd_loss = label_sum / tokens, kd_sum / tokens
-    loss = now.label_weight * label_loss + now.kd_ratio * kd_loss
-    try:
-        grad_norm = engine.apply_step(student, loss, lr)
-    except engine.NonFiniteStepError as error:
-        error.samples = engine.suspects([micro.sample_ids for micro in batch.micro_batches], losses)
-        raise
+    sample_ids = [micro.sample_ids for micro in batch.micro_batches]
+    values, (tokens,) = engine.finish_step(
+        student, losses, sample_ids, step_tokens, kd_ratio=now.kd_ratio, label_weight=now.label_weight, lr=lr, stop=stop
+    )
     return {
         "step": step + 1,
         "samples": (step + 1) * cfg.global_batch_size,
         "tokens": (step + 1) * cfg.global_batch_size * cfg.seq_len,
         "supervised_tokens": int(tokens),
-        "loss": loss,
-        "label_loss": label_loss,
-        "kd_loss": kd_loss,
-        "kd_ratio": now.kd_ratio,
-        "label_weight": now.label_weight,
+        **values,
         "temperature": now.temperature,
-        "lr": lr,
-        "grad_norm": grad_norm,
         "teacher": pool.drawn_names(cfg, step),
     }
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
-from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
+from tests.conftest import DATA, ROOT, cpu_environment, deepspeed, free_port
 
 RECIPE = ROOT / "recipes" / "bert_kd.py"
 SMALL = (
@@ -138,3 +139,38 @@ def killed_and_resumed(flags: Sequence[object], cache: Path, folder: Path, *kill
         assert resumed.returncode == 0, resumed.stderr[-3000:]
         assert trace(killed) == trace(folder / "whole"), f"killed at step {step}"
     return folder / "whole"
+
+
+class Attempt:
+    """Runs a recipe's `main` in this process with small flags, in `folder`, expecting one line and exit code 2."""
+
+    def __init__(
+        self, main: Callable[..., int], flags: list[object], folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.main, self.flags, self.folder, self.capsys = main, flags, folder, capsys
+
+    def __call__(self, *words: object) -> str:
+        with pytest.raises(SystemExit) as end:
+            self.main([*map(str, self.flags), "--out", "run", *map(str, words)])
+        captured = self.capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert end.value.code == 2, captured.err
+        assert len(lines) == 1, captured.err
+        assert "Traceback" not in captured.err
+        assert not (self.folder / "run").exists(), "a half-made run folder was left"
+        return lines[0]
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """480 training and 120 validation images of CIFAR-10 as JPEG files, <split>/<class>/<number>.jpg."""
+    source = DATA / "cifar10" / "test.parquet"
+    if not source.exists():
+        pytest.skip(f"{source} is absent")
+    root = tmp_path_factory.mktemp("images")
+    table = pyarrow.parquet.read_table(source).slice(0, 600).to_pylist()
+    for number, row in enumerate(table):
+        folder = root / ("train" if number < 480 else "val") / f"class{row['label']}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:04d}.jpg").write_bytes(row["image"]["bytes"])
+    return root

@@ -10,25 +10,7 @@ from typing import Any
 import pytest
 
 from recipes.bert_kd import main
-from tests.recipes.conftest import SMALL
-
-
-class Attempt:
-    """Runs the recipe's `main` in this process with the small flags, in `folder`, expecting one line and code 2."""
-
-    def __init__(self, folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self.data, self.capsys = folder, data, capsys
-
-    def __call__(self, *words: object) -> str:
-        with pytest.raises(SystemExit) as end:
-            main([*SMALL, "--data", str(self.data), "--out", "run", *map(str, words)])
-        captured = self.capsys.readouterr()
-        lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-        assert end.value.code == 2, captured.err
-        assert len(lines) == 1, captured.err
-        assert "Traceback" not in captured.err
-        assert not (self.folder / "run").exists(), "a half-made run folder was left"
-        return lines[0]
+from tests.recipes.conftest import SMALL, Attempt
 
 
 @pytest.fixture
@@ -38,7 +20,7 @@ def attempt(
     monkeypatch.setenv("KD_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    return Attempt(tmp_path, corpus_file, capsys)
+    return Attempt(main, [*SMALL, "--data", corpus_file], tmp_path, capsys)
 
 
 def test_flags(attempt: Attempt) -> None:

@@ -1,9 +1,9 @@
-"""What only a GPU can show of the BERT recipe. Run: ./launch/test.sh -m gpu"""
+"""What only a GPU can show of the recipes. Run: ./launch/test.sh -m gpu"""
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ from kd_core.placement import PinnedTeachers
 from kd_core.report import Stopwatch
 from kd_core.teachers import TeacherPool
 from recipes.bert_kd import MaskedBert
+from tests.conftest import ROOT
 from tests.recipes.conftest import RECIPE, SMALL, metrics, trace
 
 pytestmark = pytest.mark.gpu
 
 
-def train(cache: Path, *words: object) -> None:
+def train(cache: Path, *words: object, recipe: Path = RECIPE, small: Sequence[str] = SMALL) -> None:
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
     env = {name: value for name, value in os.environ.items() if name not in launcher} | {"KD_CACHE": str(cache)}
-    command = [sys.executable, str(RECIPE), *SMALL, *map(str, words)]
+    command = [sys.executable, str(recipe), *small, *map(str, words)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -184,3 +185,28 @@ def test_copies_of_the_next_teacher_overlap_with_computing(student: MaskedBert) 
     assert len(weights) >= 7, "a weight copy a step"
     copied = sum(end - start for start, end in weights)
     assert overlap_us(weights, kernels) > 0.5 * copied
+
+
+RESNET = ROOT / "recipes" / "resnet_kd.py"
+SMALL_RESNET = "--preset cifar --data synthetic --global-batch-size 256 --micro-batch-size 128 --log-every 1".split()
+
+
+@pytest.mark.parametrize("config", ["zero1_bf16.json", "zero2_bf16.json", "zero3_bf16.json"])
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+def test_resnets_distil_in_bf16(config: str, compiled: str, cache: Path, tmp_path: Path) -> None:
+    flags = ["--deepspeed-config", config, compiled, "--steps", 40, "--eval-every", 20, "--teacher-dtype", "bf16"]
+    train(cache, *flags, "--out", tmp_path / "teacher", recipe=RESNET, small=SMALL_RESNET)
+    kd = ["--teachers", tmp_path / "teacher", "--kd-ratio", 0.5, "--kd-stop", 0.5]
+    train(cache, *flags, *kd, "--out", tmp_path / "student", recipe=RESNET, small=SMALL_RESNET)
+    lines = metrics(tmp_path / "student")
+    assert lines[-1]["eval/loss"] < lines[0]["label_loss"]
+    assert 0 < lines[19]["teacher_s"] == pytest.approx(lines[-1]["teacher_s"])
+
+
+def test_nvjpeg_learns_as_the_workers(image_folder: Path, cache: Path, tmp_path: Path) -> None:
+    flags = ["--data", image_folder, "--decoded-gib", 0, "--crop", "resized", "--min-scale", 0.5, "--steps", 20]
+    flags += ["--global-batch-size", 64, "--micro-batch-size", 64, "--deepspeed-config", "zero1_bf16.json"]
+    for decoder in ("cpu", "nvjpeg"):
+        train(cache, *flags, "--decoder", decoder, "--out", tmp_path / decoder, recipe=RESNET, small=SMALL_RESNET)
+    for cpu, gpu in zip(trace(tmp_path / "cpu"), trace(tmp_path / "nvjpeg"), strict=True):
+        assert gpu[1] == pytest.approx(cpu[1], rel=0.1)

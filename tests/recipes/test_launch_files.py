@@ -1,4 +1,4 @@
-"""launch/bert_kd.sh and its twin in every form that they are started in, and the small preset's own teacher."""
+"""The launch files of both recipes in every form that they are started in, and the small preset's own teacher."""
 
 import json
 import os
@@ -55,6 +55,23 @@ def test_the_small_preset_runs_on_two_ranks_as_it_stands(corpus_file: Path, cach
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "runs" / "bert_kd" / "1" / "run.json").read_text())
     assert (record["world_size"], record["result"]["step"]) == (2, 10)
+
+
+def test_the_resnet_files_train_on_two_ranks_and_without_a_teacher(
+    image_folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    short = ["--data", image_folder, "--steps", 2, "--global-batch-size", 16, "--micro-batch-size", 8]
+    done = run("bash", ROOT / "launch" / "resnet50_baseline.sh", *short, "--out", "one", cwd=tmp_path, cache=cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "no GPU here: running the small preset" in done.stderr
+    two = ["deepspeed", "--num_gpus", 2, "--master_port", free_port(), ROOT / "launch" / "resnet50_kd.sh"]
+    done = run(*two, *short, "--teachers", "one", "--out", "two", cwd=tmp_path, cache=cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for folder, ranks, ratio in (("one", 1, 0), ("two", 2, 0.9)):
+        record = json.loads((tmp_path / folder / "run.json").read_text())
+        assert (record["recipe"], record["world_size"]) == ("resnet_kd", ranks)
+        assert (record["config"]["kd_ratio"], record["config"]["student"]) == (ratio, "resnet8")
+    assert not (tmp_path / "runs").exists(), "a teacher was trained although --teachers names one"
 
 
 def test_bad_input_comes_through_the_launcher(tmp_path: Path, cache: Path) -> None:

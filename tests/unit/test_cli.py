@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -85,3 +86,18 @@ def test_what_was_begun_is_undone_on_an_error_only(tmp_path: Path) -> None:
 def test_a_fault_of_ours_keeps_its_traceback() -> None:
     with pytest.raises(AssertionError), cli.one_line_errors():
         raise AssertionError("only we can break this")
+
+
+@dataclasses.dataclass(frozen=True)
+class WithPresets(Config):
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"short": dict(steps=7, seed=3)}
+
+
+def test_a_named_preset_goes_under_the_launch_file_and_typed_flags(tmp_path: Path) -> None:
+    cfg = cli.parse(WithPresets, ["--seed", "4"], preset="--preset short --lr 0.25")
+    assert (cfg.steps, cfg.seed, cfg.lr) == (7, 4, 0.25)
+    (tmp_path / "run.json").write_text(json.dumps({"config": dataclasses.asdict(cfg)}))
+    loaded = cli.parse(WithPresets, ["--load", str(tmp_path / "run.json"), "--preset", "short"])
+    assert (loaded.steps, loaded.seed, loaded.lr) == (7, 3, 0.25)
+    with pytest.raises(ValueError, match=r"--preset must be one of \['short'\], got long"):
+        cli.parse(WithPresets, ["--preset", "long"])

@@ -1,0 +1,74 @@
+"""Losses on labels and the metrics of image classification. Shape letters: B images, C classes."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CALIBRATION_BINS = 15
+NUM_SUMS = 4 + 2 * CALIBRATION_BINS
+
+
+def classification_sums(logits_BC: Tensor, labels_B: Tensor, counted_B: Tensor) -> Tensor:
+    """What adds up over batches and ranks: see `classification_metrics`.
+
+    Args:
+        logits_BC: any float dtype; computed in float32.
+        counted_B: bool; False for an image that only fills a batch.
+
+    Returns:
+        float32 [NUM_SUMS]: loss in nats, top-1 hits, top-5 hits, images; then by bin of the top
+        probability the sums of that probability and of the hits.
+    """
+    logits_BC, weight_B = logits_BC.float(), counted_B.float()
+    loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
+    top_BK = logits_BC.topk(min(5, logits_BC.shape[1])).indices == labels_B[:, None]
+    confidence_B = logits_BC.softmax(-1).amax(-1)
+    bin_B = (confidence_B * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    bins = torch.zeros(2, CALIBRATION_BINS, device=logits_BC.device)
+    bins[0].index_add_(0, bin_B, confidence_B * weight_B)
+    bins[1].index_add_(0, bin_B, top_BK[:, 0] * weight_B)
+    rows = torch.stack([loss_B, top_BK[:, 0].float(), top_BK.any(-1).float(), torch.ones_like(loss_B)])
+    return torch.cat([rows @ weight_B, bins.flatten()])
+
+
+def classification_metrics(sums: Tensor) -> dict[str, float]:
+    """Mean loss (nats), top-1 and top-5 accuracy in [0, 1] and the expected calibration error, from summed sums.
+
+    Source of the last: Guo et al. 2017, arXiv 1706.04599, with 15 bins of equal width.
+    """
+    loss, top1, top5, images, *bins = sums.tolist()
+    gaps = zip(bins[:CALIBRATION_BINS], bins[CALIBRATION_BINS:], strict=True)
+    return {
+        "eval/loss": loss / images,
+        "eval/accuracy": top1 / images,
+        "eval/top5": top5 / images,
+        "eval/calibration_error": math.fsum(abs(confidence - hits) for confidence, hits in gaps) / images,
+    }
+
+
+def label_loss(
+    logits_BC: Tensor, targets: Tensor, *, kind: Literal["ce", "bce"] = "ce", smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy, or the sum over classes of binary cross-entropies, per image.
+
+    Args:
+        logits_BC: any float dtype; computed in float32.
+        targets: int64 [B] classes, or float [B, C] shares of classes, as MixUp and CutMix make them.
+        smoothing: share of the target that is spread evenly over all classes, in [0, 1).
+
+    Returns:
+        float32 [B], nats.
+
+    Source: smoothing Szegedy et al. 2015, arXiv 1512.00567; bce as in Wightman et al. 2021, arXiv 2110.00476, summed over
+    classes as in Composer.
+    """
+    logits_BC = logits_BC.float()
+    if kind == "ce":
+        return F.cross_entropy(logits_BC, targets, reduction="none", label_smoothing=smoothing)
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, logits_BC.shape[1])
+    target_BC = targets * (1 - smoothing) + smoothing / logits_BC.shape[1]
+    return F.binary_cross_entropy_with_logits(logits_BC, target_BC, reduction="none").sum(-1)

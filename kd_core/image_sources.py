@@ -1,0 +1,423 @@
+"""Where images come from: folders, tars, parquet files and hub data sets, with a number for each class.
+
+A source has splits of encoded images. Those that fit into memory are decoded once, into the cache, and memory-mapped: all
+ranks and later runs share them. Splits follow from names, as they do for text: train*, val*, validation*, dev*, test*.
+Without a validation split the test split serves as one (CIFAR has no other); without either, a hash of the image's name
+takes one image in `VALIDATION_ONE_IN`.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from kd_core.documents import HUB_NAME, VALIDATION_ONE_IN, named_split, one_line, require_hub
+from kd_core.packing import build_once, cache_key, cache_root, say, write_json
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+PROBED = 64  # images whose headers say whether all are equally large
+# What Pillow raises on damaged files of its many formats.
+DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+SYNTHETIC_TRAIN, SYNTHETIC_VALIDATION = 2048, 512
+UNFIT = {"bytes": float("inf")}  # images of several sizes are never held decoded
+
+
+class Encoded(Protocol):
+    """Encoded images by number."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+    def read(self, index: int) -> bytes: ...
+
+
+class Files(NamedTuple):
+    """Images below a folder, or at byte offsets of a tar."""
+
+    root: str
+    names: np.ndarray  # bytes [N], relative paths: one array, which forked workers share
+    offsets: np.ndarray | None  # int64 [N, 2], begin and size in the tar `root`
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.names[index])
+
+    def read(self, index: int) -> bytes:
+        if self.offsets is None:
+            return Path(self.root, self.name(index)).read_bytes()
+        begin, size = map(int, self.offsets[index])
+        with open(self.root, "rb") as tar:
+            tar.seek(begin)
+            return tar.read(size)
+
+
+class Table(NamedTuple):
+    """Images in a column of a `datasets` table, which is memory-mapped."""
+
+    rows: Any
+    column: str
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"{self.title}, row {index}"
+
+    def read(self, index: int) -> bytes:
+        cell = self.rows[index][self.column]
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+
+class Subset(NamedTuple):
+    """Some images of a source."""
+
+    whole: Encoded
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        return self.whole.name(int(self.numbers[index]))
+
+    def read(self, index: int) -> bytes:
+        return self.whole.read(int(self.numbers[index]))
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images of one split, encoded or decoded."""
+
+    labels: np.ndarray  # int64 [N]
+    encoded: Encoded | None = None
+    pixels: np.ndarray | None = None  # uint8 [N, H, W, 3]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """A source of images; made by `prepare`."""
+
+    name: str
+    fingerprint: str  # of names, sizes and labels: equal fingerprints give equal batches
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split
+
+    def check_batch(self, global_batch_size: int) -> None:
+        """Raises ValueError when there are fewer training images than one global batch."""
+        if len(self.train) < global_batch_size:
+            raise ValueError(
+                f"--data {self.name} has {len(self.train)} training images, fewer than one batch; --global-batch-size "
+                f"must be at most that, got {global_batch_size}"
+            )
+
+
+def decode(data: bytes) -> Image.Image:
+    """The image, its header read and its pixels not yet. Raises one of DAMAGE."""
+    return Image.open(io.BytesIO(data))
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+class Opened(NamedTuple):
+    """A source that has been listed."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, Split]  # encoded, named as the source names them
+    fingerprint: str  # of names, sizes and labels
+
+
+def prepare(source: str, *, decoded_gib: float, max_corrupt: float, progress: bool = False) -> ImageSet:
+    """Opens a source; if its images are equally large and fit, decodes them into the cache.
+
+    Args:
+        source: a folder `<split>/<class>/<image>` or `<class>/<image>`; an uncompressed .tar of one; a .parquet file or a
+            folder of them, with a column of images and one of labels; a hub name; `synthetic` or
+            `synthetic:CLASSESxSIDE`, noise for measurements.
+        decoded_gib: data sets up to this size, in GiB of pixels, are held decoded.
+        max_corrupt: share of images that may be corrupt; of data held decoded these are named and left out here.
+
+    Raises:
+        FileNotFoundError, ValueError: one line that names the flag and says what to do.
+    """
+    if source.partition(":")[0] == "synthetic":
+        return _synthetic(source)
+    key, listing = _find(source)
+    folder, limit = cache_root() / f"images-{cache_key(key)}", decoded_gib * 2**30
+    opened: Opened | None = None
+    if not folder.is_dir():
+        opened = listed = _with_validation(listing(), source)
+        if _decoded_bytes(listed) <= limit:
+            build_once(folder, lambda new: _decode_all(new, listed, source, max_corrupt, progress))
+    facts: dict[str, Any] = json.loads((folder / "facts.json").read_text()) if folder.is_dir() else UNFIT
+    if facts["bytes"] > limit:
+        opened = opened or _with_validation(listing(), source)
+        return ImageSet(source, opened.fingerprint, opened.classes, opened.splits["train"], opened.splits["validation"])
+    check_corrupt(facts["corrupt"], facts["images"], max_corrupt, source)
+    train, validation = (
+        Split(np.load(folder / f"{name}.labels.npy"), pixels=np.asarray(np.load(folder / f"{name}.npy", mmap_mode="c")))
+        for name in ("train", "validation")
+    )
+    return ImageSet(source, facts["fingerprint"], tuple(facts["classes"]), train, validation)
+
+
+def check_corrupt(corrupt: int, images: int, max_corrupt: float, source: str) -> None:
+    """Raises ValueError when more than the share `max_corrupt` of the images cannot be decoded."""
+    if corrupt > max_corrupt * images:
+        raise ValueError(
+            f"--data {source}: {corrupt} of {images} images are corrupt, more than --max-corrupt "
+            f"{max_corrupt} of them; repair or remove them"
+        )
+
+
+def _find(source: str) -> tuple[str, Callable[[], Opened]]:
+    """What identifies the source without reading it, and how to list it."""
+    path = Path(source).expanduser().absolute()
+    if path.is_file() and path.suffix == ".tar":
+        return _identity([path]), lambda: _list_tar(path, source)
+    if path.is_file() and path.suffix == ".parquet":
+        return _identity([path]), lambda: _list_parquet({"train": [path]}, source)
+    if path.is_dir():
+        tables = sorted(path.rglob("*.parquet"))
+        if tables:
+            by_split: dict[str, list[Path]] = {}
+            for table in tables:
+                names = [table.name, *reversed(table.relative_to(path).parent.parts)]
+                split = next((split for name in names if (split := named_split(name))), "train")
+                by_split.setdefault(split, []).append(table)
+            return _identity(tables), lambda: _list_parquet(by_split, source)
+        opened, changed_ns = _list_folder(path, source)
+        return f"{opened.fingerprint} {path} {changed_ns}", lambda: opened
+    if path.exists():
+        raise ValueError(f"--data {source}: give a folder, an uncompressed .tar, .parquet, or a hub name")
+    if HUB_NAME.fullmatch(source) and not path.parent.is_dir():
+        return f"hub:{source}", lambda: _list_hub(source)
+    raise FileNotFoundError(
+        f"--data {source}: no such file or folder; give a path, a hub name (owner/name), or synthetic"
+    )
+
+
+def _identity(paths: Sequence[Path]) -> str:
+    return json.dumps([(str(path), stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]])
+
+
+def _list_folder(root: Path, source: str) -> tuple[Opened, int]:
+    """The folder's images, and when the newest of them was written."""
+    found, changed_ns = [], 0
+    for folder, _, files in os.walk(root, followlinks=True):
+        for file in files:
+            if file.lower().endswith(IMAGE_SUFFIXES):
+                path = os.path.join(folder, file)
+                stat = os.stat(path)
+                changed_ns = max(changed_ns, stat.st_mtime_ns)
+                found.append((os.path.relpath(path, root), stat.st_size, 0))
+    return _layout(str(root), sorted(found), source, in_tar=False), changed_ns
+
+
+def _list_tar(path: Path, source: str) -> Opened:
+    """Lists a tar once, into the cache: a large one has millions of headers."""
+
+    def index(new: Path) -> None:
+        try:
+            with tarfile.open(path, "r:") as tar:
+                members = [(m.name, m.size, m.offset_data) for m in tar if m.isfile()]
+        except (OSError, tarfile.TarError) as error:
+            raise ValueError(f"--data {source} is no uncompressed tar ({one_line(error)}); unpack it") from error
+        (new / "index.json").write_text(json.dumps(members))
+
+    folder = cache_root() / f"tar-{cache_key(_identity([path]))}"
+    build_once(folder, index)
+    members = [tuple(member) for member in json.loads((folder / "index.json").read_text())]
+    found = sorted(member for member in members if member[0].lower().endswith(IMAGE_SUFFIXES))
+    return _layout(str(path), found, source, in_tar=True)
+
+
+def _layout(root: str, found: list[tuple[Any, ...]], source: str, *, in_tar: bool) -> Opened:
+    """Splits and classes of `(relative path, size, offset)`: a class is the folder of an image, a split one above it."""
+    parents = [Path(name).parent for name, _, _ in found]
+    classes = sorted({parent.name for parent in parents})
+    if len(classes) < 2:
+        raise ValueError(
+            f"--data {source} holds {len(found)} images in {len(classes)} class folders; expected "
+            "train/<class>/<image> and val/<class>/<image>, or <class>/<image>"
+        )
+    number = {name: index for index, name in enumerate(classes)}
+    split_of = {
+        parent: next(filter(None, map(named_split, reversed(parent.parent.parts))), "train") for parent in set(parents)
+    }
+    digest = hashlib.sha256(json.dumps([[name, size] for name, size, _ in found]).encode()).hexdigest()[:16]
+    splits = {}
+    for split in sorted(set(split_of.values())):
+        rows = [row for row, parent in enumerate(parents) if split_of[parent] == split]
+        offsets = np.array([found[row][:0:-1] for row in rows], np.int64) if in_tar else None
+        names = np.array([os.fsencode(found[row][0]) for row in rows])
+        splits[split] = Split(np.array([number[parents[row].name] for row in rows]), Files(root, names, offsets))
+    return Opened(tuple(classes), splits, digest)
+
+
+def _list_parquet(by_split: dict[str, list[Path]], source: str) -> Opened:
+    import datasets
+
+    files = {split: [str(path) for path in paths] for split, paths in by_split.items()}
+    identity = [[split, path.name, path.stat().st_size] for split, paths in sorted(by_split.items()) for path in paths]
+    try:
+        tables = datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache_root() / "arrow"))
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"--data {source} cannot be read as parquet ({one_line(error)})") from error
+    return _tables(tables, source, json.dumps(identity))
+
+
+def _list_hub(source: str) -> Opened:
+    import datasets
+
+    require_hub(f"--data {source} is no local path, and the data set of that name")
+    name, _, config = source.partition(":")
+    try:
+        tables = datasets.load_dataset(name, config or None)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--data {source} cannot be loaded from the hub ({one_line(error)})") from error
+    return _tables(tables, source, json.dumps([source, [[split, len(rows)] for split, rows in tables.items()]]))
+
+
+def _tables(tables: Any, source: str, identity: str) -> Opened:
+    """Splits of a `datasets.DatasetDict` with one column of images and one of labels."""
+    import datasets
+
+    splits: dict[str, Split] = {}
+    features = next(iter(tables.values())).features
+    image = next((name for name, kind in features.items() if isinstance(kind, datasets.Image)), "image")
+    label = next((name for name in ("label", "labels", "fine_label") if name in features), None)
+    if image not in features or label is None:
+        raise ValueError(f"--data {source} has the columns {list(features)}; expected image and label")
+    for title, rows in tables.items():
+        labels = np.asarray(rows.with_format("numpy")[label][:], np.int64)
+        rows = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        splits[named_split(title) or title] = Split(labels, Table(rows, image, f"{source} {title}"))
+    count = max(int(split.labels.max()) for split in splits.values()) + 1
+    classes = getattr(features[label], "names", None) or [str(number) for number in range(count)]
+    digest = hashlib.sha256(identity.encode() + b"".join(split.labels.tobytes() for split in splits.values()))
+    return Opened(tuple(classes), splits, digest.hexdigest()[:16])
+
+
+def _with_validation(opened: Opened, source: str) -> Opened:
+    """The splits "train" and "validation" of a source."""
+    splits = opened.splits
+    if "train" not in splits:
+        raise ValueError(f"--data {source} has only the splits {sorted(splits)}; add a folder or file named train")
+    held_out = next((splits[name] for name in ("validation", "test") if name in splits), None)
+    if held_out is None:
+        train = splits["train"]
+        assert train.encoded is not None
+        digests = (hashlib.sha256(train.encoded.name(index).encode()).digest() for index in range(len(train)))
+        chosen = np.array([int.from_bytes(digest[:8], "little") % VALIDATION_ONE_IN == 0 for digest in digests])
+        parts = (np.flatnonzero(chosen), np.flatnonzero(~chosen))
+        held_out, train = (Split(train.labels[rows], Subset(train.encoded, rows)) for rows in parts)
+        splits = {"train": train}
+    if not len(held_out) or not len(splits["train"]):
+        raise ValueError(
+            f"--data {source} has too few images to keep one in {VALIDATION_ONE_IN} for validation; add val/"
+        )
+    return opened._replace(splits={"train": splits["train"], "validation": held_out})
+
+
+# --- decoded data -----------------------------------------------------------------------------------------------------
+
+
+def _first_size(split: Split) -> tuple[int, int] | None:
+    """Width and height of the first images, if all are alike."""
+    assert split.encoded is not None
+    sizes = set()
+    for index in range(min(PROBED, len(split))):
+        try:
+            sizes.add(decode(split.encoded.read(index)).size)
+        except DAMAGE:
+            continue
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _decoded_bytes(opened: Opened) -> float:
+    """Bytes of all pixels, judging by the first images; infinite if these differ in size."""
+    sizes = {_first_size(split) for split in opened.splits.values()}
+    size = sizes.pop()
+    if sizes or size is None:
+        return float("inf")
+    return float(sum(len(split) for split in opened.splits.values()) * size[0] * size[1] * 3)
+
+
+def _decode_all(folder: Path, opened: Opened, source: str, max_corrupt: float, progress: bool) -> None:
+    """Writes `<split>.npy` and `<split>.labels.npy`, without corrupt images; only a note if sizes differ after all."""
+    images = sum(len(split) for split in opened.splits.values())
+    if progress:
+        say(f"decoding {images} images of {source}, once")
+    digest, corrupt, size = hashlib.sha256(), 0, _first_size(opened.splits["train"])
+    assert size is not None
+    for name, split in opened.splits.items():
+        assert split.encoded is not None
+        pixels = np.lib.format.open_memmap(
+            folder / f"{name}.npy.part", mode="w+", dtype=np.uint8, shape=(len(split), size[1], size[0], 3)
+        )
+        kept: list[int] = []
+        for index in range(len(split)):
+            try:
+                image = decode(split.encoded.read(index)).convert("RGB")
+            except DAMAGE as error:
+                corrupt += 1
+                say_corrupt(split.encoded.name(index), error)
+                check_corrupt(corrupt, images, max_corrupt, source)
+                continue
+            if image.size != size:
+                (folder / f"{name}.npy.part").unlink()
+                return write_json(folder / "facts.json", UNFIT)
+            pixels[len(kept)] = image
+            kept.append(index)
+        labels = split.labels[kept]
+        np.save(folder / f"{name}.npy", pixels[: len(kept)])
+        np.save(folder / f"{name}.labels.npy", labels)
+        (folder / f"{name}.npy.part").unlink()
+        digest.update(pixels[: len(kept)].tobytes() + labels.tobytes())
+    facts = {"bytes": images * size[0] * size[1] * 3, "images": images, "corrupt": corrupt}
+    write_json(folder / "facts.json", facts | {"classes": opened.classes, "fingerprint": digest.hexdigest()[:16]})
+
+
+def say_corrupt(name: str, error: BaseException) -> None:
+    say(f"corrupt image left out: {name} ({one_line(error)})")
+
+
+def _synthetic(source: str) -> ImageSet:
+    """Noise around a random pattern for each class: a source for measurements and smoke tests, not for science."""
+    match = re.fullmatch(r"synthetic(?::(\d+)x(\d+))?", source)
+    if match is None or (match[1] and (int(match[1]) < 2 or int(match[2]) < 8)):
+        raise ValueError(f"--data {source}: expected synthetic or synthetic:CLASSESxSIDE, such as synthetic:1000x224")
+    classes, side = int(match[1] or 10), int(match[2] or 32)
+    generator = np.random.default_rng(0)
+    patterns = (
+        generator.integers(64, 192, (classes, 4, 4, 3), np.uint8).repeat(-(-side // 4), 1).repeat(-(-side // 4), 2)
+    )
+
+    def split(count: int) -> Split:
+        labels = np.arange(count) % classes
+        pixels = generator.integers(0, 64, (count, side, side, 3), np.uint8)
+        return Split(labels, pixels=pixels + patterns[labels, :side, :side])
+
+    return ImageSet(
+        source, source, tuple(map(str, range(classes))), split(SYNTHETIC_TRAIN), split(SYNTHETIC_VALIDATION)
+    )

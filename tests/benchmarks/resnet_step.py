@@ -1,0 +1,144 @@
+"""What a step of the ResNet recipe costs: against a bare PyTorch loop, with teachers, on ZeRO stages; synthetic images.
+
+    ./launch/bench.sh resnet                                                     on a GPU: ResNet-50 at 224, bf16
+    ./launch/bench.sh resnet --student resnet8 --teachers resnet20 --size 32 --classes 10 --micro-batch-size 64   on a CPU
+
+All variants are built in one process and take turns, so that a machine whose speed drifts slows all alike. The bare loop
+is torchvision's reference: its own model, channels last, autocast in bf16 on a GPU and float32 on a CPU, SGD, cross-entropy
+and nothing else. A round times `--steps` steps of each variant; the table gives medians over rounds and ratios within each.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kd_core import engine, images, optimizers, report, resnets, teachers
+from recipes.resnet_kd import Config, build_student, train_step
+from tests.benchmarks.bert_step import CUDA, timed
+
+
+class Bare:
+    """The loop that one writes without this project."""
+
+    def __init__(self, cfg: Config, classes: list[str]) -> None:
+        net: Any = resnets.build_net(cfg.student, len(classes))
+        self.model = resnets.Classifier(net).to(engine.device()).to(memory_format=torch.channels_last).train()
+        if cfg.compile:
+            self.model.compile()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=cfg.lr, momentum=cfg.momentum, weight_decay=5e-5)
+
+    def step(self, batch: images.Step) -> None:
+        for micro in batch.micro_batches:
+            pixels, labels = engine.to_device(micro.pixels, micro.labels)
+            with torch.autocast("cuda", torch.bfloat16, enabled=CUDA):
+                loss = F.cross_entropy(self.model(pixels), labels)
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Recipe:
+    """The recipe's own step with everything around it: normalisation, checks, clock, agreement to stop, log."""
+
+    def __init__(self, cfg: Config, classes: list[str], pool: teachers.TeacherPool, folder: Path) -> None:
+        self.cfg, self.pool = dataclasses.replace(cfg, out=str(folder)), pool
+        model = build_student(cfg, classes)
+        if cfg.compile:
+            model.compile()
+        ds_config = engine.load_config(cfg) | {"zero_allow_untested_optimizer": True}
+        groups = optimizers.decay_groups(model, cfg.weight_decay)
+        optimizer = optimizers.DecoupledSGD(groups, lr=cfg.lr, momentum=cfg.momentum)
+        self.student = engine.initialize(model, optimizer, ds_config)
+        self.student.train()
+        folder.mkdir()
+        (folder / "run.json").write_text("{}")
+        self.run = report.Run(folder, self.cfg)
+        self.clock, self.stop, self.count = report.Stopwatch({}), engine.StopSignal(), 0
+
+    def step(self, batch: images.Step) -> None:
+        with self.clock.part("train"):
+            line = train_step(self.cfg, self.student, self.pool, batch, self.count, self.clock, self.stop)
+        self.count += 1
+        self.run.log(line, self.clock, write=self.count % self.cfg.log_every == 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="resnet50", choices=resnets.NAMES)
+    parser.add_argument("--teachers", nargs="*", default=["resnet50", "resnet101"], choices=resnets.NAMES)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--micro-batch-size", type=int, default=256)
+    parser.add_argument("--stages", nargs="*", default=["zero1", "zero0", "zero2", "zero3"] if CUDA else ["zero0"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=5, help="steps of a variant in a round")
+    args = parser.parse_args()
+
+    root = Path(tempfile.mkdtemp())
+    base = Config(
+        student=args.student,
+        train_size=args.size,
+        crop="padded",
+        lr=0.01,
+        global_batch_size=args.micro_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        compile=CUDA,
+        steps=10**6,
+    )
+    data = engine.join(lambda: images.prepare(f"synthetic:{args.classes}x{args.size}", decoded_gib=2, max_corrupt=0))
+    classes = list(data.classes)
+    batches: Iterator[images.Step] = images.steps(
+        images.TrainBatches(data.train, base.view, 10**6, 0, base.global_batch_size, base.micro_batch_size, 0, 1),
+        0,
+        workers=0,
+    )
+    pools = {}
+    for name in args.teachers:
+        model = resnets.Classifier(resnets.build_net(name, len(classes)), autocast=CUDA).to(engine.device())
+        model = model.to(memory_format=torch.channels_last)
+        pools[name] = teachers.TeacherPool([name], [model], compiled=base.compile)
+    none = teachers.TeacherPool((), ())
+
+    variants: dict[str, Callable[[images.Step], None]] = {"bare loop": Bare(base, classes).step}
+    for stage in args.stages:
+        file = root / f"{stage}.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": int(stage[-1])}, "bf16": {"enabled": CUDA}}))
+        cfg = dataclasses.replace(base, deepspeed_config=str(file))
+        variants[f"recipe, {stage}"] = Recipe(cfg, classes, none, root / stage).step
+        if stage == args.stages[0]:
+            for name, pool in pools.items():
+                distil = dataclasses.replace(cfg, teachers=(name,), kd_ratio=0.9)
+                variants[f"recipe, {stage}, teacher {name}"] = Recipe(distil, classes, pool, root / name).step
+    for name, pool in pools.items():
+
+        def forward(batch: images.Step, pool: teachers.TeacherPool = pool) -> None:
+            for micro in batch.micro_batches:
+                pool.logits((0,), engine.to_device(micro.pixels), 1.0)
+
+        variants[f"teacher {name}, forward alone"] = forward
+
+    for function in variants.values():  # warm up: compile, allocate
+        timed(function, batches, 3)
+    rounds = [
+        {name: timed(function, batches, args.steps) for name, function in variants.items()} for _ in range(args.rounds)
+    ]
+    print(f"\n{args}\n\n| variant | ms/step | images/s | time / bare (min to max) |\n|---|---|---|---|")
+    for name in variants:
+        seconds = statistics.median(r[name] for r in rounds)
+        ratios = sorted(r[name] / r["bare loop"] for r in rounds)
+        spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        print(f"| {name} | {seconds * 1e3:.1f} | {args.micro_batch_size / seconds:.0f} | {spread} |")
+    engine.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    engine.end_process(main)

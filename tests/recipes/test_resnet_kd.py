@@ -1,0 +1,255 @@
+"""The ResNet recipe end to end on the CPU: window, batch normalisation over ranks, exact resume, export, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+
+from kd_core import images, resnets
+from recipes.resnet_kd import main
+from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
+from tests.recipes.conftest import Attempt, metrics, start, trace, wait_for_step
+
+RECIPE = ROOT / "recipes" / "resnet_kd.py"
+SMALL = (
+    "--preset cifar --steps 8 --global-batch-size 16 --micro-batch-size 8 --lr 0.05 --log-every 1 --eval-every 4 "
+    "--save-every 3"
+).split()
+Train = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def train(image_folder: Path, cache: Path) -> Train:
+    """Runs the recipe with the small flags and those given, on `ranks` ranks."""
+
+    def run(*words: object, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+        flags = [*SMALL, "--data", str(image_folder), *map(str, words)]
+        os.environ["KD_CACHE"] = str(cache)
+        if ranks > 1:
+            done = deepspeed(ranks, str(RECIPE), *flags)
+        else:
+            command = [sys.executable, str(RECIPE), *flags]
+            done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=240)
+        assert not check or done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def teacher(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    train("--out", folder, "--student", "resnet14", "--steps", 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distilled(train: Train, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank, the window open for the first half, two teachers."""
+    folder = tmp_path_factory.mktemp("distilled") / "run"
+    train("--out", folder, "--teachers", teacher, teacher / "hf", "--kd-ratio", 0.9, "--kd-stop", 0.5)
+    return folder
+
+
+def evals(folder: Path) -> list[tuple[Any, ...]]:
+    """Every evaluated number of a run, by step."""
+    lines = [line for line in metrics(folder) if "eval/loss" in line]
+    return [tuple(value for name, value in line.items() if name.startswith("eval/")) for line in lines]
+
+
+def test_run_folder_and_window(distilled: Path, teacher: Path) -> None:
+    run = json.loads((distilled / "run.json").read_text())
+    assert (run["recipe"], run["result"]["stopped"]) == ("resnet_kd", "finished")
+    assert [t["name"] for t in run["teachers"]] == [str(teacher), str(teacher / "hf")]
+    final = evals(teacher)[-1]
+    assert tuple(run["teachers"][0].values())[1:] == pytest.approx(final, rel=1e-4)
+    lines = metrics(distilled)
+    needed = "samples loss label_loss kd_loss kd_ratio lr grad_norm teacher train_s teacher_s data_s".split()
+    assert all(set(needed) <= set(line) for line in lines)
+    for line in lines[:4]:
+        assert line["loss"] == pytest.approx(0.1 * line["label_loss"] + 0.9 * line["kd_loss"])
+        assert line["kd_loss"] > 0 and len(line["teacher"]) == 1
+    assert all(line["loss"] == line["label_loss"] and line["teacher"] == [] for line in lines[4:])
+    assert {line["teacher_s"] for line in lines[4:]} == {lines[3]["teacher_s"]}
+
+
+def test_the_export_is_the_student(distilled: Path, image_folder: Path, cache: Path) -> None:
+    os.environ["KD_CACHE"] = str(cache)
+    data = images.prepare(str(image_folder), decoded_gib=2, max_corrupt=0)
+    net, config = resnets.load_net(str(distilled), "--teachers")
+    model = resnets.Classifier(net).eval()
+    correct = loss = 0.0
+    for micro in images.load(images.ValidationBatches(data.validation, 32, 32, 50, 0, 1), range(3), workers=0):
+        with torch.no_grad():
+            logits = model(micro.pixels)
+        loss += float(torch.nn.functional.cross_entropy(logits, micro.labels, reduction="sum"))
+        correct += int((logits.argmax(-1) == micro.labels).sum())
+    last = metrics(distilled)[-1]
+    assert loss / 120 == pytest.approx(last["eval/loss"], rel=1e-5)
+    assert correct / 120 == pytest.approx(last["eval/accuracy"])
+    assert config["classes"] == [f"class{number}" for number in range(10)]
+
+
+def test_a_torchvision_student_exports_a_torchvision_state_dict(train: Train, tmp_path: Path) -> None:
+    flags = ["--student", "resnet18", "--train-size", 48, "--eval-resize", 64, "--eval-size", 48, "--crop", "resized"]
+    train("--out", tmp_path / "run", *flags, "--blurpool", "--steps", 1, "--data", "synthetic:4x64")
+    state = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    torchvision.models.resnet18(num_classes=4).load_state_dict(state)
+
+
+def test_ratio_0_is_bit_identical_to_no_teacher(train: Train, teacher: Path, tmp_path: Path) -> None:
+    train("--out", tmp_path / "without", "--steps", 4)
+    train("--out", tmp_path / "ratio0", "--steps", 4, "--teachers", teacher, "--kd-ratio", 0)
+    assert trace(tmp_path / "without") == trace(tmp_path / "ratio0")
+
+
+def test_kill_9_on_two_ranks_then_resume_gives_the_same_trace(
+    train: Train, teacher: Path, image_folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    """With everything that has state: batch normalisation on ranks of their own, moving average, teachers' window."""
+    flags = ["--teachers", teacher, "--kd-ratio", 0.9, "--kd-stop", 0.5, "--steps", 12, "--micro-batch-size", 4]
+    flags += ["--ema-half-life", 2, "--mixup", 0.2, "--cutmix", 1, "--label-smoothing", 0.1]
+    flags += ["--deepspeed-config", "zero1_bf16.json"]
+    train("--out", tmp_path / "whole", *flags, ranks=2)
+    two = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", 2, "--master_port", free_port()]
+    words = [*SMALL, "--data", image_folder, *flags, "--out", tmp_path / "killed"]
+    process = start(cache, *two, RECIPE, *words)
+    wait_for_step(tmp_path / "killed", 5, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = deepspeed(2, str(RECIPE), "--out", str(tmp_path / "killed"), "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
+    assert evals(tmp_path / "killed") == evals(tmp_path / "whole")
+    assert len(trace(tmp_path / "whole")) == 12
+    for folder in ("hf", "best"):
+        one, other = (load_file(tmp_path / run / folder / "model.safetensors") for run in ("killed", "whole"))
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def losses(folder: Path) -> list[float]:
+    return [line[name] for line in metrics(folder) for name in ("loss", "grad_norm")]
+
+
+@pytest.fixture(scope="module")
+def one_rank(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two micro-batches of 8 a step."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    train("--out", folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_equal_one_on_every_zero_stage(stage: int, train: Train, one_rank: Path, tmp_path: Path) -> None:
+    """With the same micro-batches the weights move alike; only the running statistics of evaluation differ.
+
+    On one rank they take in two micro-batches a step one after the other, on two ranks the mean of both.
+    """
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    train("--out", tmp_path / "two", "--deepspeed-config", config, ranks=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(one_rank), rel=2e-4)
+    assert evals(tmp_path / "two")[-1][0] == pytest.approx(evals(one_rank)[-1][0], rel=0.1)
+
+
+def test_synchronised_batch_normalisation_on_two_ranks_equals_one_rank(train: Train, tmp_path: Path) -> None:
+    """Twice 8 images normalised together are one micro-batch of 16, running statistics included."""
+    train("--out", tmp_path / "one", "--micro-batch-size", 16)
+    train("--out", tmp_path / "two", "--sync-bn", ranks=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert [e[0] for e in evals(tmp_path / "two")] == pytest.approx([e[0] for e in evals(tmp_path / "one")], rel=1e-3)
+
+
+def test_zero_3_in_bf16_on_two_ranks_runs_and_exports(train: Train, tmp_path: Path) -> None:
+    train("--out", tmp_path / "run", "--deepspeed-config", "zero3_bf16.json", "--micro-batch-size", 8, ranks=2)
+    state = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    assert state["conv1.weight"].dtype == torch.bfloat16
+    assert state["bn1.running_mean"].dtype == torch.float32 and state["bn1.running_mean"].abs().max() > 0
+    resnets.build_net("resnet8", 10).load_state_dict(state)
+
+
+def test_corrupt_images_are_named_replaced_and_stop_the_run_above_a_threshold(
+    train: Train, image_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(image_folder, data)
+    damaged = sorted((data / "train").rglob("*.jpg"))[::40]
+    for file in damaged:
+        file.write_bytes(file.read_bytes()[:200])
+    flags = ["--data", data, "--decoded-gib", 0, "--workers", 1, "--steps", 30, "--max-corrupt"]
+    done = train("--out", tmp_path / "run", *flags, 0.5)
+    named = [line for line in done.stderr.splitlines() if "corrupt image" in line]
+    assert {line.split()[4].rstrip("(") for line in named} == {str(file.relative_to(data)) for file in damaged}
+    assert sum(line["corrupt_images"] for line in metrics(tmp_path / "run")) == len(named) == len(damaged)
+    done = train("--out", tmp_path / "stopped", *flags, 0.005, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    result = json.loads((tmp_path / "stopped" / "run.json").read_text())["result"]
+    assert result["stopped"] == "corrupt-images" and "3 images" in result["error"]
+
+
+@pytest.fixture
+def attempt(
+    tmp_path: Path,
+    image_folder: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Attempt:
+    monkeypatch.setenv("KD_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    return Attempt(main, [*SMALL, "--data", image_folder], tmp_path, capsys)
+
+
+def test_bad_flags(attempt: Attempt) -> None:
+    assert "--preset must be one of ['baseline-90', 'cifar', 'mild-36'], got hot" in attempt("--preset", "hot")
+    assert "--eval-size must be at most --eval-resize, 32, got 64" in attempt("--eval-size", 64)
+    assert "--label-smoothing must be in [0, 1)" in attempt("--label-smoothing", 1)
+    assert "--workers must be at least 0 (1 with --randaugment)" in attempt("--randaugment", 9, "--workers", 0)
+    assert "--global-batch-size must be at most" in attempt("--global-batch-size", 1024)
+    message = attempt("--ema-half-life", 2, "--deepspeed-config", "zero3_bf16.json")
+    assert "--ema-half-life must be 0 with ZeRO stage 3" in message
+    assert "--student resnet9 is no folder" in attempt("--student", "resnet9")
+
+
+def test_bad_data(attempt: Attempt, image_folder: Path, tmp_path: Path) -> None:
+    assert "no such file or folder" in attempt("--data", "./nowhere")
+    assert "synthetic:CLASSESxSIDE" in attempt("--data", "synthetic:10")
+    (tmp_path / "empty").mkdir()
+    assert "0 images in 0 class folders" in attempt("--data", tmp_path / "empty")
+    broken = tmp_path / "broken.tar"
+    broken.write_bytes(b"no tar" * 1000)
+    assert "is no uncompressed tar" in attempt("--data", broken)
+    table = tmp_path / "table.parquet"
+    table.write_bytes(b"no table")
+    assert "cannot be read as parquet" in attempt("--data", table)
+    data = tmp_path / "images"
+    shutil.copytree(image_folder, data)
+    for file in (data / "train").rglob("*1.jpg"):
+        file.write_bytes(b"")
+    assert "images are corrupt" in attempt("--data", data)
+
+
+def test_bad_teachers(attempt: Attempt, teacher: Path, tmp_path: Path) -> None:
+    kd = ("--kd-ratio", 0.5, "--teachers")
+    assert "no model of torchvision" in attempt(*kd, "resnet51")
+    assert "has the weights" in attempt(*kd, "resnet50:IMAGENET1K_V9")
+    assert "knows the 1000 classes of ImageNet, the data has 10" in attempt(*kd, "resnet50")
+    assert "no model folder there" in attempt(*kd, "./nowhere")
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher / "hf", broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert f"{broken} cannot be loaded" in attempt(*kd, broken)
+    other = attempt(*kd, teacher, "--data", "synthetic")
+    assert "was trained on 10 classes (class0, ...), the data has 10 (0, ...)" in other

@@ -1,0 +1,264 @@
+"""Images: sources and their splits, views as pure functions, batches over ranks, corrupt files."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from kd_core import images
+from kd_core.hashing import uniforms
+from kd_core.image_sources import prepare
+from tests.conftest import DATA
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
+
+
+def photo(seed: int, width: int = 40, height: int = 32) -> bytes:
+    """A smooth random JPEG."""
+    small = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(file, "jpeg", quality=95)
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two splits of two classes, 8 and 3 images each."""
+    for split, count in (("train", 8), ("val", 3)):
+        for label, name in enumerate(("cat", "dog")):
+            target = tmp_path / "data" / split / name
+            target.mkdir(parents=True)
+            for number in range(count):
+                (target / f"{number}.jpg").write_bytes(photo(100 * label + number + 50 * (split == "val")))
+    return tmp_path / "data"
+
+
+def batches(data: images.ImageSet, *, rank: int = 0, world_size: int = 1, micro: int = 8, **view: Any) -> Any:
+    return images.TrainBatches(data.train, images.View(**{"size": 24} | view), 10, 7, 8, micro, rank, world_size)
+
+
+def pixels(source: Any, numbers: Any) -> torch.Tensor:
+    return torch.cat([source[number].pixels for number in numbers])
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def test_a_folder_and_a_tar_of_it_hold_the_same_images(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(folder, "data")
+    one, other = (prepare(str(path), decoded_gib=0, max_corrupt=0) for path in (folder, tmp_path / "data.tar"))
+    for data in (one, other):
+        assert data.classes == ("cat", "dog")
+        assert (len(data.train), len(data.validation)) == (16, 6)
+        assert data.train.labels.tolist() == [0] * 8 + [1] * 8
+    assert torch.equal(pixels(batches(one), range(4)), pixels(batches(other), range(4)))
+
+
+def test_decoded_data_is_kept_once_and_equals_the_files(folder: Path, tmp_path: Path) -> None:
+    held = prepare(str(folder), decoded_gib=1, max_corrupt=0)
+    assert held.train.pixels is not None and held.train.pixels.shape == (16, 32, 40, 3)
+    first = Image.open(folder / "train" / "cat" / "0.jpg").convert("RGB")
+    assert np.array_equal(held.train.pixels[0], np.asarray(first))
+    again = prepare(str(folder), decoded_gib=1, max_corrupt=0)
+    assert again.fingerprint == held.fingerprint
+    assert prepare(str(folder), decoded_gib=0, max_corrupt=0).train.pixels is None
+
+
+def test_a_file_replaced_by_one_of_the_same_size_is_decoded_again(folder: Path) -> None:
+    file = folder / "train" / "cat" / "0.jpg"
+    before = prepare(str(folder), decoded_gib=1, max_corrupt=1)
+    file.write_bytes(bytes(file.stat().st_size))
+    after = prepare(str(folder), decoded_gib=1, max_corrupt=1)
+    assert (len(before.train), len(after.train)) == (16, 15)
+
+
+def test_images_of_several_sizes_are_not_held(folder: Path) -> None:
+    (folder / "train" / "dog" / "7.jpg").write_bytes(photo(0, 33, 32))
+    data = prepare(str(folder), decoded_gib=1, max_corrupt=0)
+    assert data.train.pixels is None
+    assert pixels(batches(data), range(4)).shape == (32, 3, 24, 24)
+
+
+def test_without_a_validation_split_a_hash_of_the_name_decides(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(60):
+            (tmp_path / "data" / name / f"{number}.jpg").write_bytes(photo(number))
+    data = prepare(str(tmp_path / "data"), decoded_gib=0, max_corrupt=0)
+    assert len(data.train) + len(data.validation) == 120
+    assert 0 < len(data.validation) < 12
+    names = {split.encoded.name(i) for split in (data.train, data.validation) for i in range(len(split))}  # type: ignore[union-attr]
+    assert len(names) == 120
+
+
+def test_parquet_with_a_test_split_only(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    for split, count in (("train", 6), ("test", 4)):
+        rows = {"img": [{"bytes": photo(i), "path": None} for i in range(count)], "label": [0, 1] * (count // 2)}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "tables" / f"{split}-0.parquet")
+    data = prepare(str(tmp_path / "tables"), decoded_gib=1, max_corrupt=0)
+    assert data.classes == ("cat", "dog")
+    assert (len(data.train), len(data.validation)) == (6, 4)
+    expected = np.asarray(Image.open(io.BytesIO(photo(5))).convert("RGB"))
+    assert data.train.pixels is not None and np.array_equal(data.train.pixels[5], expected)
+
+
+def test_corrupt_images_are_left_out_of_held_data_up_to_a_share(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "train" / "cat" / "3.jpg").write_bytes(photo(3)[:100])
+    with pytest.raises(ValueError, match="1 of 22 images are corrupt"):
+        prepare(str(folder), decoded_gib=1, max_corrupt=0.01)
+    data = prepare(str(folder), decoded_gib=1, max_corrupt=0.1)
+    assert len(data.train) == 15 and data.train.labels.tolist() == [0] * 7 + [1] * 8
+    assert "train/cat/3.jpg" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="1 of 22 images are corrupt"):
+        prepare(str(folder), decoded_gib=1, max_corrupt=0)
+
+
+@pytest.mark.parametrize("name", ["imagenette224/imagenette224_subset.tar", "cifar10"])
+def test_real_data(name: str) -> None:
+    if not (DATA / name).exists():
+        pytest.skip(f"{DATA / name} is absent")
+    data = prepare(str(DATA / name), decoded_gib=0, max_corrupt=0)
+    assert len(data.classes) == 10
+    assert (len(data.train), len(data.validation)) == ((3000, 1000) if "nette" in name else (50_000, 10_000))
+    assert np.bincount(data.validation.labels).tolist() == [len(data.validation) // 10] * 10
+    micro = images.TrainBatches(data.train, images.View(32), 10, 0, 16, 16, 0, 1)[3]
+    assert micro.pixels.is_contiguous(memory_format=torch.channels_last)
+    assert 60 < micro.pixels.float().mean() < 180
+
+
+# --------------------------------------------------------------------------------------------------------------- views
+
+
+def test_views_are_a_function_of_seed_epoch_and_image(folder: Path) -> None:
+    data = prepare(str(folder), decoded_gib=1, max_corrupt=0)
+    whole = pixels(batches(data), range(6))
+    halves = [pixels(batches(data, rank=rank, world_size=2, micro=2), range(4, 6)) for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), whole[16:24])
+    assert not torch.equal(whole[:16].sort(0).values, whole[16:32].sort(0).values), "every epoch shows other views"
+    workers = images.load(batches(data), range(2, 4), workers=2)
+    assert torch.equal(torch.cat([micro.pixels for micro in workers]), whole[16:32])
+
+
+def test_every_epoch_visits_every_image_once(folder: Path) -> None:
+    source = batches(prepare(str(folder), decoded_gib=1, max_corrupt=0))
+    ids = torch.cat([source[number].sample_ids for number in range(6)]).view(3, 16)
+    assert all(epoch.sort().values.tolist() == list(range(16)) for epoch in ids)
+    assert not torch.equal(ids[0], ids[1])
+
+
+def test_random_boxes_are_distributed_as_torchvisions() -> None:
+    numbers = uniforms(0, np.zeros(4000, int), np.arange(4000), 40)
+    ours = np.array([images.resized_box(60, 40, row, 0.08) for row in numbers.tolist()])
+    image = torch.zeros(3, 40, 60)
+    torch.manual_seed(0)
+    crop = v2.RandomResizedCrop(8)
+    drawn = [crop.make_params([image]) for _ in range(4000)]
+    theirs = np.array([[box["left"], box["top"], box["width"], box["height"]] for box in drawn])
+    assert np.allclose(ours.mean(0), theirs.mean(0), rtol=0.05, atol=0.3)
+    assert np.allclose(ours.std(0), theirs.std(0), rtol=0.05)
+    assert (ours[:, 0] + ours[:, 2]).max() == 60 and (ours[:, 1] + ours[:, 3]).max() == 40
+
+
+def test_a_wide_image_falls_back_to_its_centre() -> None:
+    left, top, width, height = images.resized_box(1000, 10, [0.99, 0.5, 0.5, 0.5] * 10, 0.9)
+    assert (top, height) == (0, 10) and width == 13 and left == (1000 - 13) // 2
+
+
+def test_the_shift_moves_by_up_to_an_eighth_and_fills_with_black() -> None:
+    image = np.full((16, 16, 3), 9, np.uint8)
+    assert np.array_equal(images.shift(image, 0.5, 0.5), image)
+    corner = images.shift(image, 0.0, 0.999)
+    assert (corner[:14, 2:] == 9).all() and (corner[14:] == 0).all() and (corner[:, :2] == 0).all()
+
+
+def test_the_coarse_decoding_of_a_large_jpeg_is_near_the_whole_one() -> None:
+    data, view = photo(1, 800, 600), images.View(64, min_scale=0.5)
+    numbers = uniforms(3, np.zeros(1, int), np.arange(1), view.numbers)[0].tolist()
+    coarse = images.training_view(Image.open(io.BytesIO(data)), view, 64, numbers)
+    whole = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.abs(coarse.astype(int) - images.training_view(whole, view, 64, numbers).astype(int)).mean() < 3
+
+
+def test_the_validation_view_is_torchvisions() -> None:
+    whole = np.array(Image.open(io.BytesIO(photo(1, 80, 60))).convert("RGB"))
+    reference = v2.Compose([v2.ToImage(), v2.Resize(48, antialias=True), v2.CenterCrop(40)])(whole)
+    assert np.array_equal(images.validation_view(whole, 48, 40), reference.permute(1, 2, 0).numpy())
+
+
+def test_randaugment_is_reproducible_in_workers(folder: Path) -> None:
+    data = prepare(str(folder), decoded_gib=1, max_corrupt=0)
+    one, other = (
+        torch.cat([m.pixels for m in images.load(batches(data, randaugment=9), range(2), workers=n)]) for n in (1, 2)
+    )
+    assert torch.equal(one, other)
+    assert not torch.equal(one, pixels(batches(data), range(2)))
+
+
+def test_progressive_sizes() -> None:
+    view = images.View(224, initial_scale=0.5)
+    sizes = [view.size_at(step, 100) for step in range(100)]
+    assert set(sizes[:41]) == {112} and set(sizes[80:]) == {224}
+    assert sizes == sorted(sizes) and all(size % 4 == 0 for size in sizes)
+    assert {images.View(30).size_at(step, 10) for step in range(10)} == {30}
+
+
+# ---------------------------------------------------------------------------------------------------------- validation
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_validation_counts_every_image_once(folder: Path, world_size: int) -> None:
+    data = prepare(str(folder), decoded_gib=1, max_corrupt=0)
+    seen, lengths = [], set()
+    for rank in range(world_size):
+        share = images.ValidationBatches(data.validation, 32, 24, 2, rank, world_size)
+        lengths.add(len(share))
+        for micro in images.load(share, range(len(share)), workers=0):
+            seen += micro.sample_ids[micro.counted].tolist()
+    assert sorted(seen) == list(range(6))
+    assert len(lengths) == 1
+
+
+def test_corrupt_images_are_replaced_in_training_and_left_out_of_validation(folder: Path) -> None:
+    for name in ("train/cat/3.jpg", "val/dog/1.jpg"):
+        (folder / name).write_bytes(b"damaged")
+    data = prepare(str(folder), decoded_gib=0, max_corrupt=0.5)
+    micros = [batches(data)[number] for number in range(2)]
+    assert sum(float(micro.corrupt) for micro in micros) == 1
+    assert sorted(torch.cat([micro.sample_ids for micro in micros]).tolist()) == sorted([*range(3), 4, *range(4, 16)])
+    share = images.ValidationBatches(data.validation, 32, 24, 6, 0, 1)
+    assert share[0].counted.tolist() == [True] * 4 + [False] + [True]
+
+
+@pytest.mark.parametrize(
+    "device", [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str
+)
+def test_views_decoded_on_the_device_are_near_those_of_the_workers(folder: Path, device: torch.device) -> None:
+    grey = io.BytesIO()
+    Image.open(folder / "train" / "dog" / "0.jpg").convert("L").save(grey, "jpeg")
+    (folder / "train" / "dog" / "0.jpg").write_bytes(grey.getvalue())
+    Image.open(folder / "train" / "dog" / "1.jpg").save(folder / "train" / "dog" / "1.png")
+    (folder / "train" / "dog" / "1.jpg").unlink()
+    (folder / "train" / "dog" / "2.jpg").write_bytes(photo(2)[:-200])
+    data = prepare(str(folder), decoded_gib=0, max_corrupt=1)
+    for number in (0, 1):
+        here = batches(data)[number]
+        there = images.TrainBatches(data.train, images.View(24), 10, 7, 8, 8, 0, 1, nvjpeg=True)[number]
+        assert torch.equal(here.sample_ids, there.sample_ids) and torch.equal(here.corrupt, there.corrupt)
+        pixels_BCHW = images.on_device(there, device)
+        assert pixels_BCHW.dtype == torch.uint8 and pixels_BCHW.is_contiguous(memory_format=torch.channels_last)
+        assert (pixels_BCHW.cpu().float() - here.pixels.float()).abs().mean() < 4
