@@ -4,6 +4,7 @@ DeepSpeed is imported inside functions: bad input is refused before those second
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -68,6 +69,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@functools.cache  # asked often in a step; on a CPU, torch looks for the driver's libraries each time
 def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
