@@ -105,14 +105,16 @@ def build_pool(sizes: list[str], cfg: Config, vocab_size: int, dtype: torch.dtyp
     return teachers.TeacherPool(sizes, models, columns=vocab_size, compiled=cfg.compile)
 
 
-def timed(function: Callable[[text.Step], None], batches: Iterator[text.Step], steps: int) -> float:
-    """Seconds a step."""
+def timed(
+    function: Callable[[text.Step], None], batches: Iterator[text.Step], steps: int, now: Callable[[], float]
+) -> float:
+    """Seconds a step, by the clock `now`."""
     synchronize()
-    began = time.perf_counter()
+    began = now()
     for _ in range(steps):
         function(next(batches))
     synchronize()
-    return (time.perf_counter() - began) / steps
+    return (now() - began) / steps
 
 
 def main() -> int:
@@ -128,8 +130,10 @@ def main() -> int:
     parser.add_argument("--stages", nargs="*", default=["zero1", "zero0", "zero2", "zero3"] if CUDA else ["zero0"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="steps of a variant in a round")
+    parser.add_argument("--cpu-seconds", action="store_true", help="of this process, not of the clock: on a busy CPU")
     parser.add_argument("--out", type=Path, help="append one JSON line")
     args = parser.parse_args()
+    now = time.process_time if args.cpu_seconds else time.perf_counter
 
     dtype = torch.bfloat16 if CUDA else torch.float32
     root = Path(tempfile.mkdtemp())
@@ -198,11 +202,12 @@ def main() -> int:
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        timed(function, batches, 3)
+        timed(function, batches, 3, now)
         peak[name] = (torch.cuda.max_memory_allocated() - before) / 2**30 if CUDA else float("nan")
     gc.collect()
     rounds = [
-        {name: timed(function, batches, args.steps) for name, function in variants.items()} for _ in range(args.rounds)
+        {name: timed(function, batches, args.steps, now) for name, function in variants.items()}
+        for _ in range(args.rounds)
     ]
     peak_tflops = matmul_peak_tflops(8192 if CUDA else 2048)
     flops = step_flops(base, len(corpus.tokenizer)) * args.micro_batch_size
