@@ -82,8 +82,8 @@ def _evaluated(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]
     points.append(end | {"step": steps})
     quality = np.array([point[metric] for point in points], dtype=float)
     spent = np.array([_spent(point) for point in points], dtype=float)
-    if not np.isfinite(quality).all() or not (spent[:, 0] > 0).all():
-        raise ValueError(f"{folder} has a {metric} or train_s that is no number; leave it out")
+    if not np.isfinite(quality).all() or not (spent[:, :2] > 0).all():
+        raise ValueError(f"{folder} has a {metric} that is no number, or a train_s or step not above 0; leave it out")
     inside = [line.get("kd_ratio", 0) > 0 for line in lines]
     closes = 1 + max((i for i, within in enumerate(inside) if within), default=len(lines))
     told = "kd_ratio" in config or any("kd_ratio" in line for line in lines)

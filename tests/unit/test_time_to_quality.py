@@ -434,6 +434,8 @@ def test_a_hundred_runs_of_a_thousand_lines_take_under_five_seconds(tmp_path: Pa
         ({"record": {"result": {}}}, "has not finished"),
         ({"result": {"stopped": "max-minutes"}}, "has not finished"),
         ({"result": {"eval/loss": math.nan}}, "is no number"),
+        ({"result": {"train_s": None}}, "train_s or step not above 0"),
+        ({"record": {"config": {"steps": 0}}}, "train_s or step not above 0"),
         ({"record": {"config": []}}, "b is no run of this project, or damaged"),
         ({"record": {"config": None}}, "b is no run of this project, or damaged"),
         ({"record": {"result": "x"}}, "b is no run of this project, or damaged"),
