@@ -291,6 +291,14 @@ def test_what_the_command_line_gets_wrong_is_one_line(folder: Folder) -> None:
     assert folder.run("--job", "x") == (2, ["error: argument --jobs: invalid int value: 'x' (--help lists all flags)"])
 
 
+def test_why_a_resumed_run_ended_is_what_it_said_last(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.folder)
+    run = study.design(study.read_study(folder.write()), folder.out)[0]
+    folder.out.mkdir()
+    run.log.write_bytes(b"error: the disk is full\n" + study.RESUMED + b"half a line")
+    assert study.why_ended(run, 1) == f"half a line ({run.log})"
+
+
 def test_a_folder_that_holds_something_else_is_refused(folder: Folder) -> None:
     folder.out.mkdir()
     (folder.out / "thesis.tex").touch()
