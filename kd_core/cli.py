@@ -1,5 +1,6 @@
 """Command line: a frozen dataclass becomes flags, and what a user got wrong becomes one line and exit code 2."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 import tyro
 
@@ -179,6 +180,13 @@ def one_line_errors() -> Iterator[contextlib.ExitStack]:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         undo.pop_all()
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse for commands that take more than flags: what it refuses is a ValueError, one line without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists all flags)")
 
 
 def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset: str = "") -> ConfigT:

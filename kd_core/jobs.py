@@ -25,6 +25,7 @@ from tqdm import tqdm
 from kd_core.cli import FREE_ON_RESUME
 from kd_core.launch import SECONDS_TO_SAVE, die_with_parent
 
+RESUMED = b"--- resumed\n"  # in a job's log, before what it says then
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -57,8 +58,13 @@ def check_unchanged(job: Job, config: dict[str, Any], *, recipe: str, ranks: int
     file = job.folder / "run.json"
     if not file.exists():
         return
-    there = json.loads(file.read_text())
-    before = {"recipe": there["recipe"], "ranks": there["world_size"]} | there["config"]
+    try:
+        there = json.loads(file.read_text())
+        before = {"recipe": there["recipe"], "ranks": there["world_size"]} | there["config"]
+        finished(job)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} is no run's, or damaged ({what}); remove that folder") from None
     for name, value in json.loads(json.dumps({"recipe": recipe, "ranks": ranks} | config)).items():
         if name not in FREE_ON_RESUME and before.get(name) != value:
             raise ValueError(
@@ -133,7 +139,10 @@ def start(job: Job, place: dict[str, str], lock: int) -> subprocess.Popen[bytes]
     if not resume:
         shutil.rmtree(job.folder, ignore_errors=True)  # killed, perhaps before it had claimed the folder
     job.folder.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("wb") as log:
+    with job.log.open("ab" if resume else "wb") as log:
+        if resume:
+            log.write(RESUMED)
+            log.flush()
         return subprocess.Popen(
             [*job.command, *["--resume"] * resume],
             env=place,
@@ -165,7 +174,8 @@ def why_ended(job: Job, code: int) -> str:
     """What a job that did not finish says about it: its error line, else its last one."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name} ({job.log})"
-    lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
+    last = job.log.read_bytes().rpartition(RESUMED)[2].decode(errors="replace")
+    lines = [line for line in last.splitlines() if line.strip()] or ["no output"]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return f"{(errors or lines)[-1]} ({job.log})"
 

@@ -32,7 +32,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,15 @@ from safetensors import safe_open
 
 from kd_core import cli, report
 from kd_core.samplers import Sampler
+from kd_core.time_to_quality import METHOD, OF_A_RUN, OPTIMIZER
 
-# What must be equal for the step times of two runs to describe one step; the rest of a config does not cost time.
-SAME_STEP = ("student", "seq_len", "global_batch_size", "micro_batch_size", "deepspeed_config", "compile")
+# What may differ between runs whose step times describe one step: it costs no time, or time in the teacher alone.
+FREE = OF_A_RUN | METHOD | (OPTIMIZER - {"dropout"})
+OF_TEACHERS = {"teachers", "teacher_dtype"}
+NEEDED = ("micro_batch_size", "global_batch_size", "steps", "kd_ratio", "kd_start", "kd_stop", "sampler", "teachers")
+LOGGED = ("step", "train_s", "teacher_s", "teacher")
+# An interval of the log in which the student takes this many times its median is a stall, not a step's cost.
+STALL = 2
 
 
 @dataclass(frozen=True)
@@ -100,22 +106,36 @@ class Plan:
 
 def check(plan: Plan) -> None:
     """Raises ValueError naming the flag, what is allowed and what was given."""
-    nodes_whole = all(n <= plan.gpus_per_node or n % plan.gpus_per_node == 0 for n in (*plan.gpus, plan.measured_gpus))
+
+    def fills_nodes(gpus: int) -> bool:
+        return gpus >= 1 and (gpus <= plan.gpus_per_node or gpus % max(1, plan.gpus_per_node) == 0)
+
+    def within(value: float, low: float = 0.0) -> bool:
+        return low <= value < math.inf
+
+    whole = f"each at least 1 and, above --gpus-per-node {plan.gpus_per_node}, a multiple of it"
     checks = {
-        "student_step_ms": (plan.student_step_ms > 0, "above 0; or name --measured runs"),
-        "teacher_forward_ms": (min(plan.teacher_forward_ms, default=0) >= 0, "at least 0"),
-        "measured_gpus": (plan.measured_gpus >= 1, "at least 1"),
+        "gpus_per_node": (plan.gpus_per_node >= 1, "at least 1"),
+        "student_step_ms": (0 < plan.student_step_ms < math.inf, "a finite number above 0; or name --measured runs"),
+        "teacher_forward_ms": (all(map(within, plan.teacher_forward_ms)), "finite numbers, at least 0"),
+        "measured_gpus": (fills_nodes(plan.measured_gpus), whole.removeprefix("each ")),
         "measured_batch_size": (plan.measured_batch_size >= 1, "at least 1; or name --measured runs"),
+        "micro_batch_size": (plan.micro_batch_size >= 1, "at least 1"),
+        "global_batch_size": (plan.global_batch_size >= 1, "at least 1"),
         "steps": (plan.steps >= 1, "at least 1"),
         "kd_stop": (0 <= plan.kd_start <= plan.kd_stop <= 1, f"in [--kd-start, 1] = [{plan.kd_start}, 1]"),
         "kd_every": (plan.kd_every >= 1, "at least 1"),
         "draws": (plan.draws >= 1, "at least 1"),
-        "gpus_per_node": (plan.gpus_per_node >= 1 and nodes_whole, "such that every number of --gpus fills its nodes"),
-        "gpus": (min(plan.gpus, default=0) >= 1, "one or more numbers, each at least 1"),
-        "parameters": (plan.parameters >= 1 or max(plan.gpus, default=0) == 1, "at least 1 for more than one GPU"),
-        "intra_node_gb_per_s": (plan.intra_node_gb_per_s > 0, "above 0"),
-        "inter_node_gb_per_s": (plan.inter_node_gb_per_s > 0, "above 0"),
-        "latency_us": (plan.latency_us >= 0, "at least 0"),
+        "gpus": (bool(plan.gpus) and all(map(fills_nodes, plan.gpus)), f"one or more numbers, {whole}"),
+        "parameters": (
+            within(plan.parameters, 0 if max(plan.gpus, default=0) == 1 else 1),
+            "at least 1 for more than one GPU",
+        ),
+        "bytes_per_gradient": (plan.bytes_per_gradient >= 1, "at least 1"),
+        "intra_node_gb_per_s": (0 < plan.intra_node_gb_per_s < math.inf, "a finite number above 0"),
+        "inter_node_gb_per_s": (0 < plan.inter_node_gb_per_s < math.inf, "a finite number above 0"),
+        "latency_us": (within(plan.latency_us), "a finite number, at least 0"),
+        "dollars_per_gpu_hour": (within(plan.dollars_per_gpu_hour or 0.0), "a finite number, at least 0"),
         "overlap": (0 <= plan.overlap <= 1, "in [0, 1]"),
     }
     for name, (ok, allowed) in checks.items():
@@ -188,52 +208,73 @@ def predict(plan: Plan, gpus: int) -> dict[str, float]:
 
 
 def measure(folders: Sequence[Path]) -> dict[str, Any]:
-    """Fields of a `Plan` from runs of one kind of step, with a teacher or without: medians over the log's intervals.
+    """Fields of a `Plan` from runs of one kind of step, with a teacher or without: means over the log's intervals.
 
-    The time up to the first line of the log is left out: it holds what is slow once.
+    The time up to the first line of the log is left out, as it holds what is slow once, and so are stalls.
 
     Raises:
         FileNotFoundError: no run there.
-        ValueError: the runs' steps are not alike, or their logs have fewer than two lines.
+        ValueError: a run is damaged, the runs' steps are not alike, or their logs have fewer than two lines.
     """
-    runs = [_load(folder) for folder in folders]
-    kinds = [{name: run["config"].get(name) for name in SAME_STEP} | {"GPUs": run["world_size"]} for run in runs]
-    for folder, kind in zip(folders, kinds, strict=True):
-        for name, value in kind.items():
-            if value != kinds[0][name]:
-                raise ValueError(f"--measured {folder} has {name} {value}, {folders[0]} has {kinds[0][name]}")
-    student_s, forward_s = [], []
-    for run, folder in zip(runs, folders, strict=True):
-        lines = report.read_metrics(folder)
-        ranks = run["world_size"] if run["config"].get("sampler") == "per_rank" else 1  # the log names all ranks' draws
+    runs = {folder: _load(folder) for folder in folders}
+    _refuse_unlike({folder: fields for folder, (fields, _) in runs.items()}, FREE)
+    distilled = {folder: fields for folder, (fields, _) in runs.items() if fields["kd_ratio"]}
+    _refuse_unlike(distilled, FREE - OF_TEACHERS)
+    # Steps, seconds of the student, seconds of the teachers, their forwards where both ends are within the window.
+    intervals = []
+    for run, lines in runs.values():
+        # Of `per_rank` the log names the draws of all ranks.
+        share = 1 / run.get("kd_every", 1) / (run["GPUs"] if run["sampler"] == "per_rank" else 1)
         for before, line in itertools.pairwise(lines):
-            train_s, teacher_s = (
-                (line[part] - before[part]) / (line["step"] - before["step"]) for part in ("train_s", "teacher_s")
-            )
-            student_s.append(train_s - teacher_s)
-            if before["teacher"] and line["teacher"]:
-                forward_s.append(teacher_s * ranks / len(line["teacher"]))
-    if not student_s:
+            steps, train_s, teacher_s = (line[part] - before[part] for part in ("step", "train_s", "teacher_s"))
+            forwards = steps * share * len(line["teacher"]) if before["teacher"] else 0
+            intervals.append((steps, train_s - teacher_s, teacher_s, forwards))
+    if not intervals:
         raise ValueError(f"--measured {folders[0]} has fewer than two lines in its log; choose a smaller --log-every")
-    distilled = next((run["config"] for run in runs if run["config"]["kd_ratio"]), None)
-    config = distilled or runs[0]["config"]
-    fields = {name: config[name] for name in ("micro_batch_size", "global_batch_size", "steps", "kd_start", "kd_stop")}
+    usual_s = statistics.median(student_s / steps for steps, student_s, *_ in intervals)
+    calm = [interval for interval in intervals if interval[1] <= STALL * usual_s * interval[0]]
+    forwards_s = [(teacher_s, forwards) for *_, teacher_s, forwards in calm if forwards]
+    config = next(iter(distilled.values()), runs[folders[0]][0])
+    fields = {name: config[name] for name in NEEDED if name not in ("kd_ratio", "teachers")}
     return fields | {
-        "student_step_ms": 1000 * statistics.median(student_s),
-        "teacher_forward_ms": (1000 * statistics.median(forward_s),) * len(config["teachers"]) if forward_s else (),
-        "measured_gpus": runs[0]["world_size"],
-        "measured_batch_size": config["global_batch_size"],
-        "parameters": next((count for count in map(_parameters, folders) if count), 0.0),
-        "sampler": config["sampler"],
+        "student_step_ms": 1000 * sum(interval[1] for interval in calm) / sum(interval[0] for interval in calm),
+        "teacher_forward_ms": (1000 * sum(s for s, _ in forwards_s) / sum(n for _, n in forwards_s),)
+        * len(config["teachers"])
+        if forwards_s
+        else (),
         "kd_every": config.get("kd_every", 1),
         "draws": config.get("draws", 1),
+        "measured_gpus": config["GPUs"],
+        "measured_batch_size": config["global_batch_size"],
+        "parameters": next((count for count in map(_parameters, folders) if count), 0.0),
     }
 
 
-def _load(folder: Path) -> dict[str, Any]:
-    if not (folder / "run.json").exists():
-        raise FileNotFoundError(f"--measured {folder} holds no run (no run.json)")
-    return dict(json.loads((folder / "run.json").read_text()))
+def _refuse_unlike(runs: dict[Path, dict[str, Any]], free: Collection[str]) -> None:
+    for folder, run in runs.items():
+        first, model = next(iter(runs.items()))
+        for name in sorted((run.keys() | model.keys()) - set(free)):
+            if run.get(name) != model.get(name):
+                raise ValueError(
+                    f"--measured {folder} has {name} {run.get(name)}, {first} has {model.get(name)}; "
+                    "name runs that differ in the teacher's part of the step at most"
+                )
+
+
+def _load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A run's config, with `GPUs` and `hardware` besides, and the lines of its log."""
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        fields = record["config"] | {"GPUs": record["world_size"], "hardware": record.get("hardware")}
+        lines = [{name: line[name] for name in LOGGED} for line in report.read_metrics(folder)]
+        return fields | {name: fields[name] for name in NEEDED}, lines
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--measured {folder} holds no run (no {Path(error.filename).name})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"--measured {folder} is no run of this project, or damaged ({what}); give its times as flags"
+        ) from None
 
 
 def _parameters(folder: Path) -> float:
@@ -249,7 +290,7 @@ def table(plan: Plan, rows: Sequence[dict[str, float]]) -> str:
     """The rows as a markdown table, and below it what they rest on."""
 
     def short(*values: float) -> str:
-        return ", ".join(f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values)
+        return ", ".join(f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}" for value in values)
 
     columns: dict[str, Callable[[dict[str, float]], str]] = {
         "GPUs": lambda row: f"{row['gpus']}" + "*" * (row["samples_per_gpu"] < plan.micro_batch_size),

@@ -3,11 +3,14 @@
     tradeoff    Each arm has runs of several lengths, the schedule scaled to each. A length is a point: mean quality at
                 the end, mean log seconds. Between lengths log seconds are a monotone cubic of quality: for a loss that
                 falls as 1 / sqrt(seconds), lengths a factor two apart, it is within 1 % (chords are 3 % too slow).
-    learning    The first crossing of the target within runs of one length. Between two evaluations seconds are linear
-                in quality. The learning rate is still high there; that flatters the arm earlier in its schedule.
+    learning    The first crossing of the target within runs of one length, at the evaluations that the runs of both
+                arms share. Between two of them seconds are linear in quality, which is late where a curve bends; arms
+                evaluated at different steps would be late by different amounts. The learning rate is still high there;
+                that flatters the arm earlier in its schedule.
 
 Both curves are made to fall by averaging neighbours that are out of order, in quality as in seconds (isotonic
-regression); a curve that falls by itself passes unchanged. Nothing is extrapolated.
+regression); a curve that never rises passes unchanged, and a quality that it holds for a while is reached when it first
+has it. Nothing is extrapolated.
 
 The interval is Student's t on the difference of mean log seconds, paired by seed where both arms have the same seeds,
 Welch's otherwise. How far a run of the tradeoff curve moves its arm's log seconds at the target follows from the
@@ -18,9 +21,10 @@ Source: tradeoff curves with rescaled schedules as in MosaicML's Composer (arXiv
 1984, SIAM J. Sci. Stat. Comput. 5(2); the estimator is ours.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,7 @@ class Run:
         spent: [E, 6], what it had cost by then: train_s, step, samples, teacher_s, data_s, seconds of other parts; nan
             where the run does not say.
         window_s: training seconds when the distillation window closed; None when it did not.
+        distils: whether a teacher took part.
     """
 
     folder: Path
@@ -49,6 +54,7 @@ class Run:
     quality: np.ndarray
     spent: np.ndarray
     window_s: float | None
+    distils: bool = False
 
     @property
     def length(self) -> int:
@@ -72,7 +78,10 @@ class Reached:
 
 @dataclass(frozen=True)
 class Curve:
-    """An arm by one method, from the easiest to the hardest quality within its reach; `at` is defined between them."""
+    """An arm by one method, from the easiest to the hardest quality within its reach; `at` is defined between them.
+
+    The hardest is easier than the easiest where the arm's runs share no quality: nothing is in reach.
+    """
 
     easiest: float
     hardest: float
@@ -85,7 +94,7 @@ def log_costs(spent: np.ndarray) -> np.ndarray:
 
 
 def falling_blocks(quality: np.ndarray) -> np.ndarray:
-    """Bounds [K + 1] of the blocks of `quality` [E], up to its best value, whose means fall strictly.
+    """Bounds [K + 1] of the blocks of `quality` [E], up to its best value, whose means never rise.
 
     Isotonic regression by pooling adjacent violators. What follows the best value is left out, so that overfitting
     later does not undo what a run has reached.
@@ -93,7 +102,7 @@ def falling_blocks(quality: np.ndarray) -> np.ndarray:
     blocks: list[tuple[float, int]] = []
     for value in quality[: int(quality.argmin()) + 1].tolist():
         mean, size = value, 1
-        while blocks and blocks[-1][0] <= mean:
+        while blocks and blocks[-1][0] < mean:
             before, count = blocks.pop()
             mean, size = (before * count + mean * size) / (count + size), count + size
         blocks.append((mean, size))
@@ -106,6 +115,13 @@ def block_means(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     return np.add.reduceat(values[: bounds[-1]], bounds[:-1]) / sizes
 
 
+def at_shared_evaluations(runs: Sequence[Run]) -> list[Run]:
+    """`runs` with only those of their evaluations that lie at a fraction of the run at which all have one."""
+    fractions = [run.spent[:, 1] / run.length for run in runs]
+    kept = [np.isin(own, functools.reduce(np.intersect1d, fractions)) for own in fractions]
+    return [replace(run, quality=run.quality[at], spent=run.spent[at]) for run, at in zip(runs, kept, strict=True)]
+
+
 def learning_curve(runs: Sequence[Run]) -> Curve:
     """First crossings within runs of one length; each of them reaches the curve's hardest quality."""
     smooth = {}
@@ -115,6 +131,7 @@ def learning_curve(runs: Sequence[Run]) -> Curve:
 
     def at(target: float) -> Reached:
         crossed = {
+            # Among equal knots np.interp takes the last, here the earliest.
             seed: log_costs(np.array([np.interp(target, knots, column) for column in spent.T]))
             for seed, (knots, spent) in smooth.items()
         }
@@ -147,17 +164,27 @@ def tradeoff_curve(runs: Sequence[Run]) -> Curve | None:
         return Reached(costs(middle, target), by_seed)
 
     knots = block_means(middle[:, 0], falling_blocks(middle[:, 0]))
-    return Curve(float(knots[0]), float(knots[-1]), at) if len(knots) > 1 else None
+    return Curve(float(knots[0]), float(knots[-1]), at) if knots[0] > knots[-1] else None
 
 
 def gradient(function: Callable[[np.ndarray], float], at: np.ndarray) -> np.ndarray:
-    """Derivative of `function` in each element of `at`, by central differences."""
-    steps = 1e-6 * np.eye(at.size).reshape(at.size, *at.shape)
-    return np.reshape([(function(at + step) - function(at - step)) / 2e-6 for step in steps], at.shape)
+    """Derivative of `function` in each element of `at` [K, C], by central differences of a millionth of its column."""
+    spans = np.ptp(at, axis=0)
+    sizes = 1e-6 * np.broadcast_to(np.where(spans > 0, spans, 1), at.shape)
+    steps = np.diag(sizes.ravel()).reshape(at.size, *at.shape)
+    return np.reshape([function(at + step) - function(at - step) for step in steps], at.shape) / (2 * sizes)
 
 
 def monotone_cubic(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
-    """[C]: at `at`, the cubics (PCHIP) through y [K, C] over rising x [K], which rise and fall only where y does."""
+    """[C]: at `at`, the cubics (PCHIP) through y [K, C] over rising x [K], which rise and fall only where y does.
+
+    Where x repeats, y jumps: the cubics end there and begin anew, and `at` that x the last y counts.
+    """
+    pieces = np.split(np.arange(len(x)), np.flatnonzero(np.diff(x) == 0) + 1)
+    piece = [piece for piece in pieces if x[piece[0]] <= at or piece[0] == 0][-1]
+    x, y = x[piece], y[piece]
+    if len(x) == 1:
+        return y[0]
     gaps = np.diff(x)[:, None]
     rates = np.diff(y, axis=0) / gaps
     slopes = np.concatenate([rates[:1], rates])

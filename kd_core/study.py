@@ -2,7 +2,7 @@
 
     bash launch/study.sh STUDY.json [--out DIR] [--jobs N]      (the same: python -m kd_core.study)
 
-A study file, of which the last four entries may be left out:
+A study file, of which the entries from `flags` on may be left out:
 
     {
       "recipe": "recipes/bert_kd.py",
@@ -13,31 +13,36 @@ A study file, of which the last four entries may be left out:
       "flags": "--student tiny --data embedded",
       "teacher": "--student mini --steps 300",
       "metric": "eval/loss",
+      "lower_is_better": true,
+      "may_differ": [],
       "ranks": 1
     }
 
 An arm is the flags that it adds to `flags`; `lengths` are --steps; `teacher`, flags over `flags` too, is trained first and
-named {teacher} in the arms; `ranks` is the number of processes (GPUs) of one run. Runs lie in DIR/<arm>/<steps>/<seed>,
+named {teacher} in the arms; `metric`, `lower_is_better` (for a metric that the report does not know) and `may_differ` are
+the report's flags; `ranks` is the number of processes (GPUs) of one run. Runs lie in DIR/<arm>/<steps>/<seed>,
 their output beside them in <seed>.log, the reports of each arm against `baseline` in DIR/report/<arm>.
 
 The same call continues a study that was stopped or killed. What has finished is kept, so arms, lengths and seeds can be
 added; a flag that would alter a run already begun is refused.
 """
 
-import argparse
 import dataclasses
 import json
 import re
 import runpy
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_core import cli, jobs, report, time_to_quality
+import numpy as np
+
+from kd_core import cli, jobs, quality_curves, report, time_to_quality
 
 TEACHER, REPORT = "teacher", "report"  # folders of the study beside those of the arms
+NO_ARM = (TEACHER, f"{TEACHER}.log", REPORT, "study.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Study:
     flags: str = ""
     teacher: str | None = None
     metric: str = "eval/loss"
+    lower_is_better: bool | None = None
+    may_differ: Sequence[str] = ()
     ranks: int = 1
 
     def __post_init__(self) -> None:
@@ -59,20 +66,29 @@ class Study:
             whole = isinstance(values, list) and all(type(value) is int and value >= least for value in values)
             return whole and 0 < len(values) == len(set(values))
 
+        def are_flags(text: Any) -> bool:
+            try:
+                return isinstance(text, str) and shlex.split(text) is not None
+            except ValueError:  # a quote that does not close
+                return False
+
         arms = self.arms if isinstance(self.arms, dict) else {}
         arms_ok = len(arms) > 1 and all(
-            isinstance(flags, str) and re.fullmatch(r"\w[\w.+-]*", name) and name not in (TEACHER, REPORT)
+            are_flags(flags) and re.fullmatch(r"\w[\w.+-]*", name) and name not in NO_ARM
             for name, flags in arms.items()
         )
+        fields_ok = isinstance(self.may_differ, Sequence) and all(isinstance(name, str) for name in self.may_differ)
         checks = {
             "recipe": (isinstance(self.recipe, str), "the file of a recipe"),
-            "arms": (arms_ok, f"two or more names (not {TEACHER} or {REPORT}), each with its flags as one text"),
+            "arms": (arms_ok, f"two or more names (not {' or '.join(NO_ARM)}), each with its flags as one text"),
             "baseline": (self.baseline in list(arms), f"one of the arms {list(arms)}"),
             "lengths": (different(self.lengths, 1), "a list of different numbers of steps"),
             "seeds": (different(self.seeds, 0), "a list of different seeds"),
-            "flags": (isinstance(self.flags, str), "flags as one text"),
-            "teacher": (isinstance(self.teacher, str | None), "flags as one text"),
+            "flags": (are_flags(self.flags), "flags as one text, its quotes closed"),
+            "teacher": (self.teacher is None or are_flags(self.teacher), "flags as one text, its quotes closed"),
             "metric": (isinstance(self.metric, str), "the name of an evaluation metric, such as eval/loss"),
+            "lower_is_better": (isinstance(self.lower_is_better, bool | None), "true or false"),
+            "may_differ": (not isinstance(self.may_differ, str) and fields_ok, "a list of fields of the runs' config"),
             "ranks": (type(self.ranks) is int and self.ranks > 0, "a number of processes, at least 1"),
         }
         for name, (ok, allowed) in checks.items():
@@ -131,8 +147,10 @@ def design(study: Study, out: Path) -> list[Run]:
 
     Raises:
         FileNotFoundError: the recipe does not exist.
-        ValueError: a flag that the recipe refuses or the study sets, or {teacher} without the entry "teacher".
+        ValueError: a flag that the recipe refuses or the study sets, {teacher} without the entry "teacher", or runs of
+            which the report could say nothing: arms that cannot be compared, an unknown metric.
     """
+    time_to_quality.direction(study.metric, study.lower_is_better)
     root = Path(__file__).resolve().parents[1]
     recipe = next((path for path in (Path(study.recipe), root / study.recipe) if path.is_file()), None)
     if recipe is None:
@@ -162,7 +180,16 @@ def design(study: Study, out: Path) -> list[Run]:
             raise ValueError(f'arm "{arm}": {error}') from None
 
     teacher = [run(TEACHER, study.teacher)] if study.teacher is not None else []
-    return teacher + [arm_run(*point) for point in interleaved(study)]
+    runs = [arm_run(*point) for point in interleaved(study)]
+
+    def planned(arm: str) -> list[quality_curves.Run]:
+        own = ((run.folder, dataclasses.asdict(run.config)) for run in runs if run.arm == arm)
+        return [quality_curves.Run(*pair, np.empty(0), np.empty((0, 6)), window_s=None) for pair in own]
+
+    for arm in study.arms:
+        if arm != study.baseline:
+            time_to_quality.refuse_unlike(planned(study.baseline), planned(arm), study.may_differ)
+    return teacher + runs
 
 
 def summary(run: Run, metric: str) -> str:
@@ -175,12 +202,12 @@ def summary(run: Run, metric: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kd_core.study", description=__doc__.split("\n")[0])
+    parser = cli.OneLineParser(prog="python -m kd_core.study", description=__doc__.split("\n")[0])
     parser.add_argument("study", type=Path, metavar="STUDY.json", help="what to run; see the top of kd_core/study.py")
     parser.add_argument("--out", type=Path, help="folder of the study; default runs/study/<name of the file>")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, or one without a GPU")
-    args = parser.parse_args()
     with cli.one_line_errors():
+        args = parser.parse_args()
         study = read_study(args.study)
         out = (args.out or Path("runs/study") / args.study.stem).resolve()
         runs, at_once = design(study, out), jobs.places(args.jobs, study.ranks)
@@ -196,7 +223,13 @@ def main() -> None:
             for arm in study.arms:
                 if arm != study.baseline:
                     pair = ([run.folder for run in runs if run.arm == name] for name in (study.baseline, arm))
-                    time_to_quality.report(*pair, metric=study.metric, out=out / REPORT / arm)
+                    time_to_quality.report(
+                        *pair,
+                        metric=study.metric,
+                        lower_is_better=study.lower_is_better,
+                        may_differ=study.may_differ,
+                        out=out / REPORT / arm,
+                    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ For several target qualities: seconds, steps and samples of both arms, the speed
 the time went, what the teachers' training cost apart, and a verdict. kd_core/quality_curves.py says how it is measured.
 """
 
-import argparse
 import json
 import math
 import os
@@ -18,22 +17,36 @@ import numpy as np
 
 from kd_core import cli, time_to_quality_report
 from kd_core.cli import CACHE_PREFIX
-from kd_core.quality_curves import CONFIDENCE, Curve, Reached, Run, learning_curve, log_interval, tradeoff_curve
+from kd_core.quality_curves import (
+    CONFIDENCE,
+    Curve,
+    Reached,
+    Run,
+    at_shared_evaluations,
+    learning_curve,
+    log_interval,
+    tradeoff_curve,
+)
 
 LOWER_IS_BETTER = dict.fromkeys(("eval/loss", "eval/perplexity", "eval/ece"), True)
 LOWER_IS_BETTER |= dict.fromkeys(("eval/accuracy", "eval/top1", "eval/top5", "glue/average"), False)
 ARMS = ("baseline", "against")
 
-# Fields of `config` in which any two runs may differ, and those in which arms may besides: the method and the optimizer
-# (the report names them). In all others runs must be alike, so that a new recipe's fields are compared without being
-# listed here.
+# Fields of `config` in which any two runs may differ, and those in which arms may besides: the method, the optimizer and
+# the way of computing (the report names them). In all others runs must be alike, so that a new recipe's fields are
+# compared without being listed here.
 BOOKKEEPING = cli.FREE_ON_RESUME | {"seed", "steps"}
 OF_A_RUN = BOOKKEEPING | {"teachers"}
-OF_AN_ARM = OF_A_RUN | {"kd_ratio", "temperature", "kd_start", "kd_stop", "label_weight_outside", "sampler"}
-OF_AN_ARM |= {"divergence", "softmax_axis", "teacher_dtype", "lr", "warmup_fraction", "clip", "weight_decay", "dropout"}
-OF_AN_ARM |= {"kd_ratio_stop", "temperature_stop", "kd_ramp", "kd_every", "draws", "teacher_weights", "ensemble"}
-OF_AN_ARM |= {"teacher_placement", "teacher_deepspeed_config", "teacher_ahead"}
-OF_AN_ARM |= {"micro_batch_size", "deepspeed_config", "compile", "gradient_checkpointing"}
+METHOD = {"kd_ratio", "temperature", "kd_start", "kd_stop", "label_weight_outside", "sampler", "divergence"}
+METHOD |= {"kd_ratio_stop", "temperature_stop", "kd_ramp", "kd_every", "draws", "teacher_weights", "ensemble"}
+METHOD |= {"teacher_dtype"}
+OPTIMIZER = {"lr", "warmup_fraction", "clip", "weight_decay", "momentum", "dropout"}
+COMPUTING = {"micro_batch_size", "deepspeed_config", "compile", "gradient_checkpointing", "fused_head", "softmax_axis"}
+COMPUTING |= {"teacher_placement", "teacher_deepspeed_config", "teacher_ahead"}
+OF_AN_ARM = OF_A_RUN | METHOD | OPTIMIZER | COMPUTING
+# Below so many shared evaluations the report warns of the straight lines between them: a speed-up of 2 on a loss that
+# falls as 1 / sqrt(steps) reads 1.85 to 1.99 with 8 of them, at the five targets.
+ENOUGH_EVALUATIONS = 20
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -52,14 +65,17 @@ def load(folder: Path, metric: str, *, lower_is_better: bool) -> Run:
         return _evaluated(folder, record, lines, metric, sign=1 if lower_is_better else -1)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} holds no run (no {Path(error.filename).name}); leave it out") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no run of this project, or damaged ({error!r}); leave it out") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder} is no run of this project, or damaged ({what}); leave it out") from None
 
 
 def _evaluated(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]], metric: str, *, sign: int) -> Run:
     config, result = record["config"], record.get("result") or {"stopped": "no result yet"}
     if result.get("stopped", "finished") != "finished":
         raise ValueError(f"{folder} has not finished ({result['stopped']}); continue it with --resume, or leave it out")
+    if not isinstance(config.get("teachers", []), list) or not isinstance(config.get("seed", 0), int | str):
+        raise TypeError("config.teachers is no list, or config.seed no number")
     end = {**(lines[-1] if lines else {}), **result}
     if metric not in end:
         raise ValueError(f"{folder} has no {metric}; --metric must be one of {[name for name in end if '/' in name]}")
@@ -69,16 +85,18 @@ def _evaluated(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]
     points.append(end | {"step": steps})
     quality = np.array([point[metric] for point in points], dtype=float)
     spent = np.array([_spent(point) for point in points], dtype=float)
-    if not np.isfinite(quality).all() or not (spent[:, 0] > 0).all():
-        raise ValueError(f"{folder} has a {metric} or train_s that is no number; leave it out")
-    distils = [line.get("kd_ratio", 0) > 0 for line in lines]
-    closes = 1 + max((i for i, inside in enumerate(distils) if inside), default=len(lines))
+    if not np.isfinite(quality).all() or not (spent[:, :2] > 0).all():
+        raise ValueError(f"{folder} has a {metric} that is no number, or a train_s or step not above 0; leave it out")
+    inside = [line.get("kd_ratio", 0) > 0 for line in lines]
+    closes = 1 + max((i for i, within in enumerate(inside) if within), default=len(lines))
+    told = "kd_ratio" in config or any("kd_ratio" in line for line in lines)
     return Run(
         folder,
         {name: record[name] for name in ("hardware", "world_size") if name in record} | config | {"steps": steps},
         sign * quality,
         spent,
         lines[closes]["train_s"] if closes < len(lines) else None,
+        distils=config.get("kd_ratio", 0) > 0 or any(inside) if told else bool(config.get("teachers")),
     )
 
 
@@ -115,7 +133,7 @@ def _refuse_pair(one: Run, other: Run, free: frozenset[str], what: str) -> None:
         values = " and ".join(repr(run.fields.get(name, "absent")) for run in (one, other))
         raise ValueError(
             f"{what} must have the same {name}: {one.folder} and {other.folder} have {values}; "
-            f"leave one out, or add --may-differ {name} if it bears on neither quality nor time"
+            f"leave one out, or add --may-differ {name} (to a study: may_differ) if it bears on neither quality nor time"
         )
 
 
@@ -130,24 +148,30 @@ def _differences(one: Run, other: Run) -> dict[str, list[Any]]:
 
 def teacher_costs(runs: Sequence[Run]) -> tuple[dict[str, float | None], list[str]]:
     """Training seconds of each distinct teacher that distils, None where unknown, and remarks on them."""
+    folders: dict[Path, str] = {}
+    for path in (path for run in runs if run.distils for path in run.fields.get("teachers", ())):
+        folder = Path(path).resolve()
+        folders.setdefault(folder.parent if folder.name == "hf" else folder, path)
     seconds: dict[str, float | None] = {}
     remarks = []
-    for path in dict.fromkeys(
-        path
-        for run in runs
-        if run.fields.get("kd_ratio", 1) or run.fields.get("kd_ratio_stop")
-        for path in run.fields.get("teachers", ())
-    ):
+    for path in folders.values():
         try:
             trained, building = _origin(path)
             record = json.loads((trained / "run.json").read_text())
             seconds[path] = building + float(record["result"]["train_s"])
-        except (OSError, ValueError, KeyError):
+            own = record.get("config", {}).get("kd_ratio", 0) and record["config"].get("teachers")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            seconds[path], record, own = None, {}, None
+        if not 0 < (seconds[path] or 0) < math.inf:
             seconds[path] = None
             remarks.append(f"Teacher {path}: no run.json with a result there, so its training cost is unknown.")
-            continue
-        if any(record.get(name) != runs[0].fields.get(name) for name in ("hardware", "world_size")):
+        elif any(record.get(name) != runs[0].fields.get(name) for name in ("hardware", "world_size")):
             remarks.append(f"Teacher {path}: trained on other hardware than the runs, so its seconds are not theirs.")
+        if own:
+            remarks.append(f"Teacher {path}: distilled itself; the training of its own teachers is not counted.")
+    if any(run.distils and not run.fields.get("teachers") for run in runs):
+        seconds["unnamed"] = None
+        remarks.append("A run distils and names no teachers, so their training cost is unknown.")
     return seconds, remarks
 
 
@@ -159,6 +183,18 @@ def _origin(path: str) -> tuple[Path, float]:
         folder = Path(json.loads((cache / "header.json").read_text())["teacher"])
         building = float(json.loads((cache / "build.json").read_text())["seconds"])
     return folder.parent if folder.name == "hf" else folder, building
+
+
+def direction(metric: str, lower_is_better: bool | None) -> bool:
+    """Whether lower is better; raises ValueError for a metric that this file does not know and nobody explains."""
+    if lower_is_better is not None:
+        return lower_is_better
+    if metric not in LOWER_IS_BETTER:
+        raise ValueError(
+            f"--metric {metric} is not known here: add --lower-is-better or --higher-is-better "
+            "(to a study: lower_is_better, true or false)"
+        )
+    return LOWER_IS_BETTER[metric]
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -190,11 +226,12 @@ def report(
 
     Raises:
         FileNotFoundError: a folder holds no run.
-        ValueError: runs that have not finished or cannot be compared, an unknown metric, a file as `out`.
+        ValueError: runs that have not finished or cannot be compared, an unknown metric, a file as `out`, a target
+            that is no finite number.
     """
-    if lower_is_better is None and metric not in LOWER_IS_BETTER:
-        raise ValueError(f"--metric {metric} is not known here: add --lower-is-better or --higher-is-better")
-    lower = LOWER_IS_BETTER[metric] if lower_is_better is None else lower_is_better
+    if not all(map(math.isfinite, targets)):
+        raise ValueError(f"--targets must be finite numbers, got {' '.join(map(str, targets))}")
+    lower = direction(metric, lower_is_better)
     arms = [[load(folder, metric, lower_is_better=lower) for folder in arm] for arm in (baseline, against)]
     refuse_unlike(arms[0], arms[1], may_differ)
     out = out or Path(os.path.commonpath([run.folder.resolve().parent for arm in arms for run in arm]), "report")
@@ -211,13 +248,16 @@ def report(
     drawn = {}
     for i, (name, arm) in enumerate(zip(ARMS, arms, strict=True)):
         own = {method: pair[i] for method, pair in curves.items()}
-        reach = {method: [_tidy(sign * curve.easiest), _tidy(sign * curve.hardest)] for method, curve in own.items()}
+        reach = {method: _reach(curve, sign) for method, curve in own.items()}
         costs, remarks = teacher_costs(arm)
         study[name] = _summary(arm, costs) | {"reach": reach}
         notes += remarks
         drawn[name] = _drawn(arm, own, sign)
     apart = _differences(arms[0][0], arms[1][0])
     study["differences"] = {name: pair for name, pair in apart.items() if name not in BOOKKEEPING}
+    computing = [f"{name} ({pair[0]}, {pair[1]})" for name, pair in apart.items() if name in COMPUTING]
+    if computing:
+        notes.append(f"The arms differ in {', '.join(computing)}: part of the speed-up may be due to that.")
     study["targets"] = [row | {"target": sign * row["target"], "payback_runs": _payback(study, row)} for row in rows]
     study["notes"] = notes
     time_to_quality_report.write(study, drawn, out)
@@ -236,23 +276,50 @@ def _summary(arm: Sequence[Run], costs: dict[str, float | None]) -> dict[str, An
     }
 
 
+def _reach(curve: Curve, sign: int) -> list[float] | None:
+    """The easiest and the hardest quality, None where nothing is in reach."""
+    return [_tidy(sign * curve.easiest), _tidy(sign * curve.hardest)] if curve.hardest <= curve.easiest else None
+
+
 def _curves(arms: Sequence[Sequence[Run]]) -> tuple[dict[str, tuple[Curve, Curve]], list[str]]:
     """Both arms' curves by each method that the runs allow, the better method first, and what to know about them."""
-    first, second = ({run.length for run in arm} for arm in arms)
-    longest = [max(first & second or lengths) for lengths in (first, second)]
+    tradeoff, notes = _tradeoff_curves(arms)
+    lengths = [{run.length for run in arm} for arm in arms]
+    longest = [max(lengths[0] & lengths[1] or own) for own in lengths]
     chosen = [[run for run in arm if run.length == length] for arm, length in zip(arms, longest, strict=True)]
-    learning = learning_curve(chosen[0]), learning_curve(chosen[1])
-    notes = [
-        f"Learning curves: runs of {' and '.join(map(str, dict.fromkeys(longest)))} steps at the first crossing of the "
-        "target, where the learning rate has not decayed; that flatters the arm that is earlier in its schedule."
-    ]
-    ends = tradeoff_curve(arms[0]), tradeoff_curve(arms[1])
-    if ends[0] is None or ends[1] is None:
-        return {"learning": learning}, [
-            "No tradeoff curve: it needs runs of two lengths (--steps) in both arms, the longer ones better.",
-            *notes,
-        ]
-    return {"tradeoff": (ends[0], ends[1]), "learning": learning}, notes
+    shared = at_shared_evaluations([*chosen[0], *chosen[1]])
+    count = len(shared[0].quality)
+    if count < 2:
+        notes.append("Too few evaluations for a learning curve: all runs share only the last (--eval-every).")
+        if tradeoff:
+            return tradeoff, notes
+    else:
+        notes.append(
+            f"Learning curves: runs of {' and '.join(map(str, dict.fromkeys(longest)))} steps at the first crossing of "
+            "the target, where the learning rate has not decayed; that flatters the arm that is earlier in its schedule."
+        )
+        if count < ENOUGH_EVALUATIONS:
+            notes.append(
+                f"Learning curves: only {count} evaluations are shared by all runs. The straight lines between them are "
+                "late where a curve bends, the more the earlier the crossing, so a speed-up reads too close to 1."
+            )
+    learning = learning_curve(shared[: len(chosen[0])]), learning_curve(shared[len(chosen[0]) :])
+    return tradeoff | {"learning": learning}, notes
+
+
+def _tradeoff_curves(arms: Sequence[Sequence[Run]]) -> tuple[dict[str, tuple[Curve, Curve]], list[str]]:
+    """The tradeoff curves, if the runs allow both, through the lengths that both arms have where these are enough."""
+    first, second = ({run.length for run in arm} for arm in arms)
+    matched = len(first & second) > 1
+    through = (first & second) if matched else (first | second)
+    curves = [tradeoff_curve([run for run in arm if run.length in through]) for arm in arms]
+    if curves[0] is None or curves[1] is None:
+        why = "No tradeoff curve: it needs runs of two lengths (--steps) in both arms, the longer ones better."
+        return {}, [why]
+    told = "are left out" if matched else "had to be used; between other lengths a curve bends otherwise"
+    apart = ", ".join(map(str, sorted(first ^ second)))
+    notes = [f"Tradeoff curves: lengths that one arm alone has ({apart} steps) {told}."] if apart else []
+    return {"tradeoff": (curves[0], curves[1])}, notes
 
 
 def _spread(methods: Sequence[tuple[Curve, Curve]]) -> list[float]:
@@ -262,7 +329,8 @@ def _spread(methods: Sequence[tuple[Curve, Curve]]) -> list[float]:
         if hardest < easiest:
             break
     else:
-        easiest, hardest = max(curve.easiest for curve in pair), min(curve.hardest for curve in pair)
+        ends = [end for curve in pair for end in (curve.easiest, curve.hardest)]
+        easiest, hardest = max(ends), min(ends)
     if easiest == hardest:
         return [easiest]
     inside = np.linspace(easiest, hardest, 7)[1:-1]
@@ -307,11 +375,10 @@ def _tidy(value: float) -> Any:
 
 
 def _payback(study: dict[str, Any], row: dict[str, Any]) -> float | None:
-    """Student runs that pay back the teachers' training; None where nothing is saved or a cost is unknown."""
+    """Student runs that pay back the teachers' training; None where distillation does not pay or a cost is unknown."""
     costs = [study[name]["teacher_seconds"] for name in ARMS]
-    if None in costs or not row["speedup"] or row["speedup"] <= 1:
-        return None
-    return _tidy(max(0.0, costs[1] - costs[0]) / (row["baseline_s"] - row["against_s"]))
+    saved = row["verdict"] == "pays" and row["baseline_s"] - row["against_s"]
+    return _tidy(max(0.0, costs[1] - costs[0]) / saved) if saved and None not in costs else None
 
 
 def _drawn(arm: Sequence[Run], curves: dict[str, Curve], sign: int) -> dict[str, Any]:
@@ -319,7 +386,7 @@ def _drawn(arm: Sequence[Run], curves: dict[str, Curve], sign: int) -> dict[str,
     windows = [(run.window_s, run) for run in arm if run.window_s is not None]
     means = {}
     for method, curve in curves.items():
-        targets = np.linspace(curve.easiest, curve.hardest, 60)
+        targets = np.linspace(curve.easiest, curve.hardest, 60 if curve.hardest <= curve.easiest else 0)
         means[method] = [math.exp(curve.at(target).means[0]) for target in targets], sign * targets
     return {
         "runs": [(run.spent[:, 0], sign * run.quality) for run in arm],
@@ -329,7 +396,7 @@ def _drawn(arm: Sequence[Run], curves: dict[str, Curve], sign: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = cli.OneLineParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("baseline", nargs="+", type=Path, help="run folders without distillation")
     parser.add_argument("--against", nargs="+", type=Path, required=True, help="run folders with distillation")
     parser.add_argument("--metric", default="eval/loss", help="a field of the runs' result (default: eval/loss)")
@@ -337,9 +404,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for report.json, report.md and figures (default: beside the runs)"
     )
-    direction = parser.add_mutually_exclusive_group()
-    direction.add_argument("--lower-is-better", action="store_true", default=None)
-    direction.add_argument("--higher-is-better", action="store_false", dest="lower_is_better")
+    better = parser.add_mutually_exclusive_group()
+    better.add_argument("--lower-is-better", action="store_true", default=None)
+    better.add_argument("--higher-is-better", action="store_false", dest="lower_is_better")
     parser.add_argument("--may-differ", nargs="+", default=(), help="fields of config in which runs may differ besides")
     with cli.one_line_errors():
         report(**vars(parser.parse_args()))

@@ -21,8 +21,8 @@ EXPLANATION = (
     "- Speed-up: seconds of the baseline over seconds of the distilled arm, at equal quality. *pays*: its interval is "
     "above 1; *does not pay*: below 1; *undecided*: it contains 1, or there is none. Each interval is for one target.",
     "- Tradeoff curve: several lengths an arm, the schedule scaled to each, quality at the end. Learning curve: the "
-    "first crossing of the target within a run; every run must reach it. Nothing is extrapolated: what an arm does not "
-    "reach is *out of reach*.",
+    "first crossing of the target within a run, at the evaluations that all runs share; every run must reach it. "
+    "Nothing is extrapolated: what an arm does not reach is *out of reach*.",
     "- Student seconds are all that is neither teacher nor waiting for data: forward, backward, optimizer. Teachers' "
     "forwards are counted, their training stands apart.",
 )
@@ -43,7 +43,8 @@ def headline(study: dict[str, Any]) -> str:
             f"At {study['metric']} {hardest['target']:.6g}, the hardest in reach, {_seconds(hardest['against_s'])} s "
             f"instead of {_seconds(hardest['baseline_s'])} s: {hardest['speedup']:.3g} times as fast{interval}."
         )
-    ends = [f"{name} {study[arm]['reach'][method][1]:.5g}" for arm, name in NAMES.items()]
+    reaches = [(name, study[arm]["reach"][method]) for arm, name in NAMES.items()]
+    ends = [f"{name} {reach[1]:.5g}" if reach else f"{name} nothing by all of its runs" for name, reach in reaches]
     sentences.append(f"Best reached: {', '.join(ends)}.")
     if method != study["targets"][0]["method"]:
         sentences.append("No target is in reach of both tradeoff curves.")
@@ -149,8 +150,9 @@ def _judge(study: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _reach(study: dict[str, Any], method: str) -> str:
-    reach = {name: study[arm]["reach"][method] for arm, name in NAMES.items()}
-    return f"In reach: {', '.join(f'{name} from {easy:.5g} to {hard:.5g}' for name, (easy, hard) in reach.items())}."
+    reaches = [(name, study[arm]["reach"][method]) for arm, name in NAMES.items()]
+    told = [f"{name} {'from {:.5g} to {:.5g}'.format(*reach) if reach else 'nothing'}" for name, reach in reaches]
+    return f"In reach: {', '.join(told)}."
 
 
 def _percent(study: dict[str, Any]) -> str:

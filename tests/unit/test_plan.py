@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import math
+import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,19 +87,32 @@ def test_measured_on_several_gpus_and_planned_for_them_is_the_measured_step() ->
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"student_step_ms": 0.0}, "--student-step-ms must be above 0; or name --measured runs, got 0.0"),
-        ({"teacher_forward_ms": (1.0, -1.0)}, "--teacher-forward-ms must be at least 0"),
+        (
+            {"student_step_ms": 0.0},
+            "--student-step-ms must be a finite number above 0; or name --measured runs, got 0.0",
+        ),
+        ({"teacher_forward_ms": (1.0, -1.0)}, "--teacher-forward-ms must be finite numbers, at least 0"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"kd_start": 0.5, "kd_stop": 0.4}, "--kd-stop must be in [--kd-start, 1] = [0.5, 1], got 0.4"),
         ({"gpus": (8,)}, "--parameters must be at least 1 for more than one GPU, got 0.0"),
         (
             {"gpus": (12,), "parameters": 1e6},
-            "--gpus-per-node must be such that every number of --gpus fills its nodes",
+            "--gpus must be one or more numbers, each at least 1 and, above --gpus-per-node 8, a multiple of it, got",
         ),
+        ({"measured_gpus": 12}, "--measured-gpus must be at least 1 and, above --gpus-per-node 8, a multiple of it"),
+        ({"gpus_per_node": 0}, "--gpus-per-node must be at least 1, got 0"),
+        ({"global_batch_size": -64}, "--global-batch-size must be at least 1, got -64"),
+        ({"bytes_per_gradient": -2}, "--bytes-per-gradient must be at least 1, got -2"),
+        ({"dollars_per_gpu_hour": -1.0}, "--dollars-per-gpu-hour must be a finite number, at least 0, got -1.0"),
+        ({"student_step_ms": math.inf}, "--student-step-ms must be a finite number above 0"),
+        ({"teacher_forward_ms": (1.0, math.nan)}, "--teacher-forward-ms must be finite numbers, at least 0"),
+        ({"inter_node_gb_per_s": math.inf}, "--inter-node-gb-per-s must be a finite number above 0"),
+        ({"parameters": math.inf}, "--parameters must be"),
+        ({"latency_us": math.inf}, "--latency-us must be a finite number, at least 0"),
         ({"gpus": (128,), "parameters": 1e6}, "--global-batch-size 64 must be a multiple of --gpus 128"),
-        ({"gpus": (0,)}, "--gpus must be one or more numbers, each at least 1, got (0,)"),
+        ({"gpus": (0,)}, "--gpus must be one or more numbers, each at least 1 and"),
         ({"overlap": 1.5}, "--overlap must be in [0, 1], got 1.5"),
-        ({"inter_node_gb_per_s": 0.0}, "--inter-node-gb-per-s must be above 0"),
+        ({"inter_node_gb_per_s": 0.0}, "--inter-node-gb-per-s must be a finite number above 0"),
     ],
 )
 def test_refusals(fields: dict[str, Any], message: str) -> None:
@@ -111,7 +127,8 @@ def write_run(folder: Path, *, kd_ratio: float, teachers: int = 2, drawn: int = 
     defaults = dict(student="tiny", seq_len=32, micro_batch_size=8, global_batch_size=16, steps=100)
     window = dict(kd_ratio=kd_ratio, kd_start=0.0, kd_stop=0.5, sampler="uniform" if drawn == 1 else "all")
     names = [f"t{i}" for i in range(teachers)] if kd_ratio else []
-    run = {"config": defaults | window | {"teachers": names} | config, "world_size": 1}
+    hardware = config.pop("hardware", {"name": "x"})
+    run = {"config": defaults | window | {"teachers": names} | config, "world_size": 1, "hardware": hardware}
     (folder / "run.json").write_text(json.dumps(run))
     lines = []
     for step in range(10, 101, 10):
@@ -133,6 +150,51 @@ def test_rates_and_flags_come_from_runs(drawn: int, tmp_path: Path) -> None:
     row = plan.predict(dataclasses.replace(plan.Plan(gpus=(1,)), **fields), 1)
     assert row["kd_hours"] * 3600 == pytest.approx(0.010 * 100 + 0.004 * drawn * 50)
     assert plan.measure([plain])["teacher_forward_ms"] == ()
+
+
+@pytest.mark.parametrize("log_every", [1, 5, 50])
+def test_teachers_of_uneven_cost_count_by_their_mean(log_every: int, tmp_path: Path) -> None:
+    kd = write_run(tmp_path / "kd", kd_ratio=0.9, kd_stop=1.0, steps=3000, teachers=3)
+    draws, teacher_s, lines = random.Random(0), 0.0, []
+    for step in range(1, 3001):
+        drawn = draws.randrange(3)
+        teacher_s += (0.010, 0.010, 0.200)[drawn]
+        line = {"step": step, "train_s": 0.1 * step + teacher_s, "teacher_s": teacher_s, "teacher": [f"t{drawn}"]}
+        lines.append(json.dumps(line))
+    (kd / "metrics.jsonl").write_text("\n".join(lines[log_every - 1 :: log_every]) + "\n")
+    fields = plan.measure([kd])
+    assert fields["student_step_ms"] == pytest.approx(100)
+    row = plan.predict(dataclasses.replace(plan.Plan(gpus=(1,)), **fields), 1)
+    assert row["kd_hours"] * 3600 == pytest.approx(300 + teacher_s, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ({}, {"gradient_checkpointing": True}, "has gradient_checkpointing True"),
+        ({}, {"vocab_size": 99}, "has vocab_size 99"),
+        ({}, {"hardware": {"name": "y"}}, "has hardware {'name': 'y'}"),
+        ({"kd_ratio": 0.9}, {"kd_ratio": 0.9, "teacher_dtype": "fp32"}, "has teacher_dtype fp32"),
+        ({}, {"lr": 1, "seed": 3, "kd_ratio": 0.9, "temperature": 2, "teacher_dtype": "fp32", "steps": 100}, None),
+    ],
+)
+def test_only_runs_of_one_kind_of_step_are_measured_together(
+    one: dict[str, Any], other: dict[str, Any], told: str | None, tmp_path: Path
+) -> None:
+    runs = [write_run(tmp_path / name, **{"kd_ratio": 0.0} | own) for name, own in (("a", one), ("b", other))]
+    if told is None:
+        assert plan.measure(runs)["measured_gpus"] == 1
+    else:
+        with pytest.raises(ValueError, match=re.escape(told)):
+            plan.measure(runs)
+
+
+@pytest.mark.parametrize("record", ["{", "[]", '{"config": {}, "world_size": 1}', '{"config": null, "world_size": 1}'])
+def test_a_damaged_run_is_named(record: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", kd_ratio=0)
+    (run / "run.json").write_text(record)
+    with pytest.raises(ValueError, match=r"a is no run of this project, or damaged"):
+        plan.measure([run])
 
 
 def test_runs_that_do_not_go_together_are_refused(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def folder(tmp_path: Path) -> Iterator[Folder]:
         process.kill()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -159,6 +159,13 @@ def test_arms_are_innermost_and_take_turns_in_going_first() -> None:
         ({"seeds": [1.5]}, '"seeds" must be a list of different seeds, got [1.5]'),
         ({"seeds": []}, '"seeds" must be a list of different seeds, got []'),
         ({"ranks": 0}, '"ranks" must be a number of processes, at least 1, got 0'),
+        ({"arms": {"plain": "", "study.json": ""}}, '"arms" must be two or more names'),
+        ({"arms": {"plain": "", "teacher.log": ""}}, '"arms" must be two or more names'),
+        ({"arms": {"plain": "", "kd": "--data 'a"}}, '"arms" must be two or more names'),
+        ({"flags": "--data 'a b"}, '"flags" must be flags as one text, its quotes closed'),
+        ({"teacher": '--data "a'}, '"teacher" must be flags as one text, its quotes closed'),
+        ({"lower_is_better": 1}, '"lower_is_better" must be true or false, got 1'),
+        ({"may_differ": "data"}, '"may_differ" must be a list of fields of the runs\' config, got "data"'),
     ],
 )
 def test_a_study_file_that_will_not_do(folder: Folder, entries: dict[str, Any], message: str) -> None:
@@ -177,6 +184,9 @@ def test_a_study_file_that_will_not_do(folder: Folder, entries: dict[str, Any], 
         ({"arms": {"plain": "", "kd": "--out x"}}, 'arm "kd": the study itself sets --out; remove it'),
         ({"arms": {"plain": "", "kd": "--kd-ratio 0.5"}}, 'arm "kd": --kd-ratio must be 0 without --teachers'),
         ({"teacher": None}, 'arm "kd": {teacher} needs the entry "teacher"'),
+        ({"metric": "eval/los"}, "--metric eval/los is not known here"),
+        ({"arms": {"plain": "", "kd": "--data x"}}, "the arms must have the same data"),
+        ({"may_differ": ["dataa"]}, "--may-differ dataa: no run has such a field"),
     ],
 )
 def test_flags_are_refused_before_anything_runs(
@@ -186,6 +196,13 @@ def test_flags_are_refused_before_anything_runs(
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         study.design(study.read_study(folder.write(**entries)), folder.out)
     assert message in str(error.value)
+
+
+def test_a_study_may_say_what_may_differ_and_which_is_better(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.folder)
+    arms = {"plain": "", "kd": "--data x"}
+    plan = study.read_study(folder.write(arms=arms, may_differ=["data"], metric="new", lower_is_better=False))
+    assert len(study.design(plan, folder.out)) == 9
 
 
 def test_every_gpu_takes_a_run_and_jobs_may_share(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +238,7 @@ def test_the_whole_design_runs_in_order_and_once(folder: Folder) -> None:
     assert config["teachers"] == [str(folder.out / "teacher")]
     assert json.loads((folder.out / "report/kd/report.json").read_text())["metric"] == "eval/loss"
 
-    folder.write(seeds=[1, 2, 3], metric="eval/los")
+    folder.write(seeds=[1, 2, 3], metric="eval/los", lower_is_better=True)
     code, lines = folder.run()
     assert code == 2
     assert lines[-1] == f'error: "metric" eval/los is none of those that {folder.out}/plain/20/3 has: eval/loss'
@@ -260,6 +277,29 @@ def test_a_run_begun_with_other_flags_is_never_mixed_in(
         assert message in str(error.value)
 
 
+@pytest.mark.parametrize("record", ["{}", '{"recipe": "recipe", "world', "[]", '{"config": 1, "result": null}', "\xff"])
+def test_a_damaged_run_is_named(folder: Folder, record: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.folder)
+    plan = study.read_study(folder.write())
+    run = study.design(plan, folder.out)[1]
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.json").write_bytes(record.encode("latin1"))
+    with pytest.raises(ValueError, match=r"plain/20/1/run\.json is no run's, or damaged .*; remove that folder"):
+        jobs.check_unchanged(run, dataclasses.asdict(run.config), recipe="recipe")
+
+
+def test_what_the_command_line_gets_wrong_is_one_line(folder: Folder) -> None:
+    assert folder.run("--job", "x") == (2, ["error: argument --jobs: invalid int value: 'x' (--help lists all flags)"])
+
+
+def test_why_a_resumed_run_ended_is_what_it_said_last(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.folder)
+    run = study.design(study.read_study(folder.write()), folder.out)[0]
+    folder.out.mkdir()
+    run.log.write_bytes(b"error: the disk is full\n" + jobs.RESUMED + b"half a line")
+    assert jobs.why_ended(run, 1) == f"half a line ({run.log})"
+
+
 def test_a_folder_that_holds_something_else_is_refused(folder: Folder) -> None:
     folder.out.mkdir()
     (folder.out / "thesis.tex").touch()
@@ -269,7 +309,8 @@ def test_a_folder_that_holds_something_else_is_refused(folder: Folder) -> None:
 
 
 def test_a_run_that_fails_stops_the_study_with_its_own_line_and_code(folder: Folder) -> None:
-    folder.write(arms={"plain": "", "kd": "--pause-ms 50 --crash-at 30", "other": "--pause-ms 200"}, teacher=None)
+    arms = {"plain": "", "kd": "--pause-ms 50 --crash-at 30", "other": "--pause-ms 200"}
+    folder.write(arms=arms, teacher=None, may_differ=["pause_ms", "crash_at"])
     code, lines = folder.run("--jobs", "2")
     assert code == 2
     errors = [line for line in lines if line.startswith("error:")]
@@ -281,9 +322,9 @@ def test_a_run_that_fails_stops_the_study_with_its_own_line_and_code(folder: Fol
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_has_the_run_save_and_says_how_to_go_on(folder: Folder, number: int, code: int) -> None:
-    folder.write(flags="--pause-ms 40", lengths=[20], seeds=[1], teacher=None, arms={"plain": "", "kd": "--lr 1"})
+    folder.write(flags="--pause-ms 40", lengths=[200], seeds=[1], teacher=None, arms={"plain": "", "kd": "--lr 1"})
     process = folder.start()
-    wait_for(lambda: (folder.out / "kd/20/1/step").exists())
+    wait_for(lambda: (folder.out / "kd/200/1/step").exists())
     process.send_signal(number)
     time.sleep(0.3)
     process.send_signal(number)
@@ -295,21 +336,23 @@ def test_a_signal_has_the_run_save_and_says_how_to_go_on(folder: Folder, number:
 
 
 def test_kill_9_of_the_study_and_of_a_run(folder: Folder) -> None:
-    folder.write(flags="--pause-ms 40 --save-s 8", seeds=[1], teacher=None, arms={"plain": "", "kd": "--lr 1"})
+    arms = {"plain": "", "kd": "--lr 1"}
+    folder.write(flags="--pause-ms 40 --save-s 8", seeds=[1], lengths=[200, 20], teacher=None, arms=arms)
     killed = folder.start()
-    wait_for(lambda: (folder.out / "plain/20/1/step").exists())
+    wait_for(lambda: (folder.out / "plain/200/1/step").exists())
     killed.kill()
     again = folder.start()  # the run of the first call is still saving
-    wait_for(lambda: (folder.out / "kd/20/1/step").exists())
+    wait_for(lambda: (folder.out / "kd/200/1/step").exists())
     events = [event[:3:2] for event in folder.events()]
-    assert events[:3] == [["begun", "plain/20/1"], ["stopped", "plain/20/1"], ["begun", "plain/20/1"]]
+    assert events[:3] == [["begun", "plain/200/1"], ["stopped", "plain/200/1"], ["begun", "plain/200/1"]]
+    assert (folder.out / "plain/200/1.log").read_bytes().count(jobs.RESUMED) == 1, "the log began anew"
     (run,) = folder.runs()
     os.kill(run.pid, signal.SIGKILL)
-    _, err = again.communicate(timeout=30)
+    _, err = again.communicate(timeout=120)
     assert again.returncode == 128 + signal.SIGKILL
-    assert f"error: kd/20/1: killed by SIGKILL ({folder.out}/kd/20/1.log)" in err.splitlines()
-    (folder.out / "plain/40/1").mkdir(parents=True)  # as by a kill before the run had claimed it
-    (folder.out / "plain/40/1/.run.json.tmp").touch()
+    assert f"error: kd/200/1: killed by SIGKILL ({folder.out}/kd/200/1.log)" in err.splitlines()
+    (folder.out / "plain/20/1").mkdir(parents=True)  # as by a kill before the run had claimed it
+    (folder.out / "plain/20/1/.run.json.tmp").touch()
     code, lines = folder.run()
     assert code == 0, lines
     for run_json in folder.out.glob("*/*/*/run.json"):

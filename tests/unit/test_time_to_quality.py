@@ -15,6 +15,7 @@ from kd_core.quality_curves import (
     Run,
     block_means,
     falling_blocks,
+    gradient,
     learning_curve,
     log_interval,
     student_t,
@@ -189,7 +190,7 @@ def test_smoothing_leaves_a_falling_curve_alone_and_averages_what_is_out_of_orde
     falling = [loss_at(step) for step in range(1, 50)]
     assert smoothed(falling) == falling
     assert smoothed([5, 3, 4, 2]) == [5, 3.5, 2]
-    assert smoothed([3, 3, 3]) == [3]
+    assert smoothed([4, 3, 3, 2, 2]) == [4, 3, 3, 2]
     assert smoothed([5, 4, 3, 6, 7]) == [5, 4, 3]  # overfitting later does not undo what was reached
 
 
@@ -203,6 +204,74 @@ def test_smoothing_does_not_shift_a_noisy_curve() -> None:
         for _ in range(200)
     ]
     assert np.exp(np.mean(crossed)) == pytest.approx(200, rel=0.02)  # the first raw crossing lies 15 % earlier
+
+
+def plain_run(quality: list[float], *, steps: int = 0, seed: int = 1) -> Run:
+    """A run evaluated at each second, a step a second."""
+    at = np.arange(1.0, len(quality) + 1) * (steps / len(quality) if steps else 1)
+    spent = np.stack([at, at, at, 0 * at, 0 * at, 0 * at], axis=1)
+    return Run(Path("x"), {"steps": int(at[-1]), "seed": seed}, np.array(quality), spent, None)
+
+
+def test_a_plateau_is_reached_when_it_begins_and_left_when_it_ends() -> None:
+    curve = learning_curve([plain_run([3.0] * 9 + [2.0])])
+    assert np.exp(curve.at(2.5).means[0]) == pytest.approx(9.5)
+    assert np.exp(curve.at(3.0).means[0]) == pytest.approx(1)
+    curve = learning_curve([plain_run([0.9, 0.8, 0.8, 0.8, 0.7])])
+    assert [np.exp(curve.at(at).means[0]) for at in (0.85, 0.8, 0.75)] == pytest.approx([1.5, 2, 4.5])
+    lengths = tradeoff_curve([plain_run([quality], steps=n) for n, quality in ((100, 3), (200, 2), (400, 2), (800, 1))])
+    assert lengths is not None
+    assert [np.exp(lengths.at(at).means[0]) for at in (3, 2, 1)] == pytest.approx([100, 200, 800])
+    assert 400 < np.exp(lengths.at(1.999).means[0]) < 401
+    assert tradeoff_curve([plain_run([2.0], steps=100), plain_run([2.0], steps=200)]) is None
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_the_interval_does_not_depend_on_the_unit_of_quality(scale: float) -> None:
+    at = np.array([[3.0, 1.0], [2.0, 2.0]])
+    unit = gradient(lambda points: float((points[:, 0] ** 2).sum() + points[0, 1]), at)
+    scaled = gradient(lambda points: float(((points[:, 0] / scale) ** 2).sum() + points[0, 1]), at * [scale, 1])
+    assert unit == pytest.approx(np.array([[6, 1], [4, 0]]), abs=1e-4)
+    assert scaled * [scale, 1] == pytest.approx(unit, abs=1e-4)
+
+
+def test_equal_arms_evaluated_at_other_steps_are_equal(tmp_path: Path) -> None:
+    """Chords are later than a curve that bends: both arms must be late by the same."""
+
+    def arm(name: str, steps: int, evaluations: int) -> list[Path]:
+        return make_arm(tmp_path / name, lengths=(steps,), evaluations=evaluations)
+
+    coarse = arm("coarse", 800, 8)
+    study = report(coarse, arm("fine", 800, 80))
+    assert {(row["speedup"], row["verdict"]) for row in study["targets"]} == {(1, "undecided")}
+    assert any("only 8 evaluations are shared" in note for note in study["notes"])
+    study = report(coarse, arm("short", 400, 40))  # at the same eighths of the run
+    assert any("only 8 evaluations are shared" in note for note in study["notes"])
+    study = report(coarse, arm("prime", 797, 797))
+    assert any("Too few evaluations for a learning curve" in note for note in study["notes"])
+    assert {row["verdict"] for row in study["targets"]} == {"out of reach"}
+
+
+def test_the_tradeoff_curves_go_through_the_lengths_that_both_arms_have(tmp_path: Path) -> None:
+    three = make_arm(tmp_path / "a")
+    study = report(three, make_arm(tmp_path / "b", lengths=(200, 800)))
+    for row in rows(study, "tradeoff"):
+        assert row["speedup"] == pytest.approx(1)
+    assert "Tradeoff curves: lengths that one arm alone has (400 steps) are left out." in study["notes"]
+    study = report(three, make_arm(tmp_path / "c", lengths=(100, 800)))
+    assert any("had to be used" in note for note in study["notes"])
+    assert len(rows(study, "tradeoff")) == 5
+
+
+def test_runs_of_an_arm_that_share_no_quality_reach_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = [
+        [make_run(tmp_path / f"{name}{seed}", seed=seed, evaluations=1, shift=0.1 * seed) for seed in (1, 2)]
+        for name in "ab"
+    ]
+    study = report(*arms)
+    assert {row["verdict"] for row in study["targets"]} == {"out of reach"}
+    assert study["baseline"]["reach"]["learning"] is None
+    assert "In reach: baseline nothing, distilled nothing." in capsys.readouterr().out
 
 
 def test_crossings_lie_between_evaluations(tmp_path: Path) -> None:
@@ -275,6 +344,40 @@ def test_the_teachers_cost_is_its_own_run_and_is_paid_back(
     assert "training cost is unknown" in capsys.readouterr().out
 
 
+def test_a_teacher_is_counted_once_and_never_as_free(tmp_path: Path) -> None:
+    def cost(name: str, **config: Any) -> tuple[Any, str]:
+        study = report([baseline], [make_run(tmp_path / name, speed=2, **config)])
+        return study["against"]["teacher_seconds"], " ".join(study["notes"])
+
+    baseline = make_run(tmp_path / "baseline")
+    teacher = make_run(tmp_path / "T", student="mini", kd_ratio=0.5, teachers=["older"])
+    seconds, notes = cost("twice", kd_ratio=0.9, teachers=[str(teacher), f"{teacher}/", f"{teacher}/hf"])
+    assert seconds == 40
+    assert "the training of its own teachers is not counted" in notes
+    assert cost("unnamed", kd_ratio=0.9)[0] is None
+    assert cost("none", kd_ratio=0.0, teachers=["T"])[0] == 0
+    for number, damaged in enumerate(
+        ('{"result": null}', "[]", '"x"', '{"result": {"train_s": null}}', '{"result": {"train_s": NaN}}', "{", "")
+    ):
+        (teacher / "run.json").write_text(damaged)
+        seconds, notes = cost(str(number), kd_ratio=0.9, teachers=[str(teacher)])
+        assert seconds is None and "its training cost is unknown" in notes, damaged
+
+
+def test_nothing_is_paid_back_where_distillation_does_not_pay(tmp_path: Path) -> None:
+    teacher = make_run(tmp_path / "T", student="mini")
+    study = report(
+        [make_run(tmp_path / "a")], [make_run(tmp_path / "b", speed=2, kd_ratio=0.9, teachers=[str(teacher)])]
+    )
+    assert all(row["speedup"] > 1 and row["verdict"] == "undecided" for row in study["targets"])
+    assert {row["payback_runs"] for row in study["targets"]} == {None}
+
+
+def test_the_terminal_says_where_the_arms_compute_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report([make_run(tmp_path / "a", compile=False)], [make_run(tmp_path / "b", compile=True)])
+    assert "The arms differ in compile (False, True)" in capsys.readouterr().out
+
+
 def test_the_command_writes_the_whole_report(tmp_path: Path) -> None:
     baseline = make_arm(tmp_path / "baseline")
     against = make_arm(tmp_path / "kd", speed=2, kd_ratio=0.9)
@@ -336,6 +439,13 @@ def test_a_hundred_runs_of_a_thousand_lines_take_under_five_seconds(tmp_path: Pa
         ({"record": {"result": {}}}, "has not finished"),
         ({"result": {"stopped": "max-minutes"}}, "has not finished"),
         ({"result": {"eval/loss": math.nan}}, "is no number"),
+        ({"result": {"train_s": None}}, "train_s or step not above 0"),
+        ({"record": {"config": {"steps": 0}}}, "train_s or step not above 0"),
+        ({"record": {"config": []}}, "b is no run of this project, or damaged"),
+        ({"record": {"config": None}}, "b is no run of this project, or damaged"),
+        ({"record": {"result": "x"}}, "b is no run of this project, or damaged"),
+        ({"teachers": None}, "b is no run of this project, or damaged"),
+        ({"seed": [1]}, "b is no run of this project, or damaged"),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
@@ -365,6 +475,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     file.write_text("not a run")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "run.json").write_text("{")
+    (make_run(tmp_path / "bytes") / "metrics.jsonl").write_bytes(b"\xff\xfe")
     for words, told in (
         ((a, "--against", tmp_path), "holds no run (no run.json)"),
         ((a, "--against", tmp_path / "damaged"), "damaged"),
@@ -374,6 +485,13 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ((a, "--against", b, "--metric", "eval/top1"), "has no eval/top1; --metric must be one of"),
         ((a, "--against", b, "--out", file), "is a file"),
         ((a, "--against", b, "--may-differ", "temprature"), "no run has such a field"),
+        (
+            (a, "--against", b, "--out", tmp_path / "new", "--targets", "nan"),
+            "--targets must be finite numbers, got nan",
+        ),
+        ((a, "--against", b, "--targets", "3", "inf"), "--targets must be finite numbers, got 3.0 inf"),
+        ((a, "--against", tmp_path / "bytes"), "bytes is no run of this project, or damaged (UnicodeDecodeError"),
+        ((a, "--agianst", b), "the following arguments are required: --against (--help lists all flags)"),
     ):
         monkeypatch.setattr(sys, "argv", ["time_to_quality", *map(str, words)])
         with pytest.raises(SystemExit) as end:
@@ -381,3 +499,4 @@ def test_bad_input_is_one_line_and_exit_code_2(
         line = capsys.readouterr().err
         assert (end.value.code, line.count("\n")) == (2, 1)
         assert line.startswith("error: ") and told in line, line
+    assert not (tmp_path / "new").exists()
