@@ -278,7 +278,7 @@ class Run:
         if not self.writer:
             return
         costs = [
-            one | {"forwards": int(forwards), "seconds": took / ranks, "share": took / train_s}
+            one | {"forwards": int(forwards), "seconds": took / ranks, "share": took / train_s if train_s else 0.0}
             for one, (forwards, took) in zip(self._record["teachers"], rows, strict=True)
         ]
         self.update(teachers=costs)

@@ -140,7 +140,7 @@ def micro_losses(
             logits, weight_N = student(*micro.inputs), (micro.labels != text.IGNORE_INDEX).float()
             yield distillation_sum(logits, teacher_logits(), micro.labels, row_weight_N=weight_N, **method)
         return
-    method["direction"] = method.pop("divergence").removesuffix("_kl")
+    method["direction"] = "reverse" if method.pop("divergence") == "reverse_kl" else "forward"
     for micro in micro_batches:
         micro = micro.to(engine.device())
         hidden = weight = bias = None

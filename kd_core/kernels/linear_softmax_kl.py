@@ -71,8 +71,8 @@ def _matmul_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, alpha: floa
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
 
 
-def _logits(side: Side, index: slice | torch.Tensor, out: torch.Tensor) -> None:
-    hidden_CD, weight_DV = side.hidden_ND[index], side.weight_VD.t()
+def _logits(side: Side, hidden_CD: torch.Tensor, out: torch.Tensor) -> None:
+    weight_DV = side.weight_VD.t()
     slope = side.logit_scale if side.softcap is None else side.logit_scale / side.softcap
     if side.bias_V is None:
         _matmul_(out, hidden_CD, weight_DV, alpha=slope)
@@ -164,19 +164,26 @@ def _linear_softmax_kl(
         chunk_rows = max(1, budget // (columns * sum(dtype.itemsize for dtype in dtypes)))
     kd_sum, label_sum, buffers = zeros(()), zeros(()), None
     for index in _chunks(len(student_hidden), chunk_rows, rows):
-        hidden = student.hidden_ND[index]
+        weight_C = _part(row_weight, index)
+        # A row of weight zero takes no part, whatever its hidden states: times a gradient of zero NaN is NaN.
+        idle_C1 = None if weight_C is None else (weight_C == 0)[:, None]
+        hidden, *teacher_hidden_C = (
+            side.hidden_ND[index] if idle_C1 is None else side.hidden_ND[index].masked_fill(idle_C1, 0.0)
+            for side in (student, teacher)
+            if side is not None
+        )
         if buffers is None:
             buffers = [torch.empty((len(hidden), columns), dtype=dtype, device=device) for dtype in dtypes]
         logits, *others = (buffer[: len(hidden)] for buffer in buffers)
-        _logits(student, index, out=logits)
+        _logits(student, hidden, out=logits)
         teacher_logits = None
         if teacher is not None:
             teacher_logits, *others = others
-            _logits(teacher, index, out=teacher_logits)
+            _logits(teacher, teacher_hidden_C[0], out=teacher_logits)
         grad = others[0] if others else None
         taus = student_tau, teacher_tau, _part(student_tau_N, index), _part(teacher_tau_N, index)
         options = softmax_kl.make_options(logits, *taus, reverse, ignore_index, columns)
-        weights = _part(row_weight, index), kd_weight, label_weight
+        weights = weight_C, kd_weight, label_weight
         given = logits, teacher_logits, _part(labels, index)
         _, kd, label = softmax_kl.weighted_sum(*given, options, impl, *weights, grad)
         kd_sum, label_sum = kd_sum + kd, label_sum + label
@@ -380,6 +387,10 @@ def linear_softmax_kl(
         if rows_M is not None:
             ones_N = torch.ones(num_rows, device=device) if row_weight_N is None else row_weight_N
             row_weight_N = torch.zeros_like(ones_N).index_copy(0, rows_M, ones_N[rows_M])
+        if row_weight_N is not None:
+            idle_N1 = (row_weight_N == 0)[:, None]
+            student = student._replace(hidden_ND=student.hidden_ND.masked_fill(idle_N1, 0.0))
+            teacher = teacher and teacher._replace(hidden_ND=teacher.hidden_ND.masked_fill(idle_N1, 0.0))
         return softmax_kl.softmax_kl_sum(
             _reference_logits(student, columns), teacher and _reference_logits(teacher, columns), labels_N,
             kd_weight=kd_weight, label_weight=label_weight, row_weight_N=row_weight_N, temperature=temperature,

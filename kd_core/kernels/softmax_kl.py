@@ -256,9 +256,8 @@ def weighted_sum(
     if impl == "triton":
         weights = row_weight_N, kd_weight, label_weight
         return softmax_kl_triton.weighted_sum(student, teacher, labels, options, *weights, out)
-    weight_N = (
-        student.new_ones((), dtype=_dtype(student)).expand(len(student)) if row_weight_N is None else row_weight_N
-    )
+    ones_N = student.new_ones((), dtype=_dtype(student)).expand(len(student))
+    weight_N = ones_N if row_weight_N is None else row_weight_N.to(ones_N.dtype)
     upstream = kd_weight * weight_N, label_weight * weight_N
     backend = softmax_kl_native if softmax_kl_native.supports(student, teacher) else softmax_kl_torch
     if out is None:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +32,8 @@ def test_speed(rows: int) -> None:
         name: functools.partial(bench_linear.forward_backward, loss, inputs, 2.0) for name, loss in steps.items()
     }
     times = bench_measure.cpu_times(functions, rounds=3)
-    speedup = statistics.median(slow / fast for slow, fast in zip(times["eager"], times[OURS], strict=True))
-    assert speedup >= 1.2, times
+    # The rounds that other work on the machine disturbed least.
+    assert min(times["eager"]) / min(times[OURS]) >= 1.2, times
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")

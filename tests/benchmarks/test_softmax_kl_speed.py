@@ -2,7 +2,6 @@
 
 import functools
 import json
-import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +43,7 @@ def test_speed(case: Case) -> None:
     times = bench_measure.cpu_times(functions, rounds=7)
 
     def speedup(ours: str, theirs: str) -> float:
-        return statistics.median(slow / fast for slow, fast in zip(times[theirs], times[ours], strict=True))
+        return min(times[theirs]) / min(times[ours])  # the rounds that other work on the machine disturbed least
 
     assert speedup("softmax_kl, no C compiler", "eager") >= 2.0, times
     if softmax_kl_native.library() is None:

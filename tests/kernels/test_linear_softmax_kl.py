@@ -144,8 +144,19 @@ def test_float64_is_exact(impl) -> None:
     options = {"student_softcap": 3.0, "temperature": 2.0}
     # Values are returned in float32; autograd of the reference passes through that, and the weights with it.
     exact = 1e-7 if impl == "reference" else 1e-12
-    got, want = run(tensors, impl=impl, chunk_rows=8, **options, **WEIGHTS), truth(tensors, **options, **WEIGHTS)
-    assert_close(got, want, 1e-6, exact)
+    for weights in (WEIGHTS, WEIGHTS | {"row_weight_N": ROW_WEIGHT}):
+        got, want = run(tensors, impl=impl, chunk_rows=8, **options, **weights), truth(tensors, **options, **weights)
+        assert_close(got, want, 1e-6, exact)
+
+
+@pytest.mark.parametrize("options", [{}, {"rows_M": torch.arange(N)}], ids=["found", "named"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_row_of_weight_zero_takes_no_part_whatever_it_holds(softcap, options, impl) -> None:
+    tensors, shared = make(), {"row_weight_N": ROW_WEIGHT, "student_softcap": softcap, **WEIGHTS}
+    want = truth(tensors, **shared)
+    for side in ("student", "teacher"):
+        tensors[f"{side}_hidden"][0] = math.nan
+    assert_close(run(tensors, impl=impl, **shared, **options), want)
 
 
 def test_the_gradient_is_that_of_the_value() -> None:
