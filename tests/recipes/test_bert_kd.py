@@ -19,7 +19,7 @@ from kd_core import text
 from kd_core.kernels.softmax_kl import softmax_kl
 from recipes.bert_kd import MaskedBert
 from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
-from tests.recipes.conftest import RECIPE, SMALL, killed_and_resumed, metrics, start, trace, wait_for_step
+from tests.recipes.conftest import RECIPE, SMALL, metrics, start, trace, wait_for_step
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -107,19 +107,6 @@ def test_ratio_0_is_bit_identical_to_no_teacher(train: Train, teacher: Path, tmp
     train("--out", tmp_path / "ratio0", "--teachers", teacher, "--kd-ratio", 0)
     assert trace(tmp_path / "without") == trace(tmp_path / "ratio0")
     assert all(line["teacher_s"] == 0 for line in metrics(tmp_path / "ratio0"))
-
-
-def test_kill_9_on_two_ranks_then_resume_gives_the_same_trace(
-    teacher: Path, corpus_file: Path, cache: Path, tmp_path: Path
-) -> None:
-    """The window closes at step 6, after the checkpoint at step 3 and before the one at step 9."""
-    flags = [*SMALL, "--data", corpus_file, "--teachers", teacher, "--kd-ratio", 0.9, "--kd-stop", 0.5, "--steps", 12]
-    flags += ["--micro-batch-size", 2]
-    whole = killed_and_resumed(flags, cache, tmp_path, 5)
-    assert len(trace(whole)) == 12
-    again = deepspeed(2, str(RECIPE), "--out", str(tmp_path / "killed5"), "--resume")
-    assert again.returncode == 0
-    assert "has finished" in again.stdout
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
+from recipes.bert_kd import main
 from tests.conftest import deepspeed
 from tests.recipes.conftest import RECIPE, SMALL, killed_and_resumed, metrics, start, trace
 
@@ -95,23 +96,20 @@ def test_caches_and_models_in_one_pool_share_masks_and_resume(
 
 
 def test_a_run_refuses_a_cache_of_something_else(
-    train: Train, teacher: Path, short_file: Path, corpus_file: Path, cached: Path, tmp_path: Path
-) -> None:
-    flags = [
-        "--tokenizer",
-        teacher / "hf",
-        "--teachers",
-        f"cache:{cached}",
-        "--kd-ratio",
-        0.9,
-        "--out",
-        tmp_path / "run",
-    ]
-    for words, setting in ((["--data", short_file], "teacher_dtype"), (["--teacher-dtype", "fp32"], "data")):
-        done = train(*flags, *words, check=False)
-        assert done.returncode == 2
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and f"cache:{cached} has {setting} " in lines[0], done.stderr
+    teacher: Path, short_file: Path, corpus_file: Path, cache: Path, cached: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("KD_CACHE", str(cache))
+    flags = [*SMALL, "--tokenizer", teacher / "hf", "--teachers", f"cache:{cached}", "--kd-ratio", 0.9]
+    right = ["--data", short_file, "--teacher-dtype", "fp32"]
+    for wrong, setting in (
+        (["--teacher-dtype", "bf16"], "teacher_dtype"), (["--mask-fraction", 0.3], "mask_fraction"),
+        (["--data", corpus_file], "data"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            main([*map(str, (*flags, *right, *wrong, "--out", tmp_path / "run"))])
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert end.value.code == 2 and f"cache:{cached} has {setting} " in line
         assert not (tmp_path / "run").exists()
 
 
@@ -158,6 +156,9 @@ def test_per_rank_on_a_sharded_pool_across_a_kill_in_the_window(
         good, bad = json.loads((folder / "run.json").read_text())["teachers"]
         assert (good["worse_than_chance"], bad["worse_than_chance"]) == (False, True)
         assert good["forwards"] == bad["forwards"] == 6 * 2
+    again = deepspeed(2, str(RECIPE), "--out", str(tmp_path / "killed5"), "--resume")
+    assert again.returncode == 0
+    assert "has finished" in again.stdout
 
 
 def test_zero3_teachers_give_what_whole_ones_give(
