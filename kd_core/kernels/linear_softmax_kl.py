@@ -8,8 +8,8 @@ A chunk of rows at a time: logits of both sides by matmul, their losses and grad
 that gradient by matmul the gradients of hidden states, weight and bias, all in the forward pass. What a call holds is a
 chunk's logits and gradient, `CPU_CHUNK_BYTES` or `GPU_CHUNK_BYTES`, and the gradients themselves: nothing of size N x V.
 
-Matrices of 16 bits are multiplied as they are and summed to float32 where the device offers that (CUDA). Elsewhere the
-student's are multiplied as float32 copies, and the teacher's logits have the teacher's dtype.
+Matrices of 16 bits are multiplied as they are and summed to float32 where the device offers that (CUDA). Elsewhere float32
+copies of them are multiplied, so that equal models have equal logits.
 
 Shape letters: N rows (supervised tokens), V vocabulary, D the student's width, E the teacher's, C rows of a chunk, M rows
 that take part.
@@ -61,6 +61,12 @@ def _logits_dtype(hidden: torch.Tensor) -> torch.dtype:
     """What matmuls of such hidden states are summed to: float32 or wider where the device offers it."""
     summed = hidden.element_size() > 2 or (hidden.is_cuda and torch.version.hip is None)
     return compute_dtype(hidden) if summed else hidden.dtype
+
+
+def _summable(side: Side) -> Side:
+    """The side, or float32 copies where the device sums matmuls of its dtype to no more."""
+    dtype = compute_dtype(side.hidden_ND)
+    return side if _logits_dtype(side.hidden_ND) == dtype else side.to(dtype)
 
 
 def _matmul_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, alpha: float, beta: float = 0.0) -> None:
@@ -145,15 +151,14 @@ def _linear_softmax_kl(
     weight_grad = zeros(student_weight.shape if with_weight else 0)
     bias_grad = zeros(len(student_weight) if with_bias else 0)
 
-    student = Side(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap).first(columns)
-    if _logits_dtype(student_hidden) != dtype:
-        student = student.to(dtype)
+    student = Side(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
+    student = _summable(student.first(columns))
     dtypes = [dtype]  # of a chunk's buffers: the student's logits, the teacher's, the gradient
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = Side(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
-        teacher = teacher.first(columns)
-        dtypes.append(_logits_dtype(teacher_hidden))
+        teacher = _summable(teacher.first(columns))
+        dtypes.append(_logits_dtype(teacher.hidden_ND))
     if with_hidden or with_weight or with_bias:
         dtypes.append(student.hidden_ND.dtype)
 

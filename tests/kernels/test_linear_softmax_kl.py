@@ -159,6 +159,15 @@ def test_a_row_of_weight_zero_takes_no_part_whatever_it_holds(softcap, options, 
     assert_close(run(tensors, impl=impl, **shared, **options), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_models_have_exactly_zero_kl(dtype) -> None:
+    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in make().items()}
+    tensors |= {name.replace("student", "teacher"): tensors[name] for name in STUDENT}
+    (loss, kd_sum, _), gradients = run(tensors, temperature=2.0)
+    assert loss == kd_sum == 0
+    assert all(gradient.abs().max() <= 1e-6 for gradient in gradients.values())
+
+
 def test_the_gradient_is_that_of_the_value() -> None:
     """Along a random direction of all inputs, by central differences in float64."""
     tensors = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in make().items()}
