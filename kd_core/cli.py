@@ -211,9 +211,10 @@ def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset
     if load is None and out and "--resume" in words and (Path(out) / "run.json").exists():
         load = str(Path(out) / "run.json")
     name, words = take(shlex.split(preset if load is None else "", comments=True) + words, "--preset")
-    if name is not None and name not in config_type.PRESETS:
-        raise ValueError(f"--preset must be one of {sorted(config_type.PRESETS)}, got {name}")
-    flags = config_type.PRESETS.get(name or "", {})
+    presets: dict[str, dict[str, Any]] = getattr(config_type, "PRESETS", {})
+    if name is not None and name not in presets:
+        raise ValueError(f"--preset must be one of {sorted(presets)}, got {name}")
+    flags = presets.get(name or "", {})
     if load is None:
         return _matched(read_flags(config_type, words, config_type(**flags)))
     saved = _saved_config(load)

@@ -294,5 +294,6 @@ def _export(model: Model, checkpoint: Path, folder: Path) -> Model:
         ours = tokenizer.load_tokenizer(model.source)
         target.parent.mkdir(parents=True, exist_ok=True)
         report.replace_folder(target, encoder.save_pretrained, ours.save_pretrained)
-    seconds = {f"{part}_s": value for part, value in client_state["seconds"].items()}
+    seconds, _ = client_state["clocks"][0]  # rank 0's, as in the log
+    seconds = {f"{part}_s": value for part, value in seconds.items()}
     return Model(f"{model.name}@{step}", str(target), model.run, step, seconds)
