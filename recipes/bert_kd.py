@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,11 @@ class Config(cli.SharedFlags):
     micro_batch_size: int = 128
     save_every: int = 3500
     eval_every: int = 3500
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        # The teacher term of the code that the authors released, beside --teachers and --kd-ratio 0.9.
+        "as-released": dict(temperature=4.0, divergence="reverse_kl", softmax_axis="sequence"),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -242,3 +242,11 @@ def test_a_copied_recipe_trains_with_the_project_uninstalled(corpus_file: Path, 
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(metrics(tmp_path / "run")) == 4
+
+
+def test_the_authors_teacher_term_is_a_preset(train: Train, teacher: Path, tmp_path: Path) -> None:
+    train("--preset", "as-released", "--teachers", teacher, "--kd-ratio", 0.9, "--steps", 2, "--out", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    chosen = {name: config[name] for name in ("kd_ratio", "temperature", "divergence", "softmax_axis")}
+    assert chosen == {"kd_ratio": 0.9, "temperature": 4.0, "divergence": "reverse_kl", "softmax_axis": "sequence"}
+    assert all(line["kd_loss"] > 0 for line in metrics(tmp_path / "run"))
