@@ -266,7 +266,7 @@ def _check_side(name: str, side: Side) -> None:
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
         raise ValueError(
             f"{name}_bias_V must be of shape ({len(weight)},) on {weight.device}, "
-            f"got {tuple(bias.shape)} on {bias.device}"
+            f"got {tuple(bias.shape)} on {bias.device}; a sharded bias has to be gathered first"
         )
     if not math.isfinite(side.logit_scale) or side.logit_scale == 0:
         raise ValueError(f"{name}_logit_scale must be finite and not zero, got {side.logit_scale}")
@@ -294,13 +294,17 @@ def _check_teacher(teacher: Side, student: Side, columns: int) -> None:
         )
 
 
-def _check_rows(rows_M: torch.Tensor | None, chunk_rows: int | None, device: torch.device) -> None:
+def _check_rows(rows_M: torch.Tensor | None, chunk_rows: int | None, num_rows: int, device: torch.device) -> None:
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if rows_M is not None and (rows_M.ndim != 1 or rows_M.dtype != torch.int64 or rows_M.device != device):
         raise ValueError(
             f"rows_M must be int64 [M] on {device}, got {rows_M.dtype} of shape {tuple(rows_M.shape)} on {rows_M.device}"
         )
+    if rows_M is not None and softmax_kl.readable(rows_M) and len(rows_M) > 0:
+        times = torch.bincount(rows_M.clamp(0, num_rows), minlength=num_rows)
+        if rows_M.min() < 0 or len(times) > num_rows or times.max() > 1:
+            raise ValueError(f"rows_M must be different rows in [0, {num_rows}), got {rows_M.tolist()[:8]}...")
 
 
 def _reference_logits(side: Side, columns: int) -> torch.Tensor:
@@ -382,7 +386,7 @@ def linear_softmax_kl(
     columns = V if valid_columns is None else valid_columns
     if teacher is not None:
         _check_teacher(teacher, student, columns)
-    _check_rows(rows_M, chunk_rows, device)
+    _check_rows(rows_M, chunk_rows, num_rows, device)
     softmax_kl.check_row_weight(row_weight_N, student.hidden_ND)
     options = softmax_kl.check_options(
         student.hidden_ND, teacher and teacher.hidden_ND, labels_N, temperature, teacher_temperature, direction,
@@ -410,7 +414,7 @@ def linear_softmax_kl(
     with torch.autocast(device.type, enabled=False):
         loss, kd_sum, label_sum, *_ = function(
             *student, *(teacher or (None, None, None, 1.0, None)), labels_N, *options,
-            row_weight_N, float(kd_weight), float(label_weight), rows_M, chunk_rows, *wanted,
+            row_weight_N, *softmax_kl.plain_weights(kd_weight, label_weight), rows_M, chunk_rows, *wanted,
         )  # fmt: skip
     return loss.float(), kd_sum.detach().float(), label_sum.detach().float()
 

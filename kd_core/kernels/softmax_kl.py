@@ -375,7 +375,7 @@ def _dtype(student: torch.Tensor) -> torch.dtype:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _readable(tensor: torch.Tensor) -> bool:
+def readable(tensor: torch.Tensor) -> bool:
     """Whether looking at values costs neither waiting for a GPU nor a graph of torch.compile."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -399,7 +399,7 @@ def _check_temperature(name: str, tau: float | torch.Tensor, student: torch.Tens
     _check_device(name, tau, student)
     if tau.requires_grad:
         raise ValueError(f"{name} requires a gradient, but is not differentiated here; detach it")
-    if _readable(tau) and not ((tau > 0) & (tau < math.inf)).all():
+    if readable(tau) and not ((tau > 0) & (tau < math.inf)).all():
         raise ValueError(f"{name} must be positive and finite in every row, got {tau.min()} to {tau.max()}")
 
 
@@ -444,7 +444,7 @@ def _check_labels(labels: torch.Tensor, student: torch.Tensor, columns: int, ign
             f"got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     _check_device("labels_N", labels, student)
-    if _readable(labels):
+    if readable(labels):
         wrong = labels[((labels < 0) | (labels >= columns)) & (labels != ignore_index)]
         if len(wrong) > 0:
             raise ValueError(
@@ -462,6 +462,16 @@ def check_row_weight(row_weight_N: torch.Tensor | None, student: torch.Tensor) -
             f"got {row_weight_N.dtype} of shape {tuple(row_weight_N.shape)}"
         )
     _check_device("row_weight_N", row_weight_N, student)
+
+
+def plain_weights(kd_weight: float | torch.Tensor, label_weight: float | torch.Tensor) -> tuple[float, float]:
+    """The two as numbers; ValueError for a tensor whose gradient would be lost."""
+    for name, weight in (("kd_weight", kd_weight), ("label_weight", label_weight)):
+        if isinstance(weight, torch.Tensor) and weight.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, which this does not make; detach it, or pass impl='reference'"
+            )
+    return float(kd_weight), float(label_weight)
 
 
 def _check_call(
@@ -668,7 +678,7 @@ def softmax_kl_sum(
         kd_sum, label_sum = ((weight_N * value_N).sum() for value_N in _reference((*logits, *args[2:])))
         loss = weighted_loss(kd_weight, kd_sum, label_weight, label_sum)
     else:
-        weights = row_weight_N, float(kd_weight), float(label_weight)
+        weights = row_weight_N, *plain_weights(kd_weight, label_weight)
         function = _sum_operator if torch.compiler.is_compiling() else _SoftmaxKLSum.apply
         loss, kd_sum, label_sum, _ = function(*args, *weights, with_gradient)
     return loss.float(), kd_sum.detach().float(), label_sum.detach().float()
