@@ -1,6 +1,7 @@
 """Teachers' answers, computed once and read by every epoch, seed and experiment that follows.
 
     python -m kd_core.cache build --teacher RUN --data DATA --out DIR [flags]      resumes where it was killed
+    python -m kd_core.cache build --kind images ...                                of image classifiers; mlm is the default
     deepspeed --module kd_core.cache build ...                                     all ranks share the work
     python recipes/bert_kd.py --data DATA --teachers cache:DIR ...
 
@@ -12,7 +13,7 @@ A cache is a folder of records of one size, one for each sample and pattern of i
     build.json       seconds that the build took, summed over ranks
     ...              what the task needs besides, such as the teacher's head (kd_core/cache_mlm.py)
 
-Nothing here knows a task. Record `pattern * num_samples + sample` is the same for any number of ranks, and its bytes
+Nothing here knows a task (kd_core/cache_mlm.py, cache_images.py). Record `pattern * num_samples + sample` is the same for any number of ranks, and its bytes
 follow from the header alone.
 """
 
@@ -22,13 +23,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from kd_core import cli, engine
@@ -86,6 +88,22 @@ class Layout:
         """Indices of the records of each part."""
         starts = range(0, self.num_records, self.part_records)
         return [range(start, min(start + self.part_records, self.num_records)) for start in starts]
+
+    def batches(self, indices: range) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Samples and patterns of the records, int64 [B] each; every batch is full: kernels may choose by the shape."""
+        size = self.batch_records
+        numbers = (np.resize(indices[start : start + size], size) for start in range(0, len(indices), size))
+        return [np.divmod(number, self.num_samples)[::-1] for number in numbers]
+
+    def pack(self, indices: range, answers: Iterable[Mapping[str, Tensor]]) -> np.ndarray:
+        """The records, from the fields of each of `batches`, without what only filled the last."""
+        records = np.empty(len(indices), self.dtype)
+        for start, answer in zip(range(0, len(indices), self.batch_records), answers, strict=True):
+            here = records[start : start + self.batch_records]
+            for name, values in answer.items():
+                bits = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+                here[name] = bits.cpu().numpy().reshape(-1, *self.dtype[name].shape)[: len(here)]
+        return records
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -283,13 +301,22 @@ class Records:
 
 def main(typed: Sequence[str] | None = None) -> int:
     """`build` with its flags; returns the exit code."""
-    from kd_core import cache_mlm
+    from kd_core import cache_images, cache_mlm
 
     with cli.one_line_errors():
         words = [word for word in (sys.argv[1:] if typed is None else typed) if not word.startswith("--local")]
         if words[:1] not in (["build"], ["--help"]):
             raise ValueError(f"python -m kd_core.cache knows one command, build; got {' '.join(words[:1]) or 'none'}")
-        cache_mlm.build(cli.read_flags(cache_mlm.BuildFlags, words[1:] or ["--help"], cache_mlm.BuildFlags()))
+        kinds: dict[str, Any] = {"images": cache_images, "mlm": cache_mlm}
+        kind, words = cli.take(words[1:] or ["--help"], "--kind")
+        if (kind or "mlm") not in kinds:
+            raise ValueError(f"--kind must be one of {sorted(kinds)}, got {kind}")
+        task = kinds[kind or "mlm"]
+        preset, words = cli.take_preset(task.BuildFlags, words)
+        flags = cli.read_flags(task.BuildFlags, words, task.BuildFlags(**preset))
+        cli.check_flag(flags, "teacher", bool(flags.teacher) and not folder_of(flags.teacher), "given, and a model")
+        cli.check_flag(flags, "out", bool(flags.out), "given")
+        task.build(flags)
     engine.leave()
     return 0
 

@@ -1,11 +1,13 @@
 """Losses on labels and the metrics of image classification. Shape letters: B images, C classes."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kd_core import engine, images
 
 CALIBRATION_BINS = 15
 NUM_SUMS = 4 + 2 * CALIBRATION_BINS
@@ -32,6 +34,16 @@ def classification_sums(logits_BC: Tensor, labels_B: Tensor, counted_B: Tensor) 
     bins[1].index_add_(0, bin_B, top_BK[:, 0] * weight_B)
     rows = torch.stack([loss_B, top_BK[:, 0].float(), top_BK.any(-1).float(), torch.ones_like(loss_B)])
     return torch.cat([rows @ weight_B, bins.flatten()])
+
+
+@torch.no_grad()
+def validation_sums(model: Any, batches: images.ValidationBatches, *, workers: int) -> Tensor:
+    """`classification_sums` of this rank's share of the validation images, by a model in evaluation."""
+    sums = torch.zeros(NUM_SUMS, device=engine.device())
+    for micro in images.load(batches, range(len(batches)), workers=workers):
+        pixels, labels, counted = engine.to_device(micro.pixels, micro.labels, micro.counted)
+        sums += classification_sums(model(pixels), labels, counted)
+    return sums
 
 
 def classification_metrics(sums: Tensor) -> dict[str, float]:

@@ -125,9 +125,10 @@ class SharedFlags:
         """What --teachers and the flags beside it must agree on."""
         number, weights = len(self.teachers), self.teacher_weights
         placement, by_rank = self.teacher_placement, self.sampler == "per_rank"
-        cached = any(path.startswith(CACHE_PREFIX) for path in self.teachers)
         self.check("teacher_placement", placement != "sharded" or by_rank, "used with --sampler per_rank")
-        self.check("teacher_placement", placement in ("device", "sharded") or not cached, "device for cached teachers")
+        self.check(
+            "teacher_placement", placement in ("device", "sharded") or not self.cached, "device for cached teachers"
+        )
         self.check("sampler", placement != "zero3" or not by_rank, "one that all ranks share, for zero3")
         most = 1 if placement == "sharded" else max(1, number)
         self.check("draws", self.draws <= most, f"at most the number of --teachers that a rank has, {most}")
@@ -142,6 +143,11 @@ class SharedFlags:
     def distils(self) -> bool:
         """Whether any teacher is asked in the run."""
         return max(self.kd_ratio, self.kd_ratio_stop or 0) > 0
+
+    @property
+    def cached(self) -> bool:
+        """Whether a teacher's answers come from a cache."""
+        return any(path.startswith(CACHE_PREFIX) for path in self.teachers)
 
     def check(self, name: str, ok: bool, allowed: str) -> None:
         """`check_flag` of these flags."""
@@ -210,11 +216,7 @@ def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset
     out, _ = take(words, "--out")
     if load is None and out and "--resume" in words and (Path(out) / "run.json").exists():
         load = str(Path(out) / "run.json")
-    name, words = take(shlex.split(preset if load is None else "", comments=True) + words, "--preset")
-    presets: dict[str, dict[str, Any]] = getattr(config_type, "PRESETS", {})
-    if name is not None and name not in presets:
-        raise ValueError(f"--preset must be one of {sorted(presets)}, got {name}")
-    flags = presets.get(name or "", {})
+    flags, words = take_preset(config_type, shlex.split(preset if load is None else "", comments=True) + words)
     if load is None:
         return _matched(read_flags(config_type, words, config_type(**flags)))
     saved = _saved_config(load)
@@ -250,6 +252,14 @@ def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
         else:
             rest.append(word)
     return value, rest
+
+
+def take_preset(config_type: Any, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The flags of `--preset NAME` in `words`, and the words without it."""
+    name, rest = take(words, "--preset")
+    if name is not None and name not in config_type.PRESETS:
+        raise ValueError(f"--preset must be one of {sorted(config_type.PRESETS)}, got {name}")
+    return config_type.PRESETS.get(name, {}), rest
 
 
 def _saved_config(path: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     image -> random crop, flip, RandAugment, a function of (seed, epoch, image) -> uint8 batch -> device
 
-So neither ranks nor worker processes change what a step learns from, a resumed run needs its step only, and teacher and
+With cached teachers the seed is the caches' and epochs repeat a few patterns. So neither ranks nor worker processes change what a step learns from, a resumed run needs its step only, and teacher and
 student see the same pixels. Images held decoded are cropped in batches by the rank itself; encoded ones are decoded by
 worker processes, a micro-batch each. Normalisation is the models' own, on the device.
 
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from kd_core.cli import check_flag
 from kd_core.hashing import uniforms
 from kd_core.image_sources import DAMAGE, Split, decode, say_corrupt
 from kd_core.image_sources import ImageSet as ImageSet
@@ -71,6 +72,22 @@ class View:
         return self.size if scale >= 1 else min(self.size, round(self.size * scale / SIZE_STEP) * SIZE_STEP)
 
 
+def check_flags(flags: Any) -> None:
+    """Raises ValueError when what a recipe's or a cache's flags say of data and views is impossible."""
+    for name in ("train_size", "eval_size", "eval_resize"):
+        check_flag(flags, name, getattr(flags, name) >= 8, "at least 8")
+    check_flag(flags, "eval_size", flags.eval_size <= flags.eval_resize, f"at most --eval-resize, {flags.eval_resize}")
+    check_flag(flags, "max_corrupt", 0 <= flags.max_corrupt < 1, "in [0, 1)")
+    check_flag(flags, "min_scale", 0 < flags.min_scale <= 1, "in (0, 1]")
+    check_flag(flags, "decoded_gib", 0 <= flags.decoded_gib < math.inf, "a finite number, at least 0")
+    check_flag(flags, "randaugment", 0 <= flags.randaugment <= 30, "in 0 to 30")
+    check_flag(flags, "teacher_size", (flags.teacher_size or 8) >= 8, "0, or at least 8")
+    possible = torch.cuda.is_available() and flags.crop == "resized" and not flags.randaugment
+    check_flag(
+        flags, "decoder", flags.decoder == "cpu" or possible, "cpu without a GPU, or for padded crop or RandAugment"
+    )
+
+
 class JpegView(NamedTuple):
     """A view that is decoded and cut on the device."""
 
@@ -86,6 +103,7 @@ class MicroBatch:
     pixels: torch.Tensor  # uint8 [B, 3, S, S], channels last
     labels: torch.Tensor  # int64 [B]
     sample_ids: torch.Tensor  # int64 [B], numbers of the images in their split
+    patterns: torch.Tensor  # int64 [B], of the views: epochs, or what stands for them; 0 in the validation
     counted: torch.Tensor  # bool [B]; False for an image that only fills a batch of the validation
     corrupt: torch.Tensor  # float scalar, images that could not be decoded and were replaced
     jpegs: tuple["JpegView", ...] = ()  # instead of pixels, of which there are then none: what the GPU decodes
@@ -97,9 +115,9 @@ class MicroBatch:
         return (self.pixels,)
 
     @property
-    def keys(self) -> tuple[torch.Tensor]:
-        """What says which images these are."""
-        return (self.sample_ids,)
+    def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What says which images these are, and which views of them."""
+        return self.sample_ids, self.patterns
 
     def mixed(self, mixup: float, cutmix: float, num_classes: int | None) -> "MicroBatch":
         """The same, to be mixed (`mix`) once it is on the device; as it is when both alphas are 0."""
@@ -258,12 +276,53 @@ def _read(split: Split, index: int) -> Any:
     return decode(split.encoded.read(index))
 
 
+def training_batch(
+    split: Split, view: View, size: int, seed: int, ids_B: np.ndarray, patterns_B: np.ndarray, *, nvjpeg: bool = False
+) -> MicroBatch:
+    """Views of side `size`, each a function of (seed, pattern, image) alone.
+
+    An image that cannot be decoded is replaced by its successor in the split, named and counted.
+    """
+    numbers_BK = uniforms(seed, patterns_B, ids_B, view.numbers)
+    views: list[Any] = []
+    corrupt, ids_B = 0, ids_B.copy()
+    for row in range(len(ids_B)):
+        while True:
+            index = int(ids_B[row])
+            try:
+                views.append(_view(split, index, view, size, numbers_BK[row].tolist(), nvjpeg))
+                break
+            except DAMAGE as error:
+                assert split.encoded is not None, error
+                say_corrupt(split.encoded.name(index), error)
+                corrupt += 1
+                if corrupt > len(split):
+                    raise
+                ids_B[row] = (index + 1) % len(split)
+                one = slice(row, row + 1)
+                numbers_BK[one] = uniforms(seed, patterns_B[one], ids_B[one], view.numbers)
+    none_BHWC = np.empty((0, size, size, 3), np.uint8)
+    pixels_BHWC, jpegs = (none_BHWC, tuple(views)) if nvjpeg else (np.stack(views), ())
+    return _micro_batch(split, pixels_BHWC, ids_B, patterns_B, np.ones(len(ids_B), bool), corrupt, jpegs)
+
+
+def _view(split: Split, index: int, view: View, size: int, numbers: Sequence[float], nvjpeg: bool) -> Any:
+    if nvjpeg:
+        assert split.encoded is not None, "images held decoded are not decoded again"
+        return jpeg_view(split.encoded.read(index), view, numbers)
+    return training_view(_read(split, index), view, size, numbers)
+
+
 @dataclass(frozen=True, eq=False)
 class TrainBatches(Dataset[MicroBatch]):
     """This rank's micro-batches by number, `accum` a step.
 
     A global batch is the next `global_batch_size` images of the epochs' orders, run through without a break, and rank r has
-    its r-th contiguous share. An image that cannot be decoded is replaced by its successor in the split, named and counted.
+    its r-th contiguous share.
+
+    Args:
+        view_seed: of the views; None: `seed`.
+        view_patterns: epoch e has the views of epoch e mod this; None: new views in each epoch.
     """
 
     split: Split
@@ -275,6 +334,8 @@ class TrainBatches(Dataset[MicroBatch]):
     rank: int
     world_size: int
     nvjpeg: bool = False
+    view_seed: int | None = None
+    view_patterns: int | None = None
 
     @property
     def accum(self) -> int:
@@ -289,30 +350,10 @@ class TrainBatches(Dataset[MicroBatch]):
         for epoch in set(epochs_B.tolist()):
             here = epochs_B == epoch
             ids_B[here] = image_order(self.seed, epoch, images)[places_B[here] % images]
-        numbers_BK = uniforms(self.seed, epochs_B, ids_B, self.view.numbers)
-        size, corrupt = self.view.size_at(step, self.steps), 0
-        views: list[Any] = []
-        for row, numbers in enumerate(numbers_BK.tolist()):
-            while True:
-                try:
-                    views.append(self._view(int(ids_B[row]), size, numbers))
-                    break
-                except DAMAGE as error:
-                    assert self.split.encoded is not None, error
-                    say_corrupt(self.split.encoded.name(int(ids_B[row])), error)
-                    corrupt += 1
-                    if corrupt > images:
-                        raise
-                    ids_B[row] = (ids_B[row] + 1) % images
-        none_BHWC = np.empty((0, size, size, 3), np.uint8)
-        pixels_BHWC, jpegs = (none_BHWC, tuple(views)) if self.nvjpeg else (np.stack(views), ())
-        return _micro_batch(self.split, pixels_BHWC, ids_B, np.ones(len(ids_B), bool), corrupt, jpegs)
-
-    def _view(self, index: int, size: int, numbers: Sequence[float]) -> Any:
-        if self.nvjpeg:
-            assert self.split.encoded is not None, "images held decoded are not decoded again"
-            return jpeg_view(self.split.encoded.read(index), self.view, numbers)
-        return training_view(_read(self.split, index), self.view, size, numbers)
+        patterns_B = epochs_B % self.view_patterns if self.view_patterns else epochs_B
+        seed = self.seed if self.view_seed is None else self.view_seed
+        size = self.view.size_at(step, self.steps)
+        return training_batch(self.split, self.view, size, seed, ids_B, patterns_B, nvjpeg=self.nvjpeg)
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,13 +393,14 @@ class ValidationBatches(Dataset[MicroBatch]):
                 assert self.split.encoded is not None, error
                 say_corrupt(self.split.encoded.name(index), error)
                 counted_B[row] = False
-        return _micro_batch(self.split, pixels_BHWC, ids_B, counted_B, 0)
+        return _micro_batch(self.split, pixels_BHWC, ids_B, np.zeros_like(ids_B), counted_B, 0)
 
 
 def _micro_batch(
     split: Split,
     pixels_BHWC: np.ndarray,
     ids_B: np.ndarray,
+    patterns_B: np.ndarray,
     counted_B: np.ndarray,
     corrupt: int,
     jpegs: tuple[JpegView, ...] = (),
@@ -367,6 +409,7 @@ def _micro_batch(
         pixels=torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2),
         labels=torch.from_numpy(split.labels[ids_B]),
         sample_ids=torch.from_numpy(ids_B),
+        patterns=torch.from_numpy(patterns_B),
         counted=torch.from_numpy(counted_B),
         corrupt=torch.tensor(float(corrupt)),
         jpegs=jpegs,

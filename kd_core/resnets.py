@@ -21,6 +21,8 @@ from torch.distributed.nn.functional import all_reduce  # differentiable
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2.functional import resize
 
+from kd_core import cache
+from kd_core.cache_logits import CachedLogits
 from kd_core.teachers import model_source
 
 SMALL_DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)  # 6n + 2, He et al. 2015, section 4.2
@@ -235,7 +237,12 @@ def load_net(folder: str, flag: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def check_source(path: str, flag: str) -> None:
-    """Raises ValueError or FileNotFoundError unless `path` is a folder that holds a model, or names one of torchvision's."""
+    """Raises ValueError or FileNotFoundError unless `path` is a folder that holds a model, or names one of torchvision's.
+
+    A cache is checked once the data is known, by `cache_images.views`.
+    """
+    if cache.folder_of(path):
+        return
     if not Path(path).exists() and re.fullmatch(r"[\w.:]+", path):
         name, _, weights = path.partition(":")
         known = torchvision.models.list_models(module=torchvision.models)
@@ -295,3 +302,10 @@ def load_classifier(
         mean, std, own_size = view.mean, view.std, view.crop_size[0]
     own = own_size if size is None else size or None
     return Classifier(net, mean=mean, std=std, size=own, autocast=autocast)
+
+
+def load_teacher(path: str, classes: Sequence[str], **settings: Any) -> nn.Module:
+    """What answers for `path`: the records of `cache:DIR`, or a `load_classifier` in the memory format that is fast."""
+    if folder := cache.folder_of(path):
+        return CachedLogits(folder, len(classes))
+    return load_classifier(path, classes, **settings).to(memory_format=torch.channels_last)

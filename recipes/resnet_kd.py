@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from kd_core import classification, cli, engine, images, optimizers, report, resnets, schedule, teachers
+from kd_core import cache_images, classification, cli, engine, images, optimizers, report, resnets, schedule, teachers
 from kd_core.losses import distillation_sum
 
 RECIPE = Path(__file__).stem
@@ -104,22 +104,18 @@ class Config(cli.SharedFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("train_size", "eval_size", "eval_resize"):
-            self.check(name, getattr(self, name) >= 8, "at least 8")
-        self.check("eval_size", self.eval_size <= self.eval_resize, f"at most --eval-resize, {self.eval_resize}")
-        for name in ("momentum", "weight_decay", "label_smoothing", "max_corrupt"):
+        images.check_flags(self)
+        for name in ("momentum", "weight_decay", "label_smoothing"):
             self.check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name in ("min_scale", "resize_from"):
-            self.check(name, 0 < getattr(self, name) <= 1, "in (0, 1]")
-        for name in ("mixup", "cutmix", "ema_half_life", "decoded_gib"):
+        self.check("resize_from", 0 < self.resize_from <= 1, "in (0, 1]")
+        for name in ("mixup", "cutmix", "ema_half_life"):
             self.check(name, 0 <= getattr(self, name) < math.inf, "a finite number, at least 0")
-        self.check("randaugment", 0 <= self.randaugment <= 30, "in 0 to 30")
-        self.check("teacher_size", (self.teacher_size or 8) >= 8, "0, or at least 8")
         self.check("lr_batch_size", self.lr_batch_size is None or self.lr_batch_size >= 1, "at least 1")
         enough = self.workers is None or self.workers >= bool(self.randaugment)
         self.check("workers", enough, "at least 0 (1 with --randaugment)")
-        possible = torch.cuda.is_available() and self.crop == "resized" and not self.randaugment
-        self.check("decoder", self.decoder == "cpu" or possible, "cpu without a GPU, or for padded crop or RandAugment")
+        for name, only in (("mixup", 0), ("cutmix", 0), ("resize_from", 1)):
+            possible = not self.cached or getattr(self, name) == only
+            self.check(name, possible, f"{only} for cached teachers, who saw other pixels")
 
     @property
     def peak_lr(self) -> float:
@@ -152,11 +148,7 @@ def build_student(cfg: Config, classes: Sequence[str]) -> resnets.Classifier:
 
 def build_teachers(cfg: Config, classes: Sequence[str]) -> teachers.TeacherPool:
     settings: dict[str, Any] = {"flag": "--teachers", "size": cfg.teacher_size, "autocast": cfg.teacher_dtype == "bf16"}
-
-    def load(path: str) -> resnets.Classifier:
-        return resnets.load_classifier(path, classes, **settings).to(memory_format=torch.channels_last)
-
-    return teachers.build_pool(cfg, load, columns=len(classes))
+    return teachers.build_pool(cfg, lambda path: resnets.load_teacher(path, classes, **settings), columns=len(classes))
 
 
 def train_step(
@@ -201,13 +193,10 @@ def train_step(
 def evaluate(cfg: Config, model: Any, data: images.ImageSet) -> dict[str, float]:
     """Loss (nats), top-1, top-5 and expected calibration error on the validation images, over all ranks."""
     model.eval()
-    sums = torch.zeros(classification.NUM_SUMS, device=engine.device())
     batches = images.ValidationBatches(
         data.validation, cfg.eval_resize, cfg.eval_size, cfg.micro_batch_size, engine.rank(), engine.world_size()
     )
-    for micro in images.load(batches, range(len(batches)), workers=images.num_workers(cfg.workers, data.validation)):
-        pixels, labels, counted = engine.to_device(micro.pixels, micro.labels, micro.counted)
-        sums += classification.classification_sums(model(pixels), labels, counted)
+    sums = classification.validation_sums(model, batches, workers=images.num_workers(cfg.workers, data.validation))
     return classification.classification_metrics(engine.total(sums))
 
 
@@ -219,7 +208,7 @@ def export(cfg: Config, student: Any, data: images.ImageSet, folder: Path) -> No
         report.replace_folder(folder, lambda hidden: resnets.save(hidden, student.module, state, data.classes, **view))
 
 
-def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], images.ImageSet]:
+def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], images.ImageSet, dict[str, int]]:
     """What bad input makes fail, cheapest first, before any model is built: config, models, run folder, data."""
     ds_config = engine.load_config(cfg)
     if cfg.ema_half_life and ds_config.get("zero_optimization", {}).get("stage") == 3:
@@ -233,7 +222,8 @@ def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], images.ImageS
     data.check_batch(cfg.global_batch_size)
     report.check_data(cfg, data.fingerprint)
     # DeepSpeed's list of optimizers tested with ZeRO has no SGD; the project's tests do.
-    return folder, ds_config | {"zero_allow_untested_optimizer": True}, data
+    ds_config |= {"zero_allow_untested_optimizer": True}
+    return folder, ds_config, data, cache_images.views(cfg, data)
 
 
 def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
@@ -242,7 +232,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         cfg = cli.parse(Config, typed, preset)
         if report.says_finished(cfg):
             return 0
-        folder, ds_config, data = engine.join(lambda: prepare(cfg, undo))
+        folder, ds_config, data, views = engine.join(lambda: prepare(cfg, undo))
         folder = engine.broadcast(folder)
         checkpoint = engine.newest_checkpoint(folder / "checkpoints") if cfg.resume else None
         first = engine.step_of(checkpoint)
@@ -265,7 +255,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
     run.teachers(pool, lambda teacher: evaluate(cfg, teacher, data), clock, chance_loss=math.log(len(data.classes)))
     batches = images.TrainBatches(
         data.train, cfg.view, cfg.steps, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size,
-        engine.rank(), engine.world_size(), nvjpeg=cfg.decoder == "nvjpeg" and data.train.encoded is not None,
+        engine.rank(), engine.world_size(), nvjpeg=cfg.decoder == "nvjpeg" and data.train.encoded is not None, **views,
     )  # fmt: skip
     ahead = images.steps(batches, first, workers=images.num_workers(cfg.workers, data.train, cfg.randaugment))
     best, corrupt = state["best"], 0

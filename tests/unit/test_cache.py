@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kd_core import cache
-from kd_core.cache_mlm import _logits_of_top_k, _top_k
+from kd_core.cache_logits import logits_of_top_k, top_k
 
 SETTINGS = {"kind": "test", "seed": 3}
 LAYOUT = cache.Layout(
@@ -125,10 +125,10 @@ def test_too_small_a_disk_is_refused_before_it_starts(tmp_path: Path, monkeypatc
 def test_top_k_keeps_probabilities_and_the_mass_of_the_tail_exactly() -> None:
     torch.manual_seed(0)
     logits = 5 * torch.randn(40, 300)
-    stored = _top_k(logits, 8, (1.0, 2.5))
+    stored = top_k(logits, 8, (1.0, 2.5))
     for place, temperature in enumerate((1.0, 2.5)):
         exact = (logits.double() / temperature).softmax(-1)
-        kept = (_logits_of_top_k(stored, place, temperature, 300).double() / temperature).softmax(-1)
+        kept = (logits_of_top_k(stored, place, temperature, 300).double() / temperature).softmax(-1)
         top = stored["ids"].long()
         torch.testing.assert_close(kept.gather(1, top), exact.gather(1, top), rtol=1e-5, atol=0)
         tail = kept.scatter(1, top, 0.0)

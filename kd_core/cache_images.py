@@ -1,0 +1,179 @@
+"""Cached answers for image classification: a teacher's logits of every training image under a few views of it.
+
+A record holds one image under one pattern of crop, flip and RandAugment: all C logits, as the model gives them, or the top
+k (kd_core/cache_logits.py). The views follow from the cache's own seed, and epoch e of a run uses pattern e mod M: so every
+--seed can share them, and teacher and student see the same pixels.
+
+Shapes: B images, C classes.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kd_core import cache, cache_logits, classification, cli, engine, image_sources, images, resnets, teachers
+
+
+@dataclass(frozen=True)
+class BuildFlags(cache_logits.BuildFlags):
+    """Computes a classifier's answers for every training image once; what was killed is continued by the same command.
+
+    `--preset baseline-90`, `mild-36` or `cifar`: the views of the recipe's preset.
+    """
+
+    data: str = "ILSVRC/imagenet-1k"
+    """As the recipe's, like all flags without a word of their own."""
+    train_size: int = 224
+    """Side of a training view, pixels."""
+    eval_resize: int = 256
+    """Shorter side of an image on which the teacher is evaluated."""
+    eval_size: int = 224
+    """Side of its central crop."""
+    crop: Literal["resized", "padded"] = "resized"
+    """Of training views."""
+    min_scale: float = 0.08
+    """Smallest share of the image's area in a resized crop."""
+    randaugment: int = 0
+    """Magnitude of RandAugment; 0: none."""
+    teacher_size: int | None = None
+    """Side of the teacher's view; default: its own; 0: --train-size."""
+    decoded_gib: float = 2.0
+    """Data up to this size is held decoded."""
+    decoder: Literal["cpu", "nvjpeg"] = "cpu"
+    """What decodes training images that are not."""
+    max_corrupt: float = 0.001
+    """Share of the training images that may be unreadable before the build stops."""
+    view_patterns: int = 4
+    """Different views of each image: epoch e of a run uses pattern e mod this."""
+    view_seed: int = 17
+    """Of the views."""
+    micro_batch_size: int = 256
+
+    AGREE = ("train_size", "crop", "min_scale", "randaugment", "decoder", "teacher_size", "teacher_dtype")
+    SHARED = ("view_seed", "view_patterns")
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "baseline-90": {},
+        "mild-36": dict(train_size=176, eval_resize=232, teacher_size=0),
+        "cifar": dict(
+            train_size=32, eval_resize=32, eval_size=32, crop="padded", micro_batch_size=64, teacher_dtype="fp32"
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        images.check_flags(self)
+        cli.check_flag(self, "view_patterns", self.view_patterns >= 1, "at least 1")
+        cli.check_flag(self, "view_seed", self.view_seed >= 0, "at least 0")
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def build(flags: BuildFlags) -> None:
+    """Fills `--out` with the answers of `--teacher`; joins the process group.
+
+    Raises:
+        FileNotFoundError, ValueError: as `images.prepare`, `resnets.load_classifier` and `cache.build`.
+    """
+    resnets.check_source(flags.teacher, "--teacher")
+    progress = engine.local_rank() == 0
+    data = engine.join(
+        lambda: images.prepare(
+            flags.data, decoded_gib=flags.decoded_gib, max_corrupt=flags.max_corrupt, progress=progress
+        )
+    )
+    columns = len(data.classes)
+    cli.check_flag(flags, "top_k", flags.top_k < columns, f"below the number of classes, {columns}")
+    model = resnets.load_teacher(
+        flags.teacher, data.classes, flag="--teacher", size=flags.teacher_size, autocast=flags.teacher_dtype == "bf16"
+    )
+    model.eval().requires_grad_(False).to(engine.device())
+    settings = {
+        "kind": "images",
+        "teacher": flags.teacher,
+        "weights": teachers.tensor_digest(sorted(model.state_dict().items())),
+        **_source(data),
+        **flags.settings,
+    }
+    layout = cache.Layout(
+        flags.fields("logits", 1, columns), len(data.train), flags.view_patterns, flags.micro_batch_size
+    )
+    unreadable: set[int] = set()
+
+    def answer(indices: range) -> np.ndarray:
+        return layout.pack(indices, _answers(flags, data, model, layout.batches(indices), unreadable))
+
+    cache.build(
+        Path(flags.out), settings, layout, answer, lambda _: None, functools.partial(_score, flags, data, model)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Views(Dataset[images.MicroBatch]):
+    """Micro-batches of given images under given patterns."""
+
+    flags: BuildFlags
+    split: images.Split
+    batches: Sequence[tuple[np.ndarray, np.ndarray]]
+
+    def __getitem__(self, number: int) -> images.MicroBatch:
+        flags = self.flags
+        view = images.View(flags.train_size, flags.crop, flags.min_scale, flags.randaugment)
+        nvjpeg = flags.decoder == "nvjpeg" and self.split.encoded is not None
+        return images.training_batch(self.split, view, view.size, flags.view_seed, *self.batches[number], nvjpeg=nvjpeg)
+
+
+@torch.no_grad()
+def _answers(
+    flags: BuildFlags,
+    data: images.ImageSet,
+    model: Any,
+    batches: Sequence[tuple[np.ndarray, np.ndarray]],
+    unreadable: set[int],
+) -> Iterator[dict[str, Tensor]]:
+    """The answers of `batches`. A run asks for an unreadable image's successor, so that its own record does not matter."""
+    workers = images.num_workers(None, data.train, flags.randaugment)
+    made = images.load(_Views(flags, data.train, batches), range(len(batches)), workers=workers)
+    for (ids_B, _), micro in zip(batches, made, strict=True):
+        unreadable.update(ids_B[ids_B != micro.sample_ids.numpy()].tolist())
+        image_sources.check_corrupt(len(unreadable), len(data.train), flags.max_corrupt, flags.data)
+        logits_BC = model(micro.to(engine.device()).pixels)
+        if flags.top_k:
+            yield cache_logits.top_k(logits_BC, flags.top_k, flags.temperatures)
+        else:
+            yield {"logits": logits_BC}
+
+
+def _score(flags: BuildFlags, data: images.ImageSet, model: Any) -> dict[str, float]:
+    """The teacher on the validation images, as the recipe measures it."""
+    batches = images.ValidationBatches(
+        data.validation, flags.eval_resize, flags.eval_size, flags.micro_batch_size, rank=0, world_size=1
+    )
+    workers = images.num_workers(None, data.validation)
+    return classification.classification_metrics(classification.validation_sums(model, batches, workers=workers))
+
+
+# --- using ------------------------------------------------------------------------------------------------------------
+
+
+def views(cfg: Any, data: images.ImageSet) -> dict[str, int]:
+    """Checks the caches of `--teachers` against the run, as `cache_logits.check`.
+
+    Returns:
+        `view_seed` and `view_patterns` of `images.TrainBatches`, which the caches share; empty without one.
+    """
+    return cache_logits.check(cfg, BuildFlags, {"kind": "images", **_source(data)})
+
+
+def _source(data: images.ImageSet) -> dict[str, str]:
+    names = hashlib.sha256(json.dumps(data.classes).encode()).hexdigest()[:16]
+    return {"data": data.fingerprint, "classes": names}
