@@ -1,13 +1,17 @@
 """Shared fixtures: a free port and DeepSpeed launches on the CPU, the real data sets, skips with a reason."""
 
+import io
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 # Without a GPU, Triton's kernels run in its interpreter, which has to be known before they are imported.
@@ -24,6 +28,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if item.get_closest_marker("multigpu") and torch.cuda.device_count() < 2:
             item.add_marker(pytest.mark.skip(reason="needs two CUDA GPUs"))
+
+
+def photo(seed: int, width: int = 40, height: int = 32) -> bytes:
+    """A smooth random JPEG."""
+    small = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(file, "jpeg", quality=95)
+    return file.getvalue()
+
+
+def photo_folder(root: Path, classes: Sequence[str], **counts: int) -> Path:
+    """Random images `<split>/<class>/<number>.jpg`, of each class as many as the split is given."""
+    for split, count in counts.items():
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                file = root / split / name / f"{number}.jpg"
+                file.write_bytes(photo(100 * label + number + 50 * (split == "val")))
+    return root
 
 
 def free_port() -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
+from kd_core.cache import Layout, read_header
 from tests.conftest import DATA, ROOT, cpu_environment, deepspeed, free_port
 
 RECIPE = ROOT / "recipes" / "bert_kd.py"
@@ -101,6 +102,11 @@ def trace(folder: Path) -> list[tuple[Any, ...]]:
     return [tuple(line.get(name) for name in names) for line in metrics(folder)]
 
 
+def numbers(folder: Path) -> list[list[Any]]:
+    """The trace without the names of teachers."""
+    return [[value for value in line if not isinstance(value, list)] for line in trace(folder)]
+
+
 def start(cache: Path, *words: object) -> subprocess.Popen[str]:
     env = cpu_environment(KD_CACHE=str(cache))
     return subprocess.Popen([*map(str, words)], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -139,6 +145,25 @@ def killed_and_resumed(flags: Sequence[object], cache: Path, folder: Path, *kill
         assert resumed.returncode == 0, resumed.stderr[-3000:]
         assert trace(killed) == trace(folder / "whole"), f"killed at step {step}"
     return folder / "whole"
+
+
+def check_killed_build(whole: Path, words: Sequence[object], cache: Path, folder: Path) -> None:
+    """Builds a cache into `folder` alone, killed after some parts, then under the launcher; compares it with `whole`."""
+    build = ["-m", "kd_core.cache", "build", *words, "--out", folder]
+    process = start(cache, sys.executable, *build)
+    while len(list(folder.glob("part-*.json"))) < 5:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+    process.kill()
+    process.wait()
+    parts = len(list(folder.glob("part-*.json")))
+    os.environ["KD_CACHE"] = str(cache)
+    done = deepspeed(1, "--module", *map(str, build[1:]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    layout = Layout(**read_header(whole)["layout"])
+    assert f"{layout.num_records - parts * layout.part_records} to compute on 1 rank(s)" in done.stderr
+    for file in whole.iterdir():
+        if file.name != "build.json":
+            assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
 
 
 class Attempt:

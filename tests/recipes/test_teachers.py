@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from transformers import BertForMaskedLM
 
 from recipes.bert_kd import main
 from tests.conftest import deepspeed
-from tests.recipes.conftest import RECIPE, SMALL, killed_and_resumed, metrics, start, trace
+from tests.recipes.conftest import RECIPE, SMALL, check_killed_build, killed_and_resumed, metrics, numbers, trace
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 # The window is open from step 3 to step 8 of 12, its first steps a checkpoint, its end between two.
@@ -68,10 +67,7 @@ def test_cached_answers_equal_the_online_teacher_to_the_last_bit(
     train(*flags, "--teachers", teacher, "--out", tmp_path / "online")
     train(*flags, "--teachers", f"cache:{cached}", "--out", tmp_path / "cached")
 
-    def without_names(folder: Path) -> list[Any]:
-        return [[value for value in line if not isinstance(value, list)] for line in trace(folder)]
-
-    assert without_names(tmp_path / "online") == without_names(tmp_path / "cached")
+    assert numbers(tmp_path / "online") == numbers(tmp_path / "cached")
     scores = [json.loads((tmp_path / name / "run.json").read_text())["teachers"][0] for name in ("online", "cached")]
     assert scores[0]["eval/loss"] == pytest.approx(scores[1]["eval/loss"], rel=1e-5)
     assert scores[0]["forwards"] == scores[1]["forwards"] == 120
@@ -117,30 +113,8 @@ def test_a_killed_build_continues_on_other_ranks_with_the_same_bytes(
     teacher: Path, short_file: Path, cache: Path, cached: Path, tmp_path: Path
 ) -> None:
     source = ["--teacher", teacher, "--tokenizer", teacher / "hf", "--data", short_file, "--teacher-dtype", "fp32"]
-    words = [
-        "build",
-        "--seq-len",
-        32,
-        "--mask-patterns",
-        2,
-        "--micro-batch-size",
-        4,
-        *source,
-        "--out",
-        tmp_path / "new",
-    ]
-    process = start(cache, "python", "-m", "kd_core.cache", *words)
-    while len(list((tmp_path / "new").glob("part-*.json"))) < 5:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-    process.kill()
-    process.wait()
-    parts = len(list((tmp_path / "new").glob("part-*.json")))
-    done = build(cache, *source, "--out", tmp_path / "new", ranks=1)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{822 - 16 * parts} to compute on 1 rank(s)" in done.stderr
-    for file in cached.iterdir():
-        if file.name != "build.json":
-            assert file.read_bytes() == (tmp_path / "new" / file.name).read_bytes(), file.name
+    words = ["--seq-len", 32, "--mask-patterns", 2, "--micro-batch-size", 4, *source]
+    check_killed_build(cached, words, cache, tmp_path / "new")
 
 
 def test_per_rank_on_a_sharded_pool_across_a_kill_in_the_window(

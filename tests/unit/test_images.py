@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from kd_core import images
 from kd_core.hashing import uniforms
 from kd_core.image_sources import prepare
-from tests.conftest import DATA
+from tests.conftest import DATA, photo, photo_folder
 
 
 @pytest.fixture(autouse=True)
@@ -22,24 +22,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
 
 
-def photo(seed: int, width: int = 40, height: int = 32) -> bytes:
-    """A smooth random JPEG."""
-    small = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(file, "jpeg", quality=95)
-    return file.getvalue()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two splits of two classes, 8 and 3 images each."""
-    for split, count in (("train", 8), ("val", 3)):
-        for label, name in enumerate(("cat", "dog")):
-            target = tmp_path / "data" / split / name
-            target.mkdir(parents=True)
-            for number in range(count):
-                (target / f"{number}.jpg").write_bytes(photo(100 * label + number + 50 * (split == "val")))
-    return tmp_path / "data"
+    return photo_folder(tmp_path / "data", ("cat", "dog"), train=8, val=3)
 
 
 def batches(data: images.ImageSet, *, rank: int = 0, world_size: int = 1, micro: int = 8, **view: Any) -> Any:
@@ -150,6 +135,18 @@ def test_views_are_a_function_of_seed_epoch_and_image(folder: Path) -> None:
     halves = [pixels(batches(data, rank=rank, world_size=2, micro=2), range(4, 6)) for rank in (0, 1)]
     assert torch.equal(torch.cat(halves), whole[16:24])
     assert not torch.equal(whole[:16].sort(0).values, whole[16:32].sort(0).values), "every epoch shows other views"
+    shared = images.TrainBatches(data.train, images.View(24), 10, 8, 8, 8, 0, 1, view_seed=7, view_patterns=2)
+    by_key = {}
+    for number in range(6):
+        micro = shared[number]
+        assert micro.patterns.tolist() == [number // 2 % 2] * 8
+        for *key, view in zip(*(keys.tolist() for keys in micro.keys), micro.pixels, strict=True):
+            assert torch.equal(by_key.setdefault(tuple(key), view), view)
+    assert len(by_key) == 32
+    first = batches(data)[0]
+    assert all(
+        torch.equal(by_key[index, 0], view) for index, view in zip(first.sample_ids.tolist(), first.pixels, strict=True)
+    )
     workers = images.load(batches(data), range(2, 4), workers=2)
     assert torch.equal(torch.cat([micro.pixels for micro in workers]), whole[16:32])
 
@@ -239,7 +236,10 @@ def test_corrupt_images_are_replaced_in_training_and_left_out_of_validation(fold
     data = prepare(str(folder), decoded_gib=0, max_corrupt=0.5)
     micros = [batches(data)[number] for number in range(2)]
     assert sum(float(micro.corrupt) for micro in micros) == 1
-    assert sorted(torch.cat([micro.sample_ids for micro in micros]).tolist()) == sorted([*range(3), 4, *range(4, 16)])
+    ids = torch.cat([micro.sample_ids for micro in micros])
+    assert sorted(ids.tolist()) == sorted([*range(3), 4, *range(4, 16)])
+    both = torch.cat([micro.pixels for micro in micros])[ids == 4]
+    assert torch.equal(*both), "what replaces an image is its successor's own view"
     share = images.ValidationBatches(data.validation, 32, 24, 6, 0, 1)
     assert share[0].counted.tolist() == [True] * 4 + [False] + [True]
 
