@@ -141,7 +141,7 @@ def build(
         left, size = sum(len(layout.parts[number]) for number in todo), layout.dtype.itemsize
         minutes = left * _seconds_a_record(answer, layout) / engine.world_size() / 60
         say(
-            f"{folder}: {layout.num_records} records of {size} bytes, {layout.num_records * size / 1e9:.2f} GB; "
+            f"{folder}: {layout.num_records} records of {size} bytes, {layout.num_records * size / 1e9:.3g} GB; "
             f"{left} to compute on {engine.world_size()} rank(s), about {minutes:.1f} min"
         )
     with tqdm(total=len(mine), unit="part", disable=engine.rank() != 0 or not sys.stderr.isatty()) as bar:

@@ -2,6 +2,7 @@
 
     ./launch/bench.sh resnet                                                     on a GPU: ResNet-50 at 224, bf16
     ./launch/bench.sh resnet --student resnet8 --teachers resnet20 --size 32 --classes 10 --micro-batch-size 64   on a CPU
+    ./launch/bench.sh resnet ... --data DATA --cache DIR      also with cached answers, of the same padded views
 
 All variants are built in one process and take turns, so that a machine whose speed drifts slows all alike. The bare loop
 is torchvision's reference: its own model, channels last, autocast in bf16 on a GPU and float32 on a CPU, SGD, cross-entropy
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kd_core import engine, images, optimizers, report, resnets, teachers
-from recipes.resnet_kd import Config, build_student, train_step
+from kd_core import cache_images, engine, images, optimizers, report, resnets, teachers
+from recipes.resnet_kd import Config, build_student, build_teachers, train_step
 from tests.benchmarks.bert_step import CUDA, timed
 
 
@@ -78,9 +80,13 @@ def main() -> int:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--micro-batch-size", type=int, default=256)
     parser.add_argument("--stages", nargs="*", default=["zero1", "zero0", "zero2", "zero3"] if CUDA else ["zero0"])
+    parser.add_argument("--data", help="default: noise of --classes and --size")
+    parser.add_argument("--cache", help="also the answers in this folder, of the same data, by kd_core.cache")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="steps of a variant in a round")
+    parser.add_argument("--cpu-seconds", action="store_true", help="of this process, not of the clock: on a busy CPU")
     args = parser.parse_args()
+    now = time.process_time if args.cpu_seconds else time.perf_counter
 
     root = Path(tempfile.mkdtemp())
     base = Config(
@@ -93,13 +99,16 @@ def main() -> int:
         compile=CUDA,
         steps=10**6,
     )
-    data = engine.join(lambda: images.prepare(f"synthetic:{args.classes}x{args.size}", decoded_gib=2, max_corrupt=0))
+    source = args.data or f"synthetic:{args.classes}x{args.size}"
+    data = engine.join(lambda: images.prepare(source, decoded_gib=2, max_corrupt=0))
     classes = list(data.classes)
-    batches: Iterator[images.Step] = images.steps(
-        images.TrainBatches(data.train, base.view, 10**6, 0, base.global_batch_size, base.micro_batch_size, 0, 1),
-        0,
-        workers=0,
-    )
+    dtype = "bf16" if CUDA else "fp32"
+    cached = dataclasses.replace(base, teachers=(f"cache:{args.cache}",), kd_ratio=0.9, teacher_dtype=dtype)
+    train = images.TrainBatches(
+        data.train, base.view, 10**6, 0, base.global_batch_size, base.micro_batch_size, 0, 1,
+        **(cache_images.views(cached, data) if args.cache else {}),
+    )  # fmt: skip
+    batches: Iterator[images.Step] = images.steps(train, 0, workers=0)
     pools = {}
     for name in args.teachers:
         model = resnets.Classifier(resnets.build_net(name, len(classes)), autocast=CUDA).to(engine.device())
@@ -117,6 +126,10 @@ def main() -> int:
             for name, pool in pools.items():
                 distil = dataclasses.replace(cfg, teachers=(name,), kd_ratio=0.9)
                 variants[f"recipe, {stage}, teacher {name}"] = Recipe(distil, classes, pool, root / name).step
+            if args.cache:
+                distil = dataclasses.replace(cached, deepspeed_config=str(file))
+                pool = build_teachers(distil, classes)
+                variants[f"recipe, {stage}, cached teacher"] = Recipe(distil, classes, pool, root / "cached").step
     for name, pool in pools.items():
 
         def forward(batch: images.Step, pool: teachers.TeacherPool = pool) -> None:
@@ -126,16 +139,19 @@ def main() -> int:
         variants[f"teacher {name}, forward alone"] = forward
 
     for function in variants.values():  # warm up: compile, allocate
-        timed(function, batches, 3)
+        timed(function, batches, 3, now)
     rounds = [
-        {name: timed(function, batches, args.steps) for name, function in variants.items()} for _ in range(args.rounds)
+        {name: timed(function, batches, args.steps, now) for name, function in variants.items()}
+        for _ in range(args.rounds)
     ]
-    print(f"\n{args}\n\n| variant | ms/step | images/s | time / bare (min to max) |\n|---|---|---|---|")
+    plain = f"recipe, {args.stages[0]}"
+    print(f"\n{args}\n\n| variant | ms/step | images/s | time / bare (min to max) | / {plain} |\n|---|---|---|---|---|")
     for name in variants:
-        seconds = statistics.median(r[name] for r in rounds)
-        ratios = sorted(r[name] / r["bare loop"] for r in rounds)
-        spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        print(f"| {name} | {seconds * 1e3:.1f} | {args.micro_batch_size / seconds:.0f} | {spread} |")
+        seconds, spreads = statistics.median(r[name] for r in rounds), []
+        for other in ("bare loop", plain):
+            ratios = sorted(r[name] / r[other] for r in rounds)
+            spreads.append(f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+        print(f"| {name} | {seconds * 1e3:.1f} | {args.micro_batch_size / seconds:.0f} | {' | '.join(spreads)} |")
     engine.leave()
     return 0
 
