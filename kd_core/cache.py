@@ -13,8 +13,8 @@ A cache is a folder of records of one size, one for each sample and pattern of i
     build.json       seconds that the build took, summed over ranks
     ...              what the task needs besides, such as the teacher's head (kd_core/cache_mlm.py)
 
-Nothing here knows a task (kd_core/cache_mlm.py, cache_images.py). Record `pattern * num_samples + sample` is the same for any number of ranks, and its bytes
-follow from the header alone.
+Nothing here knows a task (kd_core/cache_mlm.py, cache_images.py). Record `pattern * num_samples + sample` is the same for
+any number of ranks, and its bytes follow from the header alone.
 """
 
 import dataclasses

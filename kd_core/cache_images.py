@@ -146,7 +146,7 @@ def _answers(
     for (ids_B, _), micro in zip(batches, made, strict=True):
         unreadable.update(ids_B[ids_B != micro.sample_ids.numpy()].tolist())
         image_sources.check_corrupt(len(unreadable), len(data.train), flags.max_corrupt, flags.data)
-        logits_BC = model(micro.to(engine.device()).pixels)
+        logits_BC = model(images.on_device(micro, engine.device()))
         if flags.top_k:
             yield cache_logits.top_k(logits_BC, flags.top_k, flags.temperatures)
         else:

@@ -78,7 +78,7 @@ def test_answers_are_the_models_own_on_the_views_of_the_run(
 def test_the_score_is_the_models_on_the_validation_images(teacher: Path, folder: Path, tmp_path: Path) -> None:
     cached = CachedLogits(build(teacher, folder, tmp_path / "answers", teacher_dtype="fp32"), 4)
     data = images.prepare(str(folder), decoded_gib=1, max_corrupt=0)
-    (micro,) = (images.ValidationBatches(data.validation, 32, 24, 8, 0, 1)[number] for number in range(1))
+    micro = images.ValidationBatches(data.validation, 32, 24, 8, 0, 1)[0]
     with torch.no_grad():
         logits = resnets.load_classifier(str(teacher), CLASSES, flag="").eval()(micro.pixels)
     loss = float(torch.nn.functional.cross_entropy(logits, micro.labels))

@@ -135,20 +135,25 @@ def test_views_are_a_function_of_seed_epoch_and_image(folder: Path) -> None:
     halves = [pixels(batches(data, rank=rank, world_size=2, micro=2), range(4, 6)) for rank in (0, 1)]
     assert torch.equal(torch.cat(halves), whole[16:24])
     assert not torch.equal(whole[:16].sort(0).values, whole[16:32].sort(0).values), "every epoch shows other views"
-    shared = images.TrainBatches(data.train, images.View(24), 10, 8, 8, 8, 0, 1, view_seed=7, view_patterns=2)
-    by_key = {}
-    for number in range(6):
-        micro = shared[number]
-        assert micro.patterns.tolist() == [number // 2 % 2] * 8
-        for *key, view in zip(*(keys.tolist() for keys in micro.keys), micro.pixels, strict=True):
-            assert torch.equal(by_key.setdefault(tuple(key), view), view)
-    assert len(by_key) == 32
-    first = batches(data)[0]
-    assert all(
-        torch.equal(by_key[index, 0], view) for index, view in zip(first.sample_ids.tolist(), first.pixels, strict=True)
-    )
     workers = images.load(batches(data), range(2, 4), workers=2)
     assert torch.equal(torch.cat([micro.pixels for micro in workers]), whole[16:32])
+
+
+def test_patterns_repeat_the_views_of_their_own_seed_in_other_orders(folder: Path) -> None:
+    def by_key(source: Any, numbers: range) -> dict[Any, torch.Tensor]:
+        micros = [source[number] for number in numbers]
+        keys = zip(
+            *(torch.cat(keys).tolist() for keys in zip(*(micro.keys for micro in micros), strict=True)), strict=True
+        )
+        return dict(zip(keys, torch.cat([micro.pixels for micro in micros]), strict=True))
+
+    data = prepare(str(folder), decoded_gib=1, max_corrupt=0)
+    expected = by_key(batches(data), range(4))
+    shared = images.TrainBatches(data.train, images.View(24), 10, 8, 8, 8, 0, 1, view_seed=7, view_patterns=2)
+    for two_epochs in (range(4), range(4, 8)):
+        views = by_key(shared, two_epochs)
+        assert views.keys() == expected.keys()
+        assert all(torch.equal(view, expected[key]) for key, view in views.items())
 
 
 def test_every_epoch_visits_every_image_once(folder: Path) -> None:
