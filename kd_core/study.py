@@ -143,7 +143,7 @@ def interleaved(study: Study) -> Iterator[tuple[str, int, int]]:
 
 
 def design(study: Study, out: Path) -> list[Run]:
-    """All runs of `study` under the absolute folder `out`, in their order; the teacher's first if it has one.
+    """All runs of `study` under the folder `out`, in their order; the teacher's first if it has one.
 
     Raises:
         FileNotFoundError: the recipe does not exist.
@@ -201,6 +201,20 @@ def summary(run: Run, metric: str) -> str:
     return f"{run.name} {metric} {result[metric]:.4f}, {result['train_s']:.0f} s of training"
 
 
+def write_reports(study: Study, runs: Path, out: Path) -> None:
+    """The reports of each arm against the baseline, into a folder of `out` each; the study in `runs` has finished."""
+
+    def folders(arm: str) -> list[Path]:
+        return [runs / name / str(steps) / str(seed) for name, steps, seed in interleaved(study) if name == arm]
+
+    for arm in study.arms:
+        if arm != study.baseline:
+            time_to_quality.report(
+                folders(study.baseline), folders(arm), metric=study.metric, lower_is_better=study.lower_is_better,
+                may_differ=study.may_differ, out=out / arm,
+            )  # fmt: skip
+
+
 def main() -> None:
     parser = cli.OneLineParser(prog="python -m kd_core.study", description=__doc__.split("\n")[0])
     parser.add_argument("study", type=Path, metavar="STUDY.json", help="what to run; see the top of kd_core/study.py")
@@ -209,7 +223,7 @@ def main() -> None:
     with cli.one_line_errors():
         args = parser.parse_args()
         study = read_study(args.study)
-        out = (args.out or Path("runs/study") / args.study.stem).resolve()
+        out = args.out or Path("runs/study") / args.study.stem
         runs, at_once = design(study, out), jobs.places(args.jobs, study.ranks)
         if out.exists() and not (out / "study.json").is_file() and (out.is_file() or list(out.glob("[!.]*"))):
             raise ValueError(f"--out {out} exists and holds no study; choose another folder")
@@ -220,16 +234,7 @@ def main() -> None:
                 jobs.check_unchanged(run, config, recipe=recipe, ranks=study.ranks)
             report.write_atomic(out / "study.json", args.study.read_text())
             jobs.run_all(runs, at_once, lock, lambda run: summary(run, study.metric))
-            for arm in study.arms:
-                if arm != study.baseline:
-                    pair = ([run.folder for run in runs if run.arm == name] for name in (study.baseline, arm))
-                    time_to_quality.report(
-                        *pair,
-                        metric=study.metric,
-                        lower_is_better=study.lower_is_better,
-                        may_differ=study.may_differ,
-                        out=out / REPORT / arm,
-                    )
+            write_reports(study, out, out / REPORT)
 
 
 if __name__ == "__main__":

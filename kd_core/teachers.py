@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import TorchAoConfig
 
 from kd_core import cache, engine
 from kd_core.cache import CachedTeacher
@@ -80,6 +81,13 @@ def load_pretrained(model_class: Any, path: str, vocab_size: int, *, flag: str =
     if model.config.vocab_size < vocab_size:
         raise ValueError(f"{flag} {path} knows {model.config.vocab_size} tokens, the run's tokenizer has {vocab_size}")
     return model
+
+
+def int8_weights(*, keep: Sequence[str]) -> TorchAoConfig:
+    """For `load_pretrained`'s `quantization_config`: weights of linear layers in 8 bits, but for the modules `keep`."""
+    from torchao.quantization import Int8WeightOnlyConfig  # here, because only int8 teachers need it
+
+    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(keep))
 
 
 def held_by(cfg: SharedFlags, rank: int) -> Sequence[int]:
@@ -221,7 +229,7 @@ class TeacherPool:
         for index, model in self.models.items():
             for tensor in (*model.parameters(), *model.buffers()):
                 here = getattr(tensor, "ds_tensor", tensor)  # this rank's share under ZeRO-3
-                sizes[index] += here.nbytes if here.device.type == engine.device().type else 0
+                sizes[index] += _stored_bytes(here) if here.device.type == engine.device().type else 0
         return sizes
 
     def draw(self, cfg: SharedFlags, step: int, rank: int | None = None) -> tuple[int, ...]:
@@ -339,6 +347,13 @@ class TeacherPool:
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory otherwise
             if trim is not None:
                 trim(0)
+
+
+def _stored_bytes(tensor: Tensor) -> int:
+    """What a tensor takes, which for a quantised one are the tensors that it consists of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
 
 
 def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -46,8 +47,8 @@ class Config(cli.SharedFlags):
     """Tokens per sample."""
     mask_fraction: float = 0.15
     """Share of the positions masked in training (MosaicBERT: 0.30); evaluation always masks 0.15."""
-    teacher_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Weights and activations of the teachers."""
+    teacher_dtype: Literal["bf16", "fp32", "int8"] = "bf16"
+    """Weights and activations of the teachers; int8: weights of 8 bits below the head, bf16 otherwise (torchao)."""
     softmax_axis: Literal["class", "sequence"] = "class"
     """sequence: the teacher term's softmax runs over all positions of a sequence, as in the authors' released code."""
     weight_decay: float = 1e-5
@@ -83,6 +84,14 @@ class Config(cli.SharedFlags):
             "off for ensembles, mse, a softmax over the sequence, cached teachers, --teacher-placement, --teacher-ahead"
         )
         self.check("fused_head", not (self.fused_head and self.distils and with_logits), needs)
+        in_8_bits = self.teacher_dtype == "int8"
+        self.check(
+            "teacher_dtype",
+            not in_8_bits or bool(find_spec("torchao")),
+            "bf16 or fp32 without torchao, pip install torchao",
+        )
+        fixed = in_8_bits and self.teacher_placement in ("host", "zero3")
+        self.check("teacher_placement", not fixed, "device or sharded for teachers in int8")
         self.check("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         self.check("weight_decay", 0 <= self.weight_decay < 1, "in [0, 1)")
 
@@ -125,12 +134,14 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
 
 
 def build_teachers(cfg: Config, vocab_size: int) -> teachers.TeacherPool:
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.teacher_dtype]
+    settings: dict[str, Any] = {"dtype": torch.float32 if cfg.teacher_dtype == "fp32" else torch.bfloat16}
+    if cfg.teacher_dtype == "int8":
+        settings["quantization_config"] = teachers.int8_weights(keep=["cls"])
 
     def load(path: str) -> torch.nn.Module:
         if folder := cache.folder_of(path):
             return cache_mlm.CachedBert(folder, vocab_size)
-        return teachers.load_pretrained(MaskedBert, path, vocab_size, dtype=dtype)
+        return teachers.load_pretrained(MaskedBert, path, vocab_size, **settings)
 
     return teachers.build_pool(cfg, load, columns=vocab_size)
 

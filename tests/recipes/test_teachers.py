@@ -156,6 +156,17 @@ def test_zero3_teachers_give_what_whole_ones_give(
     assert sizes["zero3"][0] == pytest.approx(sizes["device"][0] / 2, rel=0.02)
 
 
+def test_weights_of_8_bits_answer_nearly_the_same(train: Train, teacher: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    for dtype in ("bf16", "int8"):
+        train("--teachers", teacher, "--kd-ratio", 0.9, "--teacher-dtype", dtype, "--out", tmp_path / dtype)
+    bf16, int8 = (json.loads((tmp_path / dtype / "run.json").read_text())["teachers"][0] for dtype in ("bf16", "int8"))
+    assert int8["device_bytes"] < 0.9 * bf16["device_bytes"]  # all but the embeddings, which are most of this teacher
+    assert int8["eval/loss"] != bf16["eval/loss"] == pytest.approx(int8["eval/loss"], rel=0.01)
+    losses = ([line["loss"] for line in metrics(tmp_path / dtype)] for dtype in ("bf16", "int8"))
+    assert next(losses) == pytest.approx(next(losses), rel=0.01)
+
+
 SAMPLERS = ("uniform", "weighted", "round_robin", "curriculum", "all")
 # Without a GPU, host is device.
 GRID = [*itertools.product(SAMPLERS, ("device", "zero3")), ("per_rank", "device"), ("per_rank", "sharded")]

@@ -113,7 +113,9 @@ class Folder:
 
     def runs(self) -> list[psutil.Process]:
         """The recipe's processes that are alive."""
-        return [p for p in psutil.process_iter(["cmdline"]) if str(self.out) in " ".join(p.info["cmdline"] or [])]
+        here = {"cwd": str(self.folder)}
+        alive = [p for p in psutil.process_iter(["cmdline", "cwd"]) if p.info | here == p.info]
+        return [p for p in alive if any(word.startswith("my out/") for word in p.info["cmdline"] or [])]
 
 
 @pytest.fixture
@@ -235,13 +237,13 @@ def test_the_whole_design_runs_in_order_and_once(folder: Folder) -> None:
     assert [event[2] for event in folder.events()[::2]] == names
     assert [line.split()[3] for line in lines if " of 9: " in line] == names
     config = json.loads((folder.out / "kd/20/1/run.json").read_text())["config"]
-    assert config["teachers"] == [str(folder.out / "teacher")]
+    assert config["teachers"] == ["my out/teacher"]
     assert json.loads((folder.out / "report/kd/report.json").read_text())["metric"] == "eval/loss"
 
     folder.write(seeds=[1, 2, 3], metric="eval/los", lower_is_better=True)
     code, lines = folder.run()
     assert code == 2
-    assert lines[-1] == f'error: "metric" eval/los is none of those that {folder.out}/plain/20/3 has: eval/loss'
+    assert lines[-1] == 'error: "metric" eval/los is none of those that my out/plain/20/3 has: eval/loss'
     assert len(folder.events()) == 20, "what had finished ran again"
 
 
@@ -304,7 +306,7 @@ def test_a_folder_that_holds_something_else_is_refused(folder: Folder) -> None:
     folder.out.mkdir()
     (folder.out / "thesis.tex").touch()
     code, lines = folder.run()
-    assert (code, lines) == (2, [f"error: --out {folder.out} exists and holds no study; choose another folder"])
+    assert (code, lines) == (2, ["error: --out my out exists and holds no study; choose another folder"])
     assert [path.name for path in folder.out.iterdir()] == ["thesis.tex"]
 
 
@@ -314,7 +316,7 @@ def test_a_run_that_fails_stops_the_study_with_its_own_line_and_code(folder: Fol
     code, lines = folder.run("--jobs", "2")
     assert code == 2
     errors = [line for line in lines if line.startswith("error:")]
-    assert errors == [f"error: kd/40/1: --crash-at was reached ({folder.out}/kd/40/1.log)"]
+    assert errors == ["error: kd/40/1: --crash-at was reached (my out/kd/40/1.log)"]
     assert lines[-1].endswith("runs have finished; the same call again continues")
     assert not folder.runs(), "the other run goes on"
     assert json.loads((folder.out / "plain/20/1/run.json").read_text())["result"]["stopped"] == "finished"
@@ -350,7 +352,7 @@ def test_kill_9_of_the_study_and_of_a_run(folder: Folder) -> None:
     os.kill(run.pid, signal.SIGKILL)
     _, err = again.communicate(timeout=120)
     assert again.returncode == 128 + signal.SIGKILL
-    assert f"error: kd/200/1: killed by SIGKILL ({folder.out}/kd/200/1.log)" in err.splitlines()
+    assert "error: kd/200/1: killed by SIGKILL (my out/kd/200/1.log)" in err.splitlines()
     (folder.out / "plain/20/1").mkdir(parents=True)  # as by a kill before the run had claimed it
     (folder.out / "plain/20/1/.run.json.tmp").touch()
     code, lines = folder.run()

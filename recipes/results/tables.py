@@ -1,0 +1,115 @@
+"""The tables of README.md beside this file, from the runs and reports of the studies beside it.
+
+    python recipes/results/tables.py        makes them anew; prose between them is left as it is
+
+A study lies in a folder of its own as kd_core.study leaves it. A table stands below a line `<!-- KIND STUDY -->`: `arms`
+is the quality of all arms at equal steps, `speedup` the reports' time to equal quality.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_core.quality_curves import student_t
+from kd_core.study import Study, read_study
+
+HERE = Path(__file__).parent
+MARK = re.compile(r"(<!-- (arms|speedup) (\S+) -->\n)(?:\|.*\n)*")
+
+
+def results(folder: Path, study: Study) -> dict[tuple[str, int], dict[int, dict[str, Any]]]:
+    """`result` of the study's finished runs, by (arm, steps) and seed."""
+    found: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
+    for arm in study.arms:
+        for steps in study.lengths:
+            for seed in study.seeds:
+                file = folder / arm / str(steps) / str(seed) / "run.json"
+                run = json.loads(file.read_text()) if file.exists() else {}
+                if run.get("result", {}).get("stopped") == "finished":
+                    found.setdefault((arm, steps), {})[seed] = run["result"]
+    return found
+
+
+def mean_and_interval(values: Sequence[float], digits: int) -> str:
+    """Mean and its 95 % interval (Student's t), which a single value has not."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    half = student_t(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return f"{mean:.{digits}f} ({mean - half:.{digits}f} to {mean + half:.{digits}f})"
+
+
+def ratio_and_interval(values: Sequence[float]) -> str:
+    """Geometric mean and its 95 % interval."""
+    logs = np.log(values)
+    half = student_t(len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
+    middle, low, high = (math.exp(float(logs.mean()) + shift) for shift in (0.0, -half, half))
+    return f"{middle:.2f}" + ("" if math.isnan(half) else f" ({low:.2f} to {high:.2f})")
+
+
+def arms_table(folder: Path, study: Study) -> list[str]:
+    found = results(folder, study)
+    digits = 1 if study.metric == "eval/accuracy" else 3
+    scale = 100 if study.metric == "eval/accuracy" else 1
+    unit = f"{study.metric}, %" if scale == 100 else study.metric
+    lines = [
+        f"| steps | arm | {unit}, by seed | mean | less that without teacher, same seeds | seconds, times those without |",
+        "|---|---|---|---|---|---|",
+    ]
+    for steps in study.lengths:
+        plain = found.get((study.baseline, steps), {})
+        for arm in study.arms:
+            own = found.get((arm, steps), {})
+            if not own:
+                continue
+            quality = {seed: scale * result[study.metric] for seed, result in own.items()}
+            shared = [seed for seed in own if seed in plain and arm != study.baseline]
+            apart = [quality[seed] - scale * plain[seed][study.metric] for seed in shared]
+            slower = [own[seed]["train_s"] / plain[seed]["train_s"] for seed in shared]
+            cells = [
+                str(steps),
+                arm,
+                ", ".join(f"{value:.{digits}f}" for value in quality.values()),
+                f"{np.mean(list(quality.values())):.{digits}f}",
+                mean_and_interval(apart, digits) if apart else "",
+                ratio_and_interval(slower) if slower else "",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def speedup_table(folder: Path, study: Study) -> list[str]:
+    lines = [
+        f"| arm | method | {study.metric} reached | seconds without teacher | with it | speed-up | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in study.arms:
+        file = folder / "report" / arm / "report.json"
+        for row in json.loads(file.read_text())["targets"] if file.exists() else ():
+            if row["speedup"] is not None:
+                spread = "" if row["low"] is None else f" ({row['low']:.2f} to {row['high']:.2f})"
+                seconds = f"{row['baseline_s']:.0f} | {row['against_s']:.0f}"
+                cells = f"{arm} | {row['method']} | {row['target']:g} | {seconds} | {row['speedup']:.2f}{spread}"
+                lines.append(f"| {cells} | {row['verdict']} |")
+    return lines
+
+
+def render(text: str, root: Path = HERE) -> str:
+    """`text` with every table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        mark, kind, name = match.groups()
+        make = {"arms": arms_table, "speedup": speedup_table}[kind]
+        return mark + "".join(f"{line}\n" for line in make(root / name, read_study(root / name / "study.json")))
+
+    return MARK.sub(table, text)
+
+
+if __name__ == "__main__":
+    page = HERE / "README.md"
+    page.write_text(render(page.read_text()))

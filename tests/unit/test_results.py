@@ -1,0 +1,28 @@
+"""What recipes/results says follows from the lines that are committed there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kd_core.study import read_study, write_reports
+from recipes.results import tables
+
+STUDIES = sorted(file.parent for file in tables.HERE.glob("*/study.json"))
+
+
+def test_the_tables_are_those_of_the_lines() -> None:
+    page = (tables.HERE / "README.md").read_text()
+    assert tables.render(page) == page
+    assert {match[3] for match in tables.MARK.finditer(page)} == {folder.name for folder in STUDIES}
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
+def test_the_reports_are_those_of_the_lines(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tables.HERE.parents[1])
+    study = read_study(folder / "study.json")
+    write_reports(study, folder.relative_to(Path.cwd()), tmp_path)
+    for arm in study.arms:
+        if arm != study.baseline:
+            new, kept = (json.loads((root / arm / "report.json").read_text()) for root in (tmp_path, folder / "report"))
+            assert new == kept
