@@ -257,9 +257,10 @@ def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
 def take_preset(config_type: Any, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The flags of `--preset NAME` in `words`, and the words without it."""
     name, rest = take(words, "--preset")
-    if name is not None and name not in config_type.PRESETS:
-        raise ValueError(f"--preset must be one of {sorted(config_type.PRESETS)}, got {name}")
-    return config_type.PRESETS.get(name, {}), rest
+    presets: dict[str, dict[str, Any]] = getattr(config_type, "PRESETS", {})
+    if name is not None and name not in presets:
+        raise ValueError(f"--preset must be one of {sorted(presets)}, got {name}")
+    return presets.get(name or "", {}), rest
 
 
 def _saved_config(path: str) -> dict[str, Any]:
