@@ -14,6 +14,7 @@ import io
 import itertools
 import math
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -148,11 +149,6 @@ class Step:
     """What one rank feeds to one optimizer step."""
 
     micro_batches: list[MicroBatch]
-
-    @property
-    def images(self) -> int:
-        """Of this rank."""
-        return sum(len(micro.labels) for micro in self.micro_batches)
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
@@ -440,6 +436,12 @@ def num_workers(asked: int | None, split: Split, randaugment: int = 0) -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
+def _outlive_signals(_: int) -> None:
+    """A signal to the whole process group is the rank's to handle: it saves first, then its workers end with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def load(batches: Dataset[MicroBatch], numbers: Sequence[int], *, workers: int) -> Iterator[MicroBatch]:
     """The micro-batches `numbers` in order, made ahead: by worker processes, or with 0 by a thread of this one."""
     cuda = torch.cuda.is_available()
@@ -450,6 +452,7 @@ def load(batches: Dataset[MicroBatch], numbers: Sequence[int], *, workers: int) 
         num_workers=workers,
         pin_memory=cuda and workers > 0,
         prefetch_factor=BATCHES_AHEAD if workers else None,
+        worker_init_fn=_outlive_signals,
     )
     return iter(loader) if workers else prefetch(loader, pin_memory=cuda)
 

@@ -1,11 +1,13 @@
 """Images: sources and their splits, views as pure functions, batches over ranks, corrupt files."""
 
 import io
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -137,6 +139,17 @@ def test_views_are_a_function_of_seed_epoch_and_image(folder: Path) -> None:
     assert not torch.equal(whole[:16].sort(0).values, whole[16:32].sort(0).values), "every epoch shows other views"
     workers = images.load(batches(data), range(2, 4), workers=2)
     assert torch.equal(torch.cat([micro.pixels for micro in workers]), whole[16:32])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_outlive_a_signal_to_the_process_group(folder: Path, number: int) -> None:
+    made = images.load(batches(prepare(str(folder), decoded_gib=1, max_corrupt=0)), range(10), workers=1)
+    next(made)
+    for worker in psutil.Process().children():
+        worker.send_signal(number)
+    assert len(list(made)) == 9
+    made.__del__()  # type: ignore[attr-defined]
+    assert not psutil.Process().children(), "a worker has outlived its rank"
 
 
 def test_patterns_repeat_the_views_of_their_own_seed_in_other_orders(folder: Path) -> None:
