@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_core import engine, images
+from kd_core.packing import say
 
 CALIBRATION_BINS = 15
 NUM_SUMS = 4 + 2 * CALIBRATION_BINS
@@ -39,10 +40,13 @@ def classification_sums(logits_BC: Tensor, labels_B: Tensor, counted_B: Tensor) 
 @torch.no_grad()
 def validation_sums(model: Any, batches: images.ValidationBatches, *, workers: int) -> Tensor:
     """`classification_sums` of this rank's share of the validation images, by a model in evaluation."""
-    sums = torch.zeros(NUM_SUMS, device=engine.device())
+    sums, left_out = torch.zeros(NUM_SUMS, device=engine.device()), 0
     for micro in images.load(batches, range(len(batches)), workers=workers):
         pixels, labels, counted = engine.to_device(micro.pixels, micro.labels, micro.counted)
         sums += classification_sums(model(pixels), labels, counted)
+        left_out += int(micro.corrupt)
+    if left_out:
+        say(f"rank {engine.rank()}: {left_out} of {len(batches.split)} validation images are corrupt and left out")
     return sums
 
 
@@ -52,6 +56,8 @@ def classification_metrics(sums: Tensor) -> dict[str, float]:
     Source of the last: Guo et al. 2017, arXiv 1706.04599, with 15 bins of equal width.
     """
     loss, top1, top5, images, *bins = sums.tolist()
+    if not images:
+        raise ValueError("no validation image can be decoded; repair those of --data")
     gaps = zip(bins[:CALIBRATION_BINS], bins[CALIBRATION_BINS:], strict=True)
     return {
         "eval/loss": loss / images,

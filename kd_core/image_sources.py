@@ -3,18 +3,20 @@
 A source has splits of encoded images. Those that fit into memory are decoded once, into the cache, and memory-mapped: all
 ranks and later runs share them. Splits follow from names, as they do for text: train*, val*, validation*, dev*, test*.
 Without a validation split the test split serves as one (CIFAR has no other); without either, a hash of the image's name
-takes one image in `VALIDATION_ONE_IN`.
+within the source takes one image in `VALIDATION_ONE_IN`.
 """
 
+import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +27,8 @@ from PIL import Image
 from kd_core.documents import HUB_NAME, VALIDATION_ONE_IN, named_split, one_line, require_hub
 from kd_core.packing import build_once, cache_key, cache_root, say, write_json
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+FORMAT = 2  # raise it when the same source would be split, numbered or decoded otherwise
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 PROBED = 64  # images whose headers say whether all are equally large
 # What Pillow raises on damaged files of its many formats.
 DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -80,6 +83,8 @@ class Table(NamedTuple):
 
     def read(self, index: int) -> bytes:
         cell = self.rows[index][self.column]
+        if cell is None or (cell["bytes"] is None and not cell["path"]):
+            raise ValueError("the cell is empty")
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
 
@@ -162,11 +167,11 @@ def prepare(source: str, *, decoded_gib: float, max_corrupt: float, progress: bo
     if source.partition(":")[0] == "synthetic":
         return _synthetic(source)
     key, listing = _find(source)
-    folder, limit = cache_root() / f"images-{cache_key(key)}", decoded_gib * 2**30
+    folder, limit = cache_root() / f"images-{cache_key(key, FORMAT)}", decoded_gib * 2**30
     opened: Opened | None = None
     if not folder.is_dir():
         opened = listed = _with_validation(listing(), source)
-        if _decoded_bytes(listed) <= limit:
+        if _decoded_bytes(listed, source) <= limit:
             build_once(folder, lambda new: _decode_all(new, listed, source, max_corrupt, progress))
     facts: dict[str, Any] = json.loads((folder / "facts.json").read_text()) if folder.is_dir() else UNFIT
     if facts["bytes"] > limit:
@@ -199,6 +204,8 @@ def _find(source: str) -> tuple[str, Callable[[], Opened]]:
     if path.is_dir():
         tables = sorted(path.rglob("*.parquet"))
         if tables:
+            if any(_is_image(file) for *_, files in os.walk(path, followlinks=True) for file in files):
+                raise ValueError(f"--data {source} holds both images and tables ({tables[0]}); keep one kind there")
             by_split: dict[str, list[Path]] = {}
             for table in tables:
                 names = [table.name, *reversed(table.relative_to(path).parent.parts)]
@@ -220,14 +227,21 @@ def _identity(paths: Sequence[Path]) -> str:
     return json.dumps([(str(path), stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]])
 
 
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
 def _list_folder(root: Path, source: str) -> tuple[Opened, int]:
     """The folder's images, and when the newest of them was written."""
     found, changed_ns = [], 0
     for folder, _, files in os.walk(root, followlinks=True):
         for file in files:
-            if file.lower().endswith(IMAGE_SUFFIXES):
+            if _is_image(file):
                 path = os.path.join(folder, file)
-                stat = os.stat(path)
+                try:
+                    stat = os.stat(path)
+                except OSError:  # a link to nothing; as an image that cannot be read it is named and counted
+                    stat = os.lstat(path)
                 changed_ns = max(changed_ns, stat.st_mtime_ns)
                 found.append((os.path.relpath(path, root), stat.st_size, 0))
     return _layout(str(root), sorted(found), source, in_tar=False), changed_ns
@@ -239,46 +253,85 @@ def _list_tar(path: Path, source: str) -> Opened:
     def index(new: Path) -> None:
         try:
             with tarfile.open(path, "r:") as tar:
-                members = [(m.name, m.size, m.offset_data) for m in tar if m.isfile()]
+                members = tar.getmembers()
         except (OSError, tarfile.TarError) as error:
             raise ValueError(f"--data {source} is no uncompressed tar ({one_line(error)}); unpack it") from error
-        (new / "index.json").write_text(json.dumps(members))
+        places = {m.name: (m.size, m.offset_data) for m in members if m.isfile()}
+        links = {m.name: m.linkname for m in members if m.islnk()}
+        links |= {m.name: os.path.normpath(f"{m.name}/../{m.linkname}") for m in members if m.issym()}
+        places |= {name: places.get(target, (0, 0)) for name, target in links.items()}
+        (new / "index.json").write_text(json.dumps([(name, *place) for name, place in places.items()]))
 
-    folder = cache_root() / f"tar-{cache_key(_identity([path]))}"
+    folder = cache_root() / f"tar-{cache_key(_identity([path]), FORMAT)}"
     build_once(folder, index)
     members = [tuple(member) for member in json.loads((folder / "index.json").read_text())]
-    found = sorted(member for member in members if member[0].lower().endswith(IMAGE_SUFFIXES))
+    found = sorted(member for member in members if _is_image(member[0]))
     return _layout(str(path), found, source, in_tar=True)
 
 
 def _layout(root: str, found: list[tuple[Any, ...]], source: str, *, in_tar: bool) -> Opened:
-    """Splits and classes of `(relative path, size, offset)`: a class is the folder of an image, a split one above it."""
-    parents = [Path(name).parent for name, _, _ in found]
-    classes = sorted({parent.name for parent in parents})
-    if len(classes) < 2:
+    """Splits and classes of `(relative path, size, offset)`.
+
+    A split is the topmost folder that is named as one and holds folders. A class is the first folder below it, as
+    torchvision's ImageFolder has it; without splits the first below the folders that all images share.
+    """
+    folders = [os.path.dirname(name) for name, _, _ in found]
+    parts = {folder: Path(folder).parts for folder in folders}
+    levels = zip(*parts.values(), strict=False)
+    shared = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)]
+    below = {folder: names[len(shared) :] for folder, names in parts.items()}
+    place = {folder: _split_and_class(names) for folder, names in below.items()}
+    if not any(place.values()):
+        split = next(filter(None, map(named_split, reversed(shared))), "train")
+        place = {folder: (split, names[0]) if names else None for folder, names in below.items()}
+    classes_of: dict[str, set[str]] = {}
+    for split, name in filter(None, place.values()):
+        classes_of.setdefault(split, set()).add(name)
+    used = _used(classes_of or ["train"], source)
+    classes = sorted(classes_of.get("train", ()))
+    if len(classes) < 2 or all(map(named_split, classes)):
         raise ValueError(
             f"--data {source} holds {len(found)} images in {len(classes)} class folders; expected "
             "train/<class>/<image> and val/<class>/<image>, or <class>/<image>"
         )
+    outside = [name for (name, _, _), folder in zip(found, folders, strict=True) if not place[folder]]
+    for name in outside:
+        if "test" not in map(named_split, Path(name).parent.parts):
+            raise ValueError(f"--data {source}: {name} lies in no class folder; move it into one, or remove it")
+    if outside and os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"--data {source}: {len(outside)} test images lie in no class folder and are left out")
+    if strange := sorted(classes_of[used[-1]] - set(classes)):
+        raise ValueError(
+            f"--data {source}: the classes {', '.join(strange[:5])} of the {used[-1]} split have no training image; "
+            "name class folders alike in both splits, or remove those"
+        )
     number = {name: index for index, name in enumerate(classes)}
-    split_of = {
-        parent: next(filter(None, map(named_split, reversed(parent.parent.parts))), "train") for parent in set(parents)
-    }
     digest = hashlib.sha256(json.dumps([[name, size] for name, size, _ in found]).encode()).hexdigest()[:16]
     splits = {}
-    for split in sorted(set(split_of.values())):
-        rows = [row for row, parent in enumerate(parents) if split_of[parent] == split]
+    for split in used:
+        rows = [row for row, folder in enumerate(folders) if (place[folder] or ("",))[0] == split]
         offsets = np.array([found[row][:0:-1] for row in rows], np.int64) if in_tar else None
         names = np.array([os.fsencode(found[row][0]) for row in rows])
-        splits[split] = Split(np.array([number[parents[row].name] for row in rows]), Files(root, names, offsets))
+        splits[split] = Split(np.array([number[place[folders[row]][1]] for row in rows]), Files(root, names, offsets))
     return Opened(tuple(classes), splits, digest)
+
+
+def _split_and_class(parts: Sequence[str]) -> tuple[str, str] | None:
+    return next(((split, name) for part, name in itertools.pairwise(parts) if (split := named_split(part))), None)
+
+
+def _used(splits: Collection[str], source: str) -> list[str]:
+    """Of the splits of a source the one to train on and, unless it is to be made, the one to validate on."""
+    if "train" not in splits:
+        raise ValueError(f"--data {source} has only the splits {sorted(splits)}; add a folder or file named train")
+    return ["train", *[name for name in ("validation", "test") if name in splits][:1]]
 
 
 def _list_parquet(by_split: dict[str, list[Path]], source: str) -> Opened:
     import datasets
 
-    files = {split: [str(path) for path in paths] for split, paths in by_split.items()}
-    identity = [[split, path.name, path.stat().st_size] for split, paths in sorted(by_split.items()) for path in paths]
+    files = {split: [str(path) for path in by_split[split]] for split in _used(by_split, source)}
+    identity = [[split, Path(path).name, os.stat(path).st_size] for split in sorted(files) for path in files[split]]
     try:
         tables = datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache_root() / "arrow"))
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
@@ -308,55 +361,67 @@ def _tables(tables: Any, source: str, identity: str) -> Opened:
     label = next((name for name in ("label", "labels", "fine_label") if name in features), None)
     if image not in features or label is None:
         raise ValueError(f"--data {source} has the columns {list(features)}; expected image and label")
-    for title, rows in tables.items():
-        labels = np.asarray(rows.with_format("numpy")[label][:], np.int64)
-        rows = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        splits[named_split(title) or title] = Split(labels, Table(rows, image, f"{source} {title}"))
-    count = max(int(split.labels.max()) for split in splits.values()) + 1
-    classes = getattr(features[label], "names", None) or [str(number) for number in range(count)]
+    if "int" not in features[label].dtype:
+        raise ValueError(f"--data {source}: the column {label} is {features[label].dtype}; expected numbers of classes")
+    names = getattr(features[label], "names", None)
+    by_split = {named_split(title) or title: rows for title, rows in tables.items()}
+    for split in _used(by_split, source):
+        rows = by_split[split].select_columns([label]).with_format("arrow")[:][label]
+        labels = rows.cast("int64").fill_null(-1).to_numpy()
+        wrong = np.flatnonzero((labels < 0) | (labels >= (len(names) if names else np.inf)))
+        if len(wrong):
+            allowed = f"in 0 to {len(names) - 1}" if names else "at least 0"
+            raise ValueError(
+                f"--data {source}: labels must be {allowed}, got {rows[wrong[0]]} in {split}, row {wrong[0]}"
+            )
+        images = by_split[split].select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        splits[split] = Split(labels, Table(images, image, split))
+    count = max(int(split.labels.max(initial=0)) for split in splits.values()) + 1
+    classes = names or [str(number) for number in range(count)]
     digest = hashlib.sha256(identity.encode() + b"".join(split.labels.tobytes() for split in splits.values()))
     return Opened(tuple(classes), splits, digest.hexdigest()[:16])
 
 
 def _with_validation(opened: Opened, source: str) -> Opened:
     """The splits "train" and "validation" of a source."""
-    splits = opened.splits
-    if "train" not in splits:
-        raise ValueError(f"--data {source} has only the splits {sorted(splits)}; add a folder or file named train")
-    held_out = next((splits[name] for name in ("validation", "test") if name in splits), None)
-    if held_out is None:
-        train = splits["train"]
+    train, *rest = (opened.splits[name] for name in _used(opened.splits, source))
+    if not rest:
         assert train.encoded is not None
         digests = (hashlib.sha256(train.encoded.name(index).encode()).digest() for index in range(len(train)))
         chosen = np.array([int.from_bytes(digest[:8], "little") % VALIDATION_ONE_IN == 0 for digest in digests])
         parts = (np.flatnonzero(chosen), np.flatnonzero(~chosen))
-        held_out, train = (Split(train.labels[rows], Subset(train.encoded, rows)) for rows in parts)
-        splits = {"train": train}
-    if not len(held_out) or not len(splits["train"]):
+        *rest, train = (Split(train.labels[rows], Subset(train.encoded, rows)) for rows in parts)
+    if not len(rest[0]) or not len(train):
         raise ValueError(
             f"--data {source} has too few images to keep one in {VALIDATION_ONE_IN} for validation; add val/"
         )
-    return opened._replace(splits={"train": splits["train"], "validation": held_out})
+    return opened._replace(splits={"train": train, "validation": rest[0]})
 
 
 # --- decoded data -----------------------------------------------------------------------------------------------------
 
 
-def _first_size(split: Split) -> tuple[int, int] | None:
-    """Width and height of the first images, if all are alike."""
-    assert split.encoded is not None
-    sizes = set()
-    for index in range(min(PROBED, len(split))):
-        try:
-            sizes.add(decode(split.encoded.read(index)).size)
-        except DAMAGE:
-            continue
+def _first_size(opened: Opened, name: str, source: str) -> tuple[int, int] | None:
+    """Width and height of the first images of a split, if all are alike. Raises ValueError when none can be read."""
+    encoded, sizes = opened.splits[name].encoded, set()
+    assert encoded is not None
+    for index in range(len(encoded)):
+        if index >= PROBED and sizes:
+            break
+        with contextlib.suppress(*DAMAGE):
+            sizes.add(decode(encoded.read(index)).size)
+    if not sizes:
+        raise ValueError(_all_damaged(source, name))
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _decoded_bytes(opened: Opened) -> float:
+def _all_damaged(source: str, split: str) -> str:
+    return f"--data {source}: no image of the {split} split can be decoded; repair them"
+
+
+def _decoded_bytes(opened: Opened, source: str) -> float:
     """Bytes of all pixels, judging by the first images; infinite if these differ in size."""
-    sizes = {_first_size(split) for split in opened.splits.values()}
+    sizes = {_first_size(opened, name, source) for name in opened.splits}
     size = sizes.pop()
     if sizes or size is None:
         return float("inf")
@@ -368,7 +433,7 @@ def _decode_all(folder: Path, opened: Opened, source: str, max_corrupt: float, p
     images = sum(len(split) for split in opened.splits.values())
     if progress:
         say(f"decoding {images} images of {source}, once")
-    digest, corrupt, size = hashlib.sha256(), 0, _first_size(opened.splits["train"])
+    digest, corrupt, size = hashlib.sha256(), 0, _first_size(opened, "train", source)
     assert size is not None
     for name, split in opened.splits.items():
         assert split.encoded is not None
@@ -389,6 +454,8 @@ def _decode_all(folder: Path, opened: Opened, source: str, max_corrupt: float, p
                 return write_json(folder / "facts.json", UNFIT)
             pixels[len(kept)] = image
             kept.append(index)
+        if not kept:
+            raise ValueError(_all_damaged(source, name))
         labels = split.labels[kept]
         np.save(folder / f"{name}.npy", pixels[: len(kept)])
         np.save(folder / f"{name}.labels.npy", labels)

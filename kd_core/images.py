@@ -35,6 +35,7 @@ from kd_core.packing import prefetch
 
 # Progressive resizing as in Mosaic ResNet's recipes: fractions of training, and the multiple of all sizes before the last.
 GROW_FROM, GROWN_AT, SIZE_STEP = 0.4, 0.8, 4
+MIN_SIZE = 8  # pixels
 BATCHES_AHEAD = 2  # per worker
 # Of torchvision's RandomResizedCrop.
 RATIOS, ATTEMPTS = (3 / 4, 4 / 3), 10
@@ -70,19 +71,20 @@ class View:
         """S of a step, a multiple of SIZE_STEP until it has grown to `size`."""
         grown = (step / steps - GROW_FROM) / (GROWN_AT - GROW_FROM)
         scale = self.initial_scale + (1 - self.initial_scale) * min(1.0, max(0.0, grown))
-        return self.size if scale >= 1 else min(self.size, round(self.size * scale / SIZE_STEP) * SIZE_STEP)
+        size = max(MIN_SIZE, round(self.size * scale / SIZE_STEP) * SIZE_STEP)
+        return self.size if scale >= 1 else min(self.size, size)
 
 
 def check_flags(flags: Any) -> None:
     """Raises ValueError when what a recipe's or a cache's flags say of data and views is impossible."""
     for name in ("train_size", "eval_size", "eval_resize"):
-        check_flag(flags, name, getattr(flags, name) >= 8, "at least 8")
+        check_flag(flags, name, getattr(flags, name) >= MIN_SIZE, f"at least {MIN_SIZE}")
     check_flag(flags, "eval_size", flags.eval_size <= flags.eval_resize, f"at most --eval-resize, {flags.eval_resize}")
     check_flag(flags, "max_corrupt", 0 <= flags.max_corrupt < 1, "in [0, 1)")
     check_flag(flags, "min_scale", 0 < flags.min_scale <= 1, "in (0, 1]")
     check_flag(flags, "decoded_gib", 0 <= flags.decoded_gib < math.inf, "a finite number, at least 0")
     check_flag(flags, "randaugment", 0 <= flags.randaugment <= 30, "in 0 to 30")
-    check_flag(flags, "teacher_size", (flags.teacher_size or 8) >= 8, "0, or at least 8")
+    check_flag(flags, "teacher_size", (flags.teacher_size or MIN_SIZE) >= MIN_SIZE, f"0, or at least {MIN_SIZE}")
     possible = torch.cuda.is_available() and flags.crop == "resized" and not flags.randaugment
     check_flag(
         flags, "decoder", flags.decoder == "cpu" or possible, "cpu without a GPU, or for padded crop or RandAugment"
@@ -106,7 +108,7 @@ class MicroBatch:
     sample_ids: torch.Tensor  # int64 [B], numbers of the images in their split
     patterns: torch.Tensor  # int64 [B], of the views: epochs, or what stands for them; 0 in the validation
     counted: torch.Tensor  # bool [B]; False for an image that only fills a batch of the validation
-    corrupt: torch.Tensor  # float scalar, images that could not be decoded and were replaced
+    corrupt: torch.Tensor  # float scalar, images that could not be decoded; in training they were replaced
     jpegs: tuple["JpegView", ...] = ()  # instead of pixels, of which there are then none: what the GPU decodes
     mixing: tuple[float, float, int | None] | None = None  # what `to` mixes with: as `mix`
 
@@ -381,15 +383,16 @@ class ValidationBatches(Dataset[MicroBatch]):
         )
         counted_B = ids_B < len(self.split)
         ids_B = np.where(counted_B, ids_B, 0)
-        pixels_BHWC = np.zeros((len(ids_B), self.size, self.size, 3), np.uint8)
+        pixels_BHWC, corrupt = np.zeros((len(ids_B), self.size, self.size, 3), np.uint8), 0
         for row, index in enumerate(ids_B.tolist()):
             try:
                 pixels_BHWC[row] = validation_view(_read(self.split, index), self.resize, self.size)
             except DAMAGE as error:
                 assert self.split.encoded is not None, error
                 say_corrupt(self.split.encoded.name(index), error)
+                corrupt += int(counted_B[row])
                 counted_B[row] = False
-        return _micro_batch(self.split, pixels_BHWC, ids_B, np.zeros_like(ids_B), counted_B, 0)
+        return _micro_batch(self.split, pixels_BHWC, ids_B, np.zeros_like(ids_B), counted_B, corrupt)
 
 
 def _micro_batch(

@@ -1,6 +1,7 @@
 """Images: sources and their splits, views as pure functions, batches over ranks, corrupt files."""
 
 import io
+import re
 import signal
 import tarfile
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from kd_core import images
+from kd_core import classification, image_sources, images
 from kd_core.hashing import uniforms
 from kd_core.image_sources import prepare
 from tests.conftest import DATA, photo, photo_folder
@@ -88,6 +89,145 @@ def test_without_a_validation_split_a_hash_of_the_name_decides(tmp_path: Path) -
     assert len(names) == 120
 
 
+def write(root: Path, *names: str) -> str:
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(photo(number))
+    return str(root)
+
+
+SPLITS = ("train/cat/0.jpg", "train/dog/0.jpg", "val/cat/0.jpg", "val/dog/0.jpg")
+
+
+@pytest.mark.parametrize("names", [
+    ("train/cat/front/0.jpg", "train/dog/0.jpg", "val/cat/0.jpg", "val/dog/side/far/0.jpg"),
+    ("a/b/train/cat/images/0.jpg", "a/b/train/dog/images/0.jpg", "a/b/val/cat/0.jpg", "a/b/val/dog/0.jpg"),
+    (*SPLITS, "test/0.jpg"),
+    (*SPLITS, "test/bird/0.jpg"),
+])  # fmt: skip
+def test_a_class_is_the_first_folder_below_the_split(names: tuple[str, ...], tmp_path: Path) -> None:
+    data = prepare(write(tmp_path / "data", *names), decoded_gib=0, max_corrupt=0)
+    assert data.classes == ("cat", "dog")
+    assert (data.train.labels.tolist(), data.validation.labels.tolist()) == ([0, 1], [0, 1])
+
+
+def test_without_splits_a_class_is_the_first_folder_and_may_be_named_as_a_split(tmp_path: Path) -> None:
+    names = [f"all/{name}/{number}.jpg" for name in ("car/red", "train") for number in range(60)]
+    data = prepare(write(tmp_path / "data", *names), decoded_gib=0, max_corrupt=0)
+    assert data.classes == ("car", "train")
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    ((*SPLITS, "val/1.jpg"), "val/1.jpg lies in no class folder"),
+    ((*SPLITS, "1.jpg"), "1.jpg lies in no class folder"),
+    (("train/0.jpg", "val/0.jpg"), "expected train/<class>/<image>"),
+    ((*SPLITS, "val/bird/0.jpg"), "the classes bird of the validation split have no training image"),
+    ((*SPLITS[:2], "val/cats/0.jpg", "val/dogs/0.jpg"), "the classes cats, dogs of the validation split have no"),
+    (SPLITS[2:], "has only the splits ['validation']"),
+    ((*SPLITS, "stray.parquet"), "holds both images and tables"),
+])  # fmt: skip
+def test_folders_that_do_not_say_what_is_what(names: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare(write(tmp_path / "data", *names), decoded_gib=0, max_corrupt=0)
+
+
+def test_links(folder: Path, tmp_path: Path) -> None:
+    (folder / "train" / "cat" / "0.jpg").unlink()
+    (folder / "train" / "cat" / "0.jpg").symlink_to("nowhere.jpg")
+    data = prepare(str(folder), decoded_gib=1, max_corrupt=0.1)
+    assert len(data.train) == 15, "a link to nothing is a damaged image"
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(folder, "data")
+        for name, kind, target in (
+            ("hard", tarfile.LNKTYPE, "data/train/cat/1.jpg"),
+            ("soft", tarfile.SYMTYPE, "../cat/1.jpg"),
+        ):
+            link = tarfile.TarInfo(f"data/train/dog/{name}.jpg")
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    data = prepare(str(tmp_path / "data.tar"), decoded_gib=1, max_corrupt=0.1)
+    assert data.train.labels.tolist() == [0] * 7 + [1] * 10
+    assert data.train.pixels is not None
+    assert all(np.array_equal(data.train.pixels[row], data.train.pixels[0]) for row in (-1, -2))
+
+
+def table(path: Path, labels: list[Any], **columns: Any) -> str:
+    import datasets
+
+    features = columns.pop("features", None)
+    rows = {"image": [{"bytes": photo(i), "path": None} for i in range(len(labels))], "label": labels} | columns
+    datasets.Dataset.from_dict(rows, features=features and datasets.Features(features)).to_parquet(path)
+    return str(path)
+
+
+def test_the_spelling_of_a_path_changes_no_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(tmp_path / "a" / "t.parquet", [0, 1] * 100)
+    write(tmp_path / "b", *(f"{name}/{number}.jpg" for name in ("cat", "dog") for number in range(60)))
+    monkeypatch.chdir(tmp_path / "a")
+    for one, other in (("t.parquet", f"{tmp_path}/a/t.parquet"), ("../b", f"{tmp_path}/b")):
+        held_out = []
+        for source in (one, other):
+            split = prepare(source, decoded_gib=0, max_corrupt=0).validation
+            assert split.encoded is not None
+            held_out.append([split.encoded.read(row) for row in range(len(split))])
+        assert held_out[0] and held_out[0] == held_out[1]
+
+
+@pytest.mark.parametrize(("labels", "message"), [
+    ([0, 1, None, 1], "labels must be at least 0, got None in train, row 2"),
+    ([0, 1, 1, -1], "labels must be at least 0, got -1 in train, row 3"),
+    (["cat", "dog"], "the column label is string; expected numbers of classes"),
+    ([0.0, 1.0], "the column label is float64; expected numbers of classes"),
+])  # fmt: skip
+def test_labels_that_are_no_classes(labels: list[Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"--data .*{message}"):
+        prepare(table(tmp_path / "t.parquet", labels), decoded_gib=0, max_corrupt=0)
+
+
+def test_labels_beyond_the_named_classes_and_tables_without_them(tmp_path: Path) -> None:
+    import datasets
+
+    features = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    for split in ("train", "validation"):
+        table(tmp_path / "tables" / f"{split}.parquet", [0, 1, 2, 1], features=features)
+    assert len(prepare(str(tmp_path / "tables"), decoded_gib=0, max_corrupt=0).classes) == 3
+    datasets.Dataset.from_dict({"image": [b"x"]}).to_parquet(tmp_path / "tables" / "test.parquet")
+    data = prepare(str(tmp_path / "tables"), decoded_gib=0, max_corrupt=0)
+    assert len(data.validation) == 4, "a test split beside a validation split is not read"
+    (tmp_path / "tables" / "validation.parquet").unlink()
+    with pytest.raises(ValueError, match="--data"):
+        prepare(str(tmp_path / "tables"), decoded_gib=0, max_corrupt=0)
+    tables = datasets.DatasetDict(
+        train=datasets.Dataset.from_dict({"image": [{"bytes": b"x", "path": None}], "label": [2]})
+    )
+    features["label"] = datasets.ClassLabel(names=["cat", "dog"])
+    tables["train"]._info.features = datasets.Features(features)
+    with pytest.raises(ValueError, match="labels must be in 0 to 1, got 2 in train, row 0"):
+        image_sources._tables(tables, "x", "x")
+
+
+def test_an_empty_cell_is_a_damaged_image(tmp_path: Path) -> None:
+    cells = [None, {"bytes": None, "path": None}, *({"bytes": photo(i), "path": None} for i in range(198))]
+    source = table(tmp_path / "t.parquet", [0, 1] * 100, image=cells)
+    data = prepare(source, decoded_gib=1, max_corrupt=0.1)
+    assert len(data.train) + len(data.validation) == 198
+
+
+@pytest.mark.parametrize("decoded_gib", [0, 1])
+@pytest.mark.parametrize("damage", [b"damaged", photo(0)[:300]])
+def test_a_validation_split_that_is_all_damaged(
+    folder: Path, decoded_gib: float, damage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (folder / "val").rglob("*.jpg"):
+        file.write_bytes(damage)
+    with pytest.raises(ValueError, match=r"no (validation )?image .*can be decoded; repair"):
+        data = prepare(str(folder), decoded_gib=decoded_gib, max_corrupt=0.9)
+        share = images.ValidationBatches(data.validation, 32, 24, 4, 0, 1)
+        sums = classification.validation_sums(lambda pixels: torch.zeros(len(pixels), 2), share, workers=0)
+        assert "6 of 6 validation images are corrupt and left out" in capsys.readouterr().err
+        classification.classification_metrics(sums)
+
+
 def test_parquet_with_a_test_split_only(tmp_path: Path) -> None:
     import datasets
 
@@ -102,9 +242,7 @@ def test_parquet_with_a_test_split_only(tmp_path: Path) -> None:
     assert data.train.pixels is not None and np.array_equal(data.train.pixels[5], expected)
 
 
-def test_corrupt_images_are_left_out_of_held_data_up_to_a_share(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_corrupt_images_are_left_out_of_held_data_up_to_a_share(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "train" / "cat" / "3.jpg").write_bytes(photo(3)[:100])
     with pytest.raises(ValueError, match="1 of 22 images are corrupt"):
         prepare(str(folder), decoded_gib=1, max_corrupt=0.01)
@@ -230,6 +368,7 @@ def test_progressive_sizes() -> None:
     assert set(sizes[:41]) == {112} and set(sizes[80:]) == {224}
     assert sizes == sorted(sizes) and all(size % 4 == 0 for size in sizes)
     assert {images.View(30).size_at(step, 10) for step in range(10)} == {30}
+    assert images.View(32, initial_scale=0.01).size_at(0, 10) == 8
 
 
 # ---------------------------------------------------------------------------------------------------------- validation
