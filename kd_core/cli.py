@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
@@ -196,7 +196,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset: str = "") -> ConfigT:
-    """The run's config: defaults, then `--preset NAME`, then a launch file's `preset`, then `typed` flags.
+    """The run's config: defaults, then a launch file's flags `preset`, then `--preset NAME`, then `typed` flags.
+
+    A launch file may name a preset itself, under its own flags; a typed one replaces that.
 
     `--load runs/x/run.json` starts from a saved run's config in place of defaults and launch file; so does `--resume`,
     from the run in `--out`.
@@ -216,7 +218,9 @@ def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset
     out, _ = take(words, "--out")
     if load is None and out and "--resume" in words and (Path(out) / "run.json").exists():
         load = str(Path(out) / "run.json")
-    flags, words = take_preset(config_type, shlex.split(preset if load is None else "", comments=True) + words)
+    over, words = take_preset(config_type, words)
+    under, in_file = take_preset(config_type, shlex.split(preset if load is None else "", comments=True))
+    flags, words = over or under, _without(in_file, over) + words
     if load is None:
         return _matched(read_flags(config_type, words, config_type(**flags)))
     saved = _saved_config(load)
@@ -252,6 +256,17 @@ def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
         else:
             rest.append(word)
     return value, rest
+
+
+def _without(words: Sequence[str], fields: Collection[str]) -> list[str]:
+    """`words` without the flags that set one of `fields`."""
+    kept, dropped = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropped = re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") in fields
+        if not dropped:
+            kept.append(word)
+    return kept
 
 
 def take_preset(config_type: Any, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

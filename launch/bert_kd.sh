@@ -5,7 +5,8 @@
 #     deepspeed --hostfile hosts launch/bert_kd.sh [flags]  several machines
 #     bash launch/bert_kd.sh [flags]                        sets up first, then as the first; NUM_GPUS=2 for two ranks
 #
-# Flags given there win over those below; --help lists all. launch/bert_baseline.sh is the same run without a teacher.
+# Flags given there win over those below, and so does --preset as-released; --help lists all. launch/bert_baseline.sh is
+# the same run without a teacher.
 #
 # To a shell the next line is a command that sets up, starts DeepSpeed on this file and never returns. To Python, which
 # is how DeepSpeed runs this file on each rank, the same line is an unused string, and the program is what follows.

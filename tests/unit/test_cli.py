@@ -90,14 +90,19 @@ def test_a_fault_of_ours_keeps_its_traceback() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class WithPresets(Config):
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"short": dict(steps=7, seed=3)}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"short": dict(steps=7, seed=3, compile=True), "other": dict(lr=0.5)}
 
 
-def test_a_named_preset_goes_under_the_launch_file_and_typed_flags(tmp_path: Path) -> None:
-    cfg = cli.parse(WithPresets, ["--seed", "4"], preset="--preset short --lr 0.25")
-    assert (cfg.steps, cfg.seed, cfg.lr) == (7, 4, 0.25)
+def test_a_typed_preset_goes_over_the_launch_file_whose_own_goes_under_it(tmp_path: Path) -> None:
+    in_file = "--steps 5 --teachers a b --no-compile --seed=9 --lr 0.25"
+    cfg = cli.parse(WithPresets, ["--preset", "short", "--seed", "4"], preset=in_file)
+    assert (cfg.steps, cfg.seed, cfg.lr, cfg.teachers, cfg.compile) == (7, 4, 0.25, ("a", "b"), True)
+    cfg = cli.parse(WithPresets, ["--preset", "other"], preset=f"--preset short {in_file}")
+    assert (cfg.steps, cfg.seed, cfg.lr, cfg.teachers, cfg.compile) == (5, 9, 0.5, ("a", "b"), False)
+    cfg = cli.parse(WithPresets, ["--seed", "4"], preset="--preset short --steps 8 --lr 0.25")
+    assert (cfg.steps, cfg.seed, cfg.lr) == (8, 4, 0.25)
     (tmp_path / "run.json").write_text(json.dumps({"config": dataclasses.asdict(cfg)}))
     loaded = cli.parse(WithPresets, ["--load", str(tmp_path / "run.json"), "--preset", "short"])
     assert (loaded.steps, loaded.seed, loaded.lr) == (7, 3, 0.25)
-    with pytest.raises(ValueError, match=r"--preset must be one of \['short'\], got long"):
+    with pytest.raises(ValueError, match=r"--preset must be one of \['other', 'short'\], got long"):
         cli.parse(WithPresets, ["--preset", "long"])
