@@ -266,6 +266,8 @@ def split_by_zero3(model: nn.Module, path: str) -> Any:
     config |= {"train_batch_size": world_size(), "train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
     # DeepSpeed's own linear layer would replace PyTorch's in the whole process, so in the student too.
     config["zero_optimization"] |= {"memory_efficient_linear": False}
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device())  # ZeRO-3 sees to parameters only
     with contextlib.redirect_stdout(None):
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
     return initialize(model, None, config)

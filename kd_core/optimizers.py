@@ -41,6 +41,8 @@ class DecoupledSGD(torch.optim.SGD):
 class Ema:
     """Exponential moving average of a module's parameters and buffers, for evaluation; float32, on every rank.
 
+    Up to its first update it is the weights themselves, so that their random initialisation has no part in it.
+
     Source: Composer's EMA: half-life in steps, an update every fifth of it. ZeRO-3 splits the weights, so it has none.
 
     Args:
@@ -57,8 +59,9 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the weights after `step` steps, if it is one of those."""
-        if self._live and step % self._every == 0:
-            torch._foreach_lerp_(self.average, [tensor.detach().float() for tensor in self._live], self._share)
+        if self._live and (step < self._every or step % self._every == 0):
+            share = self._share if step > self._every else 1.0
+            torch._foreach_lerp_(self.average, [tensor.detach().float() for tensor in self._live], share)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

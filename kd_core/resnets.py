@@ -4,8 +4,8 @@ A model takes pixels in [0, 255] and normalises them itself, so that a student a
 its own normalisation and resolution. Shape letters: B images, C classes.
 """
 
+import contextlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,8 @@ class Classifier(nn.Module):
         if self.size is not None and self.size != pixels.shape[-1]:
             pixels = resize(pixels, [self.size, self.size], antialias=True)
         x = self.normalize(pixels)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+        bf16 = torch.autocast(x.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
+        with bf16:  # an engine's own autocast stays on
             # Under DeepSpeed's bf16 the weights say what the network computes in.
             return self.net(x if self.autocast else x.to(next(self.net.parameters()).dtype))
 
@@ -229,6 +230,8 @@ def load_net(folder: str, flag: str) -> tuple[nn.Module, dict[str, Any]]:
     source = Path(model_source(folder, flag))
     try:
         config = json.loads((source / "config.json").read_text())
+        if "classes" not in config:
+            raise ValueError("its config.json is none of a classifier; give a run folder of this recipe")
         net = build_net(config["model"], len(config["classes"]), blurpool=config["blurpool"])
         net.load_state_dict(load_file(source / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -237,13 +240,15 @@ def load_net(folder: str, flag: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def check_source(path: str, flag: str) -> None:
-    """Raises ValueError or FileNotFoundError unless `path` is a folder that holds a model, or names one of torchvision's.
+    """Raises ValueError unless `path` is a folder that holds a model, or names one of torchvision's.
 
     A cache is checked once the data is known, by `cache_images.views`.
     """
     if cache.folder_of(path):
         return
-    if not Path(path).exists() and re.fullmatch(r"[\w.:]+", path):
+    if Path(path).exists():
+        model_source(path, flag)
+    else:
         name, _, weights = path.partition(":")
         known = torchvision.models.list_models(module=torchvision.models)
         if name not in known:
@@ -253,8 +258,6 @@ def check_source(path: str, flag: str) -> None:
         available = [member.name for member in torchvision.models.get_model_weights(name)]
         if weights and weights not in available:
             raise ValueError(f"{flag} {path}: {name} has the weights {available}")
-    else:
-        model_source(path, flag)
 
 
 def check_student(path: str) -> None:
@@ -290,9 +293,14 @@ def load_classifier(
     else:
         name, _, chosen = path.partition(":")
         weights = torchvision.models.get_model_weights(name)[chosen or "DEFAULT"]
-        if len(weights.meta["categories"]) != len(classes):
+        known = weights.meta["categories"]
+        if len(known) != len(classes):
+            raise ValueError(f"{flag} {path} knows the {len(known)} classes of ImageNet, the data has {len(classes)}")
+        if set(known) == set(classes) and tuple(known) != tuple(classes):
+            first = next(name for name, other in zip(classes, known, strict=True) if name != other)
             raise ValueError(
-                f"{flag} {path} knows the {len(weights.meta['categories'])} classes of ImageNet, the data has {len(classes)}"
+                f"{flag} {path} has the data's classes in another order, from {first} on; number them as torchvision does, "
+                "or name the class folders by their WordNet ids"
             )
         try:
             net = torchvision.models.get_model(name, weights=weights)
@@ -304,8 +312,22 @@ def load_classifier(
     return Classifier(net, mean=mean, std=std, size=own, autocast=autocast)
 
 
-def load_teacher(path: str, classes: Sequence[str], **settings: Any) -> nn.Module:
-    """What answers for `path`: the records of `cache:DIR`, or a `load_classifier` in the memory format that is fast."""
+def load_teacher(
+    path: str, classes: Sequence[str], *, autocast: bool = False, split: bool = False, **settings: Any
+) -> nn.Module:
+    """What answers for `path`: the records of `cache:DIR`, or a `load_classifier` in the memory format that is fast.
+
+    Args:
+        split: for ZeRO-3, which takes only contiguous weights, in the dtype that they compute in.
+    """
     if folder := cache.folder_of(path):
         return CachedLogits(folder, len(classes))
-    return load_classifier(path, classes, **settings).to(memory_format=torch.channels_last)
+    model = load_classifier(path, classes, autocast=autocast and not split, **settings)
+    if not split:
+        return model.to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = BatchNorm  # torchvision's takes no bf16 weights beside float32 statistics
+    for parameter in model.parameters() if autocast else ():
+        parameter.data = parameter.data.bfloat16()
+    return model

@@ -2,7 +2,7 @@
 
 Method:  loss = (1 - r) * label_loss + r * kd_loss, r = kd_ratio inside the window, 0 outside;
          kd_loss = tau^2 * KL(teacher || student) on the student's own view, one teacher of the pool drawn per step
-Source:  Blakeney et al. 2022, "Reduce, Reuse, Recycle", arXiv 2211.00683; defaults: the authors' released code
+Source:  Blakeney et al. 2022, "Reduce, Reuse, Recycle", arXiv 2211.00683; training defaults: the authors' code
 Command: deepspeed recipes/resnet_kd.py --preset baseline-90 --data imagenet/ --teachers resnet101 --kd-ratio 0.9
 Smoke:   python recipes/resnet_kd.py --preset cifar --data synthetic --steps 4 --global-batch-size 16 --micro-batch-size 8
 """
@@ -27,6 +27,8 @@ class Config(cli.SharedFlags):
 
     student: str = "resnet50"
     """resnet8 to resnet110 (6n + 2, for 32 x 32), torchvision's resnet18 to resnet152 and wide ones, or a run folder."""
+    teachers: tuple[str, ...] = ()
+    """Run folders, models of torchvision such as resnet101 or resnet101:IMAGENET1K_V1, or cache:FOLDER."""
     data: str = "ILSVRC/imagenet-1k"
     """Folder <split>/<class>/<image> or a .tar of it, parquet, a hub name, or synthetic[:CLASSESxSIDE] (noise)."""
     train_size: int = 224
@@ -98,7 +100,7 @@ class Config(cli.SharedFlags):
         "cifar": dict(
             student="resnet8", train_size=32, eval_resize=32, eval_size=32, crop="padded", steps=2000,
             global_batch_size=128, micro_batch_size=64, lr=0.2, momentum=0.9, decoupled=False,
-            eval_every=500, save_every=1000, deepspeed_config="zero0_fp32_cpu.json", teacher_dtype="fp32",
+            lr_batch_size=None, eval_every=500, save_every=1000, deepspeed_config="zero0_fp32_cpu.json", teacher_dtype="fp32",
         ),
     }  # fmt: skip
 
@@ -110,6 +112,8 @@ class Config(cli.SharedFlags):
         self.check("resize_from", 0 < self.resize_from <= 1, "in (0, 1]")
         for name in ("mixup", "cutmix", "ema_half_life"):
             self.check(name, 0 <= getattr(self, name) < math.inf, "a finite number, at least 0")
+        most = self.steps // 4  # the average then holds at most a sixteenth of its first weights
+        self.check("ema_half_life", self.ema_half_life <= most, f"at most a quarter of --steps, {most}")
         self.check("lr_batch_size", self.lr_batch_size is None or self.lr_batch_size >= 1, "at least 1")
         enough = self.workers is None or self.workers >= bool(self.randaugment)
         self.check("workers", enough, "at least 0 (1 with --randaugment)")
@@ -148,6 +152,7 @@ def build_student(cfg: Config, classes: Sequence[str]) -> resnets.Classifier:
 
 def build_teachers(cfg: Config, classes: Sequence[str]) -> teachers.TeacherPool:
     settings: dict[str, Any] = {"flag": "--teachers", "size": cfg.teacher_size, "autocast": cfg.teacher_dtype == "bf16"}
+    settings["split"] = cfg.teacher_placement == "zero3"
     return teachers.build_pool(cfg, lambda path: resnets.load_teacher(path, classes, **settings), columns=len(classes))
 
 

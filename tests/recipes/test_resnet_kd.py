@@ -171,6 +171,25 @@ def test_synchronised_batch_normalisation_on_two_ranks_equals_one_rank(train: Tr
     assert [e[0] for e in evals(tmp_path / "two")] == pytest.approx([e[0] for e in evals(tmp_path / "one")], rel=1e-3)
 
 
+def test_decoupled_decay_is_the_same_on_every_zero_stage(train: Train, tmp_path: Path) -> None:
+    runs = []
+    for stage in (0, 1, 3):
+        config = tmp_path / f"{stage}.json"
+        config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        folder = tmp_path / f"stage{stage}"
+        train("--out", folder, "--deepspeed-config", config, "--decoupled", "--weight-decay", 0.2, "--steps", 4)
+        runs.append(losses(folder))
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+    assert runs[2] == pytest.approx(runs[0], rel=1e-4)
+
+
+def test_a_teacher_split_by_zero_3_teaches_as_a_whole_one(train: Train, teacher: Path, tmp_path: Path) -> None:
+    flags = ["--teachers", teacher, "--kd-ratio", 0.9, "--teacher-dtype", "bf16", "--steps", 2]
+    for placement in ("device", "zero3"):
+        train("--out", tmp_path / placement, *flags, "--teacher-placement", placement, ranks=2)
+    assert losses(tmp_path / "zero3") == pytest.approx(losses(tmp_path / "device"), rel=0.02)
+
+
 def test_zero_3_in_bf16_on_two_ranks_runs_and_exports(train: Train, tmp_path: Path) -> None:
     train("--out", tmp_path / "run", "--deepspeed-config", "zero3_bf16.json", "--micro-batch-size", 8, ranks=2)
     state = load_file(tmp_path / "run" / "hf" / "model.safetensors")
@@ -220,6 +239,7 @@ def test_bad_flags(attempt: Attempt) -> None:
     assert "--global-batch-size must be at most" in attempt("--global-batch-size", 1024)
     message = attempt("--ema-half-life", 2, "--deepspeed-config", "zero3_bf16.json")
     assert "--ema-half-life must be 0 with ZeRO stage 3" in message
+    assert "--ema-half-life must be at most a quarter of --steps, 2, got 3" in attempt("--ema-half-life", 3)
     assert "--student resnet9 is no folder" in attempt("--student", "resnet9")
 
 
@@ -246,11 +266,14 @@ def test_bad_teachers(attempt: Attempt, teacher: Path, tmp_path: Path) -> None:
     assert "no model of torchvision" in attempt(*kd, "resnet51")
     assert "has the weights" in attempt(*kd, "resnet50:IMAGENET1K_V9")
     assert "knows the 1000 classes of ImageNet, the data has 10" in attempt(*kd, "resnet50")
-    assert "no model folder there" in attempt(*kd, "./nowhere")
+    for name in ("./nowhere", "timm/resnet50"):
+        assert f"--teachers {name} is no folder and no model of torchvision" in attempt(*kd, name)
     broken = tmp_path / "broken"
     shutil.copytree(teacher / "hf", broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert f"{broken} cannot be loaded" in attempt(*kd, broken)
+    (broken / "config.json").write_text('{"architectures": ["BertForMaskedLM"]}')
+    assert "its config.json is none of a classifier" in attempt(*kd, broken)
     other = attempt(*kd, teacher, "--data", "synthetic")
     assert "was trained on 10 classes (class0, ...), the data has 10 (0, ...)" in other

@@ -242,7 +242,9 @@ def test_parquet_with_a_test_split_only(tmp_path: Path) -> None:
     assert data.train.pixels is not None and np.array_equal(data.train.pixels[5], expected)
 
 
-def test_corrupt_images_are_left_out_of_held_data_up_to_a_share(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_corrupt_images_are_left_out_of_held_data_up_to_a_share(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "train" / "cat" / "3.jpg").write_bytes(photo(3)[:100])
     with pytest.raises(ValueError, match="1 of 22 images are corrupt"):
         prepare(str(folder), decoded_gib=1, max_corrupt=0.01)

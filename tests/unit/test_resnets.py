@@ -93,6 +93,38 @@ def test_files_bring_the_network_back(tmp_path: Path) -> None:
         resnets.load_classifier(str(tmp_path), ("a", "c", "b"), flag="--teachers")
 
 
+def test_an_engines_autocast_stays_on() -> None:
+    model = resnets.Classifier(resnets.build_net("resnet8", 3)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_a_teacher_for_zero_3_is_contiguous_and_really_bf16(
+    theirs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(num_classes=3) if theirs else resnets.build_net("resnet8", 3)
+    monkeypatch.setattr(resnets, "load_net", lambda *_: (net, {
+        "mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 32, "classes": ["a", "b", "c"],
+    }))  # fmt: skip
+    monkeypatch.setattr(resnets, "check_source", lambda *_: None)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    whole, split = (
+        resnets.load_teacher(str(tmp_path), ("a", "b", "c"), flag="", autocast=True, split=split).eval()(pixels)
+        for split in (False, True)
+    )
+    torch.testing.assert_close(split.float(), whole.float(), rtol=0.1, atol=0.05)
+    assert all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in net.parameters())
+    assert all(b.dtype != torch.bfloat16 for b in net.buffers())
+
+
+def test_torchvisions_classes_in_another_order_are_refused() -> None:
+    known = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
+    with pytest.raises(ValueError, match=f"in another order, from {known[1]} on"):
+        resnets.load_classifier("resnet18", [known[1], known[0], *known[2:]], flag="--teachers")
+
+
 def on_one_of_two_ranks(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -158,10 +190,16 @@ def test_decoupled_sgd_equals_its_formula() -> None:
 def test_the_moving_average_has_its_half_life_and_steps_aside() -> None:
     net = resnets.build_net("resnet8", 4)
     ema = optimizers.Ema(net, half_life=10)
+    with torch.no_grad():
+        net.fc.weight.add_(1.0)  # type: ignore[union-attr, operator]
     start = net.fc.weight.detach().clone()  # type: ignore[union-attr, operator]
+    for step in (1, 2):
+        ema.update(step)
+        with ema.applied():
+            assert torch.equal(net.fc.weight, start), "the initialisation has no part in it"  # type: ignore[arg-type]
     with torch.no_grad():
         net.fc.weight.add_(8.0)  # type: ignore[union-attr, operator]
-    for step in range(1, 21):
+    for step in range(3, 23):
         ema.update(step)
     with ema.applied():
         torch.testing.assert_close(net.fc.weight.detach(), start + 6.0)  # type: ignore[union-attr]
