@@ -1,5 +1,6 @@
 """Networks, their files, batch normalisation in float32, BlurPool, the optimizer, the moving average and the metrics."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -105,18 +106,17 @@ def test_a_teacher_for_zero_3_is_contiguous_and_really_bf16(
 ) -> None:
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=3) if theirs else resnets.build_net("resnet8", 3)
-    monkeypatch.setattr(resnets, "load_net", lambda *_: (net, {
-        "mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 32, "classes": ["a", "b", "c"],
-    }))  # fmt: skip
+    config = {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 32, "classes": ["a", "b", "c"]}
     monkeypatch.setattr(resnets, "check_source", lambda *_: None)
+    monkeypatch.setattr(resnets, "load_net", lambda *_: (copy.deepcopy(net), config))
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     whole, split = (
-        resnets.load_teacher(str(tmp_path), ("a", "b", "c"), flag="", autocast=True, split=split).eval()(pixels)
+        resnets.load_teacher(str(tmp_path), ("a", "b", "c"), flag="", autocast=True, split=split).eval()
         for split in (False, True)
     )
-    torch.testing.assert_close(split.float(), whole.float(), rtol=0.1, atol=0.05)
-    assert all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in net.parameters())
-    assert all(b.dtype != torch.bfloat16 for b in net.buffers())
+    torch.testing.assert_close(split(pixels).float(), whole(pixels).float(), rtol=0.1, atol=0.05)
+    assert all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in split.parameters())
+    assert all(b.dtype != torch.bfloat16 for b in split.buffers())
 
 
 def test_torchvisions_classes_in_another_order_are_refused() -> None:
