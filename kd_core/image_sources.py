@@ -280,12 +280,12 @@ def _layout(root: str, found: list[tuple[Any, ...]], source: str, *, in_tar: boo
     levels = zip(*parts.values(), strict=False)
     shared = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)]
     below = {folder: names[len(shared) :] for folder, names in parts.items()}
-    place = {folder: _split_and_class(names) for folder, names in below.items()}
-    if not any(place.values()):
+    placed = {folder: place for folder, names in below.items() if (place := _split_and_class(names))}
+    if not placed:
         split = next(filter(None, map(named_split, reversed(shared))), "train")
-        place = {folder: (split, names[0]) if names else None for folder, names in below.items()}
+        placed = {folder: (split, names[0]) for folder, names in below.items() if names}
     classes_of: dict[str, set[str]] = {}
-    for split, name in filter(None, place.values()):
+    for split, name in placed.values():
         classes_of.setdefault(split, set()).add(name)
     used = _used(classes_of or ["train"], source)
     classes = sorted(classes_of.get("train", ()))
@@ -294,7 +294,7 @@ def _layout(root: str, found: list[tuple[Any, ...]], source: str, *, in_tar: boo
             f"--data {source} holds {len(found)} images in {len(classes)} class folders; expected "
             "train/<class>/<image> and val/<class>/<image>, or <class>/<image>"
         )
-    outside = [name for (name, _, _), folder in zip(found, folders, strict=True) if not place[folder]]
+    outside = [name for (name, _, _), folder in zip(found, folders, strict=True) if folder not in placed]
     for name in outside:
         if "test" not in map(named_split, Path(name).parent.parts):
             raise ValueError(f"--data {source}: {name} lies in no class folder; move it into one, or remove it")
@@ -309,10 +309,10 @@ def _layout(root: str, found: list[tuple[Any, ...]], source: str, *, in_tar: boo
     digest = hashlib.sha256(json.dumps([[name, size] for name, size, _ in found]).encode()).hexdigest()[:16]
     splits = {}
     for split in used:
-        rows = [row for row, folder in enumerate(folders) if (place[folder] or ("",))[0] == split]
+        rows = [row for row, folder in enumerate(folders) if folder in placed and placed[folder][0] == split]
         offsets = np.array([found[row][:0:-1] for row in rows], np.int64) if in_tar else None
         names = np.array([os.fsencode(found[row][0]) for row in rows])
-        splits[split] = Split(np.array([number[place[folders[row]][1]] for row in rows]), Files(root, names, offsets))
+        splits[split] = Split(np.array([number[placed[folders[row]][1]] for row in rows]), Files(root, names, offsets))
     return Opened(tuple(classes), splits, digest)
 
 
@@ -403,7 +403,8 @@ def _with_validation(opened: Opened, source: str) -> Opened:
 
 def _first_size(opened: Opened, name: str, source: str) -> tuple[int, int] | None:
     """Width and height of the first images of a split, if all are alike. Raises ValueError when none can be read."""
-    encoded, sizes = opened.splits[name].encoded, set()
+    encoded = opened.splits[name].encoded
+    sizes: set[tuple[int, int]] = set()
     assert encoded is not None
     for index in range(len(encoded)):
         if index >= PROBED and sizes:

@@ -231,7 +231,7 @@ def load_net(folder: str, flag: str) -> tuple[nn.Module, dict[str, Any]]:
     try:
         config = json.loads((source / "config.json").read_text())
         if "classes" not in config:
-            raise ValueError("its config.json is none of a classifier; give a run folder of this recipe")
+            raise ValueError("its config.json describes no classifier; give a run folder of this recipe")
         net = build_net(config["model"], len(config["classes"]), blurpool=config["blurpool"])
         net.load_state_dict(load_file(source / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -274,6 +274,6 @@ def test_bad_teachers(attempt: Attempt, teacher: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     assert f"{broken} cannot be loaded" in attempt(*kd, broken)
     (broken / "config.json").write_text('{"architectures": ["BertForMaskedLM"]}')
-    assert "its config.json is none of a classifier" in attempt(*kd, broken)
+    assert "its config.json describes no classifier" in attempt(*kd, broken)
     other = attempt(*kd, teacher, "--data", "synthetic")
     assert "was trained on 10 classes (class0, ...), the data has 10 (0, ...)" in other
