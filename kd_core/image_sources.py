@@ -402,7 +402,7 @@ def _with_validation(opened: Opened, source: str) -> Opened:
 
 
 def _first_size(opened: Opened, name: str, source: str) -> tuple[int, int] | None:
-    """Width and height of the first images of a split, if all are alike. Raises ValueError when none can be read."""
+    """Width and height of the first images of a split, if all are alike. Raises ValueError when no image can be decoded."""
     encoded = opened.splits[name].encoded
     sizes: set[tuple[int, int]] = set()
     assert encoded is not None
@@ -410,7 +410,10 @@ def _first_size(opened: Opened, name: str, source: str) -> tuple[int, int] | Non
         if index >= PROBED and sizes:
             break
         with contextlib.suppress(*DAMAGE):
-            sizes.add(decode(encoded.read(index)).size)
+            image = decode(encoded.read(index))
+            if not sizes:
+                image.load()  # of the others the headers will do
+            sizes.add(image.size)
     if not sizes:
         raise ValueError(_all_damaged(source, name))
     return sizes.pop() if len(sizes) == 1 else None

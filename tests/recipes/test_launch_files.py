@@ -2,12 +2,14 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from kd_core import cli
 from tests.conftest import ROOT, cpu_environment, free_port
 from tests.recipes.conftest import SMALL
 
@@ -72,6 +74,14 @@ def test_the_resnet_files_train_on_two_ranks_and_without_a_teacher(
         assert (record["recipe"], record["world_size"]) == ("resnet_kd", ranks)
         assert (record["config"]["kd_ratio"], record["config"]["student"]) == (ratio, "resnet8")
     assert not (tmp_path / "runs").exists(), "a teacher was trained although --teachers names one"
+
+
+@pytest.mark.parametrize(("file", "preset"), [("resnet50_kd.sh", "cifar"), ("bert_kd.sh", "as-released")])
+def test_a_typed_preset_wins_over_the_flags_of_a_launch_file(file: str, preset: str) -> None:
+    names = runpy.run_path(str(ROOT / "launch" / file))
+    cfg, flags = cli.parse(names["Config"], ["--preset", preset], names["NODE"]), names["Config"].PRESETS[preset]
+    assert {name: getattr(cfg, name) for name in flags} == flags
+    assert cfg.kd_ratio == 0.9 and (preset != "cifar" or cfg.peak_lr == 0.2)
 
 
 def test_bad_input_comes_through_the_launcher(tmp_path: Path, cache: Path) -> None:

@@ -215,17 +215,22 @@ def test_an_empty_cell_is_a_damaged_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decoded_gib", [0, 1])
 @pytest.mark.parametrize("damage", [b"damaged", photo(0)[:300]])
-def test_a_validation_split_that_is_all_damaged(
-    folder: Path, decoded_gib: float, damage: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_validation_split_that_is_all_damaged_is_refused(folder: Path, decoded_gib: float, damage: bytes) -> None:
     for file in (folder / "val").rglob("*.jpg"):
         file.write_bytes(damage)
-    with pytest.raises(ValueError, match=r"no (validation )?image .*can be decoded; repair"):
-        data = prepare(str(folder), decoded_gib=decoded_gib, max_corrupt=0.9)
-        share = images.ValidationBatches(data.validation, 32, 24, 4, 0, 1)
-        sums = classification.validation_sums(lambda pixels: torch.zeros(len(pixels), 2), share, workers=0)
-        assert "6 of 6 validation images are corrupt and left out" in capsys.readouterr().err
-        classification.classification_metrics(sums)
+    with pytest.raises(ValueError, match="no image of the validation split can be decoded; repair"):
+        prepare(str(folder), decoded_gib=decoded_gib, max_corrupt=0.9)
+    with pytest.raises(ValueError, match="no validation image can be decoded"):
+        classification.classification_metrics(torch.zeros(classification.NUM_SUMS))
+
+
+def test_an_evaluation_says_how_many_images_it_leaves_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (0, 2):
+        (folder / "val" / "dog" / f"{number}.jpg").write_bytes(photo(0)[:300])
+    share = images.ValidationBatches(prepare(str(folder), decoded_gib=0, max_corrupt=1).validation, 32, 24, 4, 0, 1)
+    sums = classification.validation_sums(lambda pixels: torch.zeros(len(pixels), 2), share, workers=0)
+    assert sums[3] == 4
+    assert "rank 0: 2 of 6 validation images are corrupt and left out" in capsys.readouterr().err
 
 
 def test_parquet_with_a_test_split_only(tmp_path: Path) -> None:
