@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -439,10 +440,16 @@ def num_workers(asked: int | None, split: Split, randaugment: int = 0) -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
-def _outlive_signals(_: int) -> None:
-    """A signal to the whole process group is the rank's to handle: it saves first, then its workers end with it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _obey_rank_alone(_: int) -> None:
+    """In a worker: of signals only its rank's count. One to the whole process group is the rank's to handle, by saving."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(143)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def load(batches: Dataset[MicroBatch], numbers: Sequence[int], *, workers: int) -> Iterator[MicroBatch]:
@@ -455,7 +462,7 @@ def load(batches: Dataset[MicroBatch], numbers: Sequence[int], *, workers: int) 
         num_workers=workers,
         pin_memory=cuda and workers > 0,
         prefetch_factor=BATCHES_AHEAD if workers else None,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_obey_rank_alone,
     )
     return iter(loader) if workers else prefetch(loader, pin_memory=cuda)
 

@@ -1,8 +1,10 @@
 """Images: sources and their splits, views as pure functions, batches over ranks, corrupt files."""
 
 import io
+import itertools
 import re
 import signal
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -290,11 +292,12 @@ def test_views_are_a_function_of_seed_epoch_and_image(folder: Path) -> None:
 def test_workers_outlive_a_signal_to_the_process_group(folder: Path, number: int) -> None:
     made = images.load(batches(prepare(str(folder), decoded_gib=1, max_corrupt=0)), range(10), workers=1)
     next(made)
-    for worker in psutil.Process().children():
-        worker.send_signal(number)
-    assert len(list(made)) == 9
-    made.__del__()  # type: ignore[attr-defined]
-    assert not psutil.Process().children(), "a worker has outlived its rank"
+    (worker,) = psutil.Process().children()
+    subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    assert len(list(itertools.islice(made, 5))) == 5
+    with pytest.raises(RuntimeError, match="exited unexpectedly with exit code 143"):
+        worker.terminate()  # by its rank
+        worker.wait(10)
 
 
 def test_patterns_repeat_the_views_of_their_own_seed_in_other_orders(folder: Path) -> None:
