@@ -256,10 +256,11 @@ def _list_tar(path: Path, source: str) -> Opened:
                 members = tar.getmembers()
         except (OSError, tarfile.TarError) as error:
             raise ValueError(f"--data {source} is no uncompressed tar ({one_line(error)}); unpack it") from error
-        places = {m.name: (m.size, m.offset_data) for m in members if m.isfile()}
-        links = {m.name: m.linkname for m in members if m.islnk()}
-        links |= {m.name: os.path.normpath(f"{m.name}/../{m.linkname}") for m in members if m.issym()}
-        places |= {name: places.get(target, (0, 0)) for name, target in links.items()}
+        places = {os.path.normpath(m.name): (m.size, m.offset_data) for m in members if m.isfile()}
+        for m in members:
+            if m.islnk() or m.issym():
+                target = m.linkname if m.islnk() else f"{m.name}/../{m.linkname}"
+                places[os.path.normpath(m.name)] = places.get(os.path.normpath(target), (0, 0))
         (new / "index.json").write_text(json.dumps([(name, *place) for name, place in places.items()]))
 
     folder = cache_root() / f"tar-{cache_key(_identity([path]), FORMAT)}"
@@ -284,27 +285,19 @@ def _layout(root: str, found: list[tuple[Any, ...]], source: str, *, in_tar: boo
     if not placed:
         split = next(filter(None, map(named_split, reversed(shared))), "train")
         placed = {folder: (split, names[0]) for folder, names in below.items() if names}
-    classes_of: dict[str, set[str]] = {}
-    for split, name in placed.values():
-        classes_of.setdefault(split, set()).add(name)
-    used = _used(classes_of or ["train"], source)
-    classes = sorted(classes_of.get("train", ()))
+    used = _used({split for split, _ in placed.values()} or {"train"}, source)
+    classes = sorted({name for split, name in placed.values() if split in used})
     if len(classes) < 2 or all(map(named_split, classes)):
         raise ValueError(
             f"--data {source} holds {len(found)} images in {len(classes)} class folders; expected "
             "train/<class>/<image> and val/<class>/<image>, or <class>/<image>"
         )
-    outside = [name for (name, _, _), folder in zip(found, folders, strict=True) if folder not in placed]
-    for name in outside:
-        if "test" not in map(named_split, Path(name).parent.parts):
+    outside = [(name, folder) for (name, *_), folder in zip(found, folders, strict=True) if folder not in placed]
+    for name, folder in outside:
+        if "test" not in map(named_split, below[folder]):
             raise ValueError(f"--data {source}: {name} lies in no class folder; move it into one, or remove it")
     if outside and os.environ.get("LOCAL_RANK", "0") == "0":
         say(f"--data {source}: {len(outside)} test images lie in no class folder and are left out")
-    if strange := sorted(classes_of[used[-1]] - set(classes)):
-        raise ValueError(
-            f"--data {source}: the classes {', '.join(strange[:5])} of the {used[-1]} split have no training image; "
-            "name class folders alike in both splits, or remove those"
-        )
     number = {name: index for index, name in enumerate(classes)}
     digest = hashlib.sha256(json.dumps([[name, size] for name, size, _ in found]).encode()).hexdigest()[:16]
     splits = {}
@@ -394,6 +387,12 @@ def _with_validation(opened: Opened, source: str) -> Opened:
     if not len(rest[0]) or not len(train):
         raise ValueError(
             f"--data {source} has too few images to keep one in {VALIDATION_ONE_IN} for validation; add val/"
+        )
+    untaught = [opened.classes[number] for number in np.setdiff1d(rest[0].labels, train.labels)]
+    if untaught:
+        raise ValueError(
+            f"--data {source}: {len(untaught)} classes have validation images but no training image "
+            f"({', '.join(untaught[:5])}); name classes alike in both splits, or remove those images"
         )
     return opened._replace(splits={"train": train, "validation": rest[0]})
 

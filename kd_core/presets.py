@@ -30,7 +30,7 @@ def launch(
     small: str,
     teacher: str,
 ) -> NoReturn:
-    """Runs a recipe's `main` with a launch file's flags, over which the command line's win (`cli.parse`); ends the process.
+    """Runs a recipe's `main` with a launch file's flags, over which the command line's win; ends the process.
 
     Args:
         main: the recipe's `main`.

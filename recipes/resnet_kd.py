@@ -99,8 +99,8 @@ class Config(cli.SharedFlags):
         # Batch, momentum and crop of He et al. 2015, section 4.2; rate and decay for 5 epochs of CIFAR-10, minutes here.
         "cifar": dict(
             student="resnet8", train_size=32, eval_resize=32, eval_size=32, crop="padded", steps=2000,
-            global_batch_size=128, micro_batch_size=64, lr=0.2, momentum=0.9, decoupled=False,
-            lr_batch_size=None, eval_every=500, save_every=1000, deepspeed_config="zero0_fp32_cpu.json", teacher_dtype="fp32",
+            global_batch_size=128, micro_batch_size=64, lr=0.2, lr_batch_size=None, momentum=0.9, decoupled=False,
+            eval_every=500, save_every=1000, deepspeed_config="zero0_fp32_cpu.json", teacher_dtype="fp32",
         ),
     }  # fmt: skip
 
