@@ -138,6 +138,21 @@ def test_kill_9_on_two_ranks_then_resume_gives_the_same_trace(
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+def test_a_signal_to_the_whole_process_group_saves_a_checkpoint(
+    image_folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    """As `timeout`, systemd and Slurm send it: to the workers that decode, too."""
+    flags = [*SMALL, "--data", image_folder, "--steps", 5000, "--decoded-gib", 0, "--workers", 1]
+    process = start(cache, sys.executable, RECIPE, *flags, "--out", tmp_path / "run")
+    wait_for_step(tmp_path / "run", 4, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 0, process.stderr and process.stderr.read()
+    result = json.loads((tmp_path / "run" / "run.json").read_text())["result"]
+    assert result["stopped"] == "SIGTERM" and f"{result['step']}" in str(
+        list((tmp_path / "run" / "checkpoints").iterdir())
+    )
+
+
 def losses(folder: Path) -> list[float]:
     return [line[name] for line in metrics(folder) for name in ("loss", "grad_norm")]
 
