@@ -391,8 +391,8 @@ def _with_validation(opened: Opened, source: str) -> Opened:
     untaught = [opened.classes[number] for number in np.setdiff1d(rest[0].labels, train.labels)]
     if untaught:
         raise ValueError(
-            f"--data {source}: {len(untaught)} classes have validation images but no training image "
-            f"({', '.join(untaught[:5])}); name classes alike in both splits, or remove those images"
+            f"--data {source} has validation images but no training image of {len(untaught)} class(es), "
+            f"{', '.join(untaught[:5])}; name classes alike in both splits, or remove those images"
         )
     return opened._replace(splits={"train": train, "validation": rest[0]})
 

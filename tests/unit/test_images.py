@@ -123,8 +123,8 @@ def test_without_splits_a_class_is_the_first_folder_and_may_be_named_as_a_split(
     ((*SPLITS, "val/1.jpg"), "val/1.jpg lies in no class folder"),
     ((*SPLITS, "1.jpg"), "1.jpg lies in no class folder"),
     (("train/0.jpg", "val/0.jpg"), "expected train/<class>/<image>"),
-    ((*SPLITS, "val/bird/0.jpg"), "1 classes have validation images but no training image (bird)"),
-    ((*SPLITS[:2], "val/cats/0.jpg", "val/dogs/0.jpg"), "2 classes have validation images but no training image (cats, dogs)"),
+    ((*SPLITS, "val/bird/0.jpg"), "no training image of 1 class(es), bird;"),
+    ((*SPLITS[:2], "val/cats/0.jpg", "val/dogs/0.jpg"), "no training image of 2 class(es), cats, dogs;"),
     (SPLITS[2:], "has only the splits ['validation']"),
     ((*SPLITS, "stray.parquet"), "holds both images and tables"),
 ])  # fmt: skip
