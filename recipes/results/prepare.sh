@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The data and the teachers of the studies in this folder, into runs/: WIKI=wikipedia_en CIFAR=cifar10 bash recipes/results/prepare.sh
+# WIKI is a folder with train.jsonl.xz and validation.jsonl.xz, CIFAR one with train.parquet and test.parquet.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+# Flags were chosen on one part of the validation documents, the results are those of another.
+mkdir -p runs/data/wikipedia_tuning runs/data/wikipedia_report
+for part in tuning report; do
+    ln -sf "$(realpath "$WIKI/train.jsonl.xz")" "runs/data/wikipedia_$part/train.jsonl.xz"
+done
+xz -dc "$WIKI/validation.jsonl.xz" | awk 'NR % 2 { print > "runs/data/wikipedia_tuning/validation.jsonl" } NR % 4 == 0 { print > "runs/data/wikipedia_report/validation.jsonl" }'
+ln -sfn "$(realpath "$CIFAR")" runs/data/cifar10
+
+bert() {
+    python recipes/bert_kd.py --data runs/data/wikipedia_tuning --vocab-size 2048 --seq-len 32 --mask-fraction 0.3 --clip 1 \
+        --dropout 0 --global-batch-size 64 --micro-batch-size 64 --log-every 20 --save-every 100000 "$@"
+}
+bert --student mini --lr 1e-3 --steps 3000 --deepspeed-config zero1_bf16.json --eval-every 150 --out runs/teachers/good
+bert --student tiny --lr 2e-3 --steps 1500 --global-batch-size 32 --micro-batch-size 32 --deepspeed-config zero0_fp32_cpu.json \
+    --eval-every 100 --teachers runs/teachers/good --kd-ratio 0.9 --out runs/teachers/distilled
+bert --student tiny --lr 2e-3 --steps 4000 --global-batch-size 32 --micro-batch-size 32 --deepspeed-config zero0_fp32_cpu.json \
+    --eval-every 200 --out runs/teachers/poor
+python recipes/resnet_kd.py --preset cifar --data runs/data/cifar10 --micro-batch-size 128 --student resnet20 --steps 2000 \
+    --eval-every 500 --log-every 50 --out runs/teachers/resnet20
+
+python -m kd_core.cache build --teacher runs/teachers/good --data runs/data/wikipedia_report --vocab-size 2048 --seq-len 32 \
+    --mask-fraction 0.3 --mask-patterns 1 --micro-batch-size 64 --out runs/caches/good
+python -m kd_core.cache build --kind images --preset cifar --teacher runs/teachers/resnet20 --data runs/data/cifar10 \
+    --micro-batch-size 128 --view-patterns 2 --out runs/caches/resnet20
