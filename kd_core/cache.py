@@ -46,6 +46,7 @@ class CachedTeacher(nn.Module):
     """A teacher that is called with the keys of samples and the temperature, instead of the samples."""
 
     score: dict[str, float]  # its model's evaluation, which the manifest recorded
+    fingerprint: dict[str, Any]  # the header, without the name that the teacher went by
 
 
 def folder_of(source: str) -> Path | None:

@@ -83,7 +83,7 @@ def build(flags: BuildFlags) -> None:
     settings = {
         "kind": "mlm",
         "teacher": flags.teacher,
-        "weights": teachers.tensor_digest(sorted(model.state_dict().items())),
+        "weights": teachers.weights_digest(model),
         "tokenizer": tokenizer_digest(corpus.tokenizer),
         "data": corpus.fingerprint,
         **flags.settings,

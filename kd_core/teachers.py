@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TorchAoConfig
 
-from kd_core import cache, engine
+from kd_core import cache, engine, report
 from kd_core.cache import CachedTeacher
 from kd_core.cli import SharedFlags
 from kd_core.losses import Ensemble, mean_teacher_logits
@@ -104,7 +104,7 @@ def build_pool(cfg: SharedFlags, load: Callable[[str], nn.Module], *, columns: i
         load: makes a model of one of `--teachers`, on the CPU.
 
     Raises:
-        ValueError: what `load` refuses, or a placement that does not fit.
+        ValueError: what `load` refuses, a placement that does not fit, or a resumed run's teacher that has changed.
     """
     device, placement = engine.device(), cfg.teacher_placement
     for flag, chosen in (("--teacher-placement host", placement == "host"), ("--teacher-ahead", cfg.teacher_ahead)):
@@ -113,6 +113,9 @@ def build_pool(cfg: SharedFlags, load: Callable[[str], nn.Module], *, columns: i
     held = held_by(cfg, engine.rank())
     named = {model_source(path): path for path in cfg.teachers}
     models = {source: load(path).eval().requires_grad_(False) for source, path in named.items()}
+    known = {source: _fingerprint(model) for source, model in models.items()}
+    fingerprints = [known[model_source(path)] for path in cfg.teachers]
+    report.check_teachers(cfg, fingerprints)
     pinned = None
     if placement == "host" and device.type == "cuda":
         pinned = PinnedTeachers(list(models.values()), device)
@@ -126,6 +129,7 @@ def build_pool(cfg: SharedFlags, load: Callable[[str], nn.Module], *, columns: i
     return TeacherPool(
         cfg.teachers,
         [models[model_source(path)] for path in cfg.teachers],
+        fingerprints=fingerprints,
         columns=columns,
         compiled=cfg.compile,
         ensemble=cfg.ensemble,
@@ -158,6 +162,7 @@ class TeacherPool:
     Args:
         names: what the log calls them.
         models: modules in the same order, frozen and set to evaluation here; none: they are released already.
+        fingerprints: of what the models were loaded from, for run.json.
         columns: V, the columns of their logits that mean something; None for all.
         compiled: whether their forwards go through torch.compile.
         ensemble: what is averaged when several answer.
@@ -173,6 +178,7 @@ class TeacherPool:
         names: Sequence[str],
         models: Sequence[nn.Module],
         *,
+        fingerprints: Sequence[Any] = (),
         columns: int | None = None,
         compiled: bool = False,
         ensemble: Ensemble = "probabilities",
@@ -183,7 +189,7 @@ class TeacherPool:
         ahead: bool = False,
     ) -> None:
         self.names, self.columns, self.ensemble, self.weights = tuple(names), columns, ensemble, tuple(weights)
-        self.models = dict(enumerate(models))
+        self.models, self.fingerprints = dict(enumerate(models)), fingerprints or [None] * len(models)
         self._held = range(len(models)) if held is None else held
         self._pinned, self._split = pinned, split
         self._stream = torch.cuda.Stream() if ahead else None
@@ -220,8 +226,11 @@ class TeacherPool:
         self._digests = {model: self._digests[model] for model in self.models.values()}
 
     def weigh(self, losses: Sequence[float]) -> None:
-        """Sets the weights, unless they were given, to 1 / perplexity, which is exp(-loss); only their ratios matter."""
-        self.weights = self.weights or tuple(math.exp(min(losses) - loss) for loss in losses)
+        """Sets the weights, unless they were given, to 1 / perplexity, which is exp(-loss); only their ratios matter.
+
+        None is 0: several draws need as many weights above it.
+        """
+        self.weights = self.weights or tuple(math.exp(max(min(losses) - loss, -100.0)) for loss in losses)
 
     def device_bytes(self) -> list[int]:
         """Bytes of each teacher's weights on this rank's device at this moment, 0 for those held elsewhere."""
@@ -229,7 +238,8 @@ class TeacherPool:
         for index, model in self.models.items():
             for tensor in (*model.parameters(), *model.buffers()):
                 here = getattr(tensor, "ds_tensor", tensor)  # this rank's share under ZeRO-3
-                sizes[index] += _stored_bytes(here) if here.device.type == engine.device().type else 0
+                if here.device.type == engine.device().type:
+                    sizes[index] += sum(part.nbytes for part in _stored(here))
         return sizes
 
     def draw(self, cfg: SharedFlags, step: int, rank: int | None = None) -> tuple[int, ...]:
@@ -349,11 +359,20 @@ class TeacherPool:
                 trim(0)
 
 
-def _stored_bytes(tensor: Tensor) -> int:
-    """What a tensor takes, which for a quantised one are the tensors that it consists of."""
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a quantised one consists of; another is its own."""
     if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.nbytes
-    return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
+
+
+def _fingerprint(model: nn.Module) -> Any:
+    """What a teacher's answers follow from: of a cache its settings, else a digest of the weights."""
+    return model.fingerprint if isinstance(model, CachedTeacher) else weights_digest(model)
+
+
+def weights_digest(model: nn.Module) -> str:
+    return tensor_digest(sorted(model.state_dict().items()))
 
 
 def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -361,5 +380,6 @@ def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for part in _stored(tensor):
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -162,7 +162,7 @@ def micro_losses(
         hidden = weight = bias = None
         for index in pool.draw(cfg, step):  # one, or none
             teacher: Any = pool.models[index]
-            with clock.part("teacher"), torch.no_grad():
+            with clock.part("teacher"), clock.part(f"teacher/{index}"), torch.no_grad():
                 hidden = teacher(*micro.inputs, head=False)
             weight, bias = teacher.cls.predictions.decoder.weight, teacher.cls.predictions.decoder.bias
         weight_N = (micro.labels != text.IGNORE_INDEX).float()
@@ -238,7 +238,8 @@ def export(student: Any, corpus: text.Corpus, folder: Path) -> None:
 def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus, dict[str, int]]:
     """What bad input makes fail, cheapest first, before any model is built: config, models, run folder, data."""
     ds_config = engine.load_config(cfg)
-    models = [("--teachers", path) for path in cfg.teachers if cfg.distils and not cache.folder_of(path)]
+    needed = report.needs_teachers(cfg)
+    models = [("--teachers", path) for path in cfg.teachers if needed and not cache.folder_of(path)]
     models += [("--student", cfg.student)] if cfg.student not in SIZES else []
     sources = [(flag, teachers.model_source(path, flag)) for flag, path in models]
     folder = report.claim_folder(cfg, RECIPE, undo)
@@ -276,8 +277,8 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
             state = engine.load_checkpoint(student, folder / "checkpoints", checkpoint)
         run = report.Run(folder, cfg, first=first, data=corpus.fingerprint)
         stop = engine.StopSignal(cfg.max_minutes)
-    clock = report.resumed_clock(state, compiling=cfg.compile)
-    run.teachers(pool, lambda teacher: evaluate(cfg, teacher, corpus), clock, chance_loss=math.log(vocab_size))
+        clock = report.resumed_clock(state, compiling=cfg.compile)
+        run.teachers(pool, lambda teacher: evaluate(cfg, teacher, corpus), clock, chance_loss=math.log(vocab_size))
     batches = text.MaskedBatches(
         corpus,
         seed=cfg.seed,

@@ -1,11 +1,14 @@
 """Teachers are frozen, answer without gradients, and give their memory back."""
 
 import contextlib
+import dataclasses
 import itertools
+import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,10 +16,11 @@ import psutil
 import pytest
 import torch
 
+from kd_core import cache_logits
 from kd_core.cache import CachedTeacher
 from kd_core.cli import SharedFlags
 from kd_core.placement import PinnedTeachers, teachers_of_rank
-from kd_core.report import Stopwatch
+from kd_core.report import Run, Stopwatch, needs_teachers
 from kd_core.teachers import TeacherPool, build_pool, model_source
 
 
@@ -88,7 +92,7 @@ def test_draws_need_no_state_and_end_with_the_window() -> None:
 def test_weights_are_those_given_or_measured() -> None:
     pool = pool_of(flags())
     pool.weigh([5.0, 5.0, 5.0 + math.log(3), 1000.0])
-    assert pool.weights == (pytest.approx(1), pytest.approx(1), pytest.approx(1 / 3), 0)
+    assert pool.weights == pytest.approx((1, 1, 1 / 3, 0)) and pool.weights[3] > 0
     given = pool_of(flags(), weights=(1, 2, 3, 4))
     given.weigh([1, 1, 1, 1])
     assert given.weights == (1, 2, 3, 4)
@@ -137,6 +141,45 @@ def test_a_teacher_that_changes_its_buffers_is_found() -> None:
     pool.logits((0,), (torch.randn(8, 4),), 1.0)
     with pytest.raises(RuntimeError, match="teacher a has changed its buffers"):
         pool.release()
+
+
+def test_a_resumed_run_refuses_a_teacher_that_has_changed(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 8)
+    cfg = flags(teachers=("a",), out=str(tmp_path), resume=True)
+    run = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "world_size": 1}
+
+    def write(**fields: Any) -> None:
+        (tmp_path / "run.json").write_text(json.dumps(run | fields))
+
+    write(teachers=[{"name": "a"}])  # by an older version
+    fingerprints = build_pool(cfg, lambda _: model).fingerprints
+    write(teachers=[{"name": "a", "fingerprint": fingerprints[0]}])
+    assert build_pool(cfg, lambda _: model).fingerprints == fingerprints
+    model.weight.data[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="--teachers a is not what the run began with"):
+        build_pool(cfg, lambda _: model)
+
+
+def test_a_resumed_run_needs_no_teachers_behind_its_window(tmp_path: Path) -> None:
+    cfg = flags(teachers=("a", "cache:b"), out=str(tmp_path), resume=True, kd_stop=0.55)
+    run = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "world_size": 1}
+    (tmp_path / "run.json").write_text(json.dumps(run | {"teachers": [{"fingerprint": "1"}, {"fingerprint": {"s": 3}}]}))
+    for step, needed in ((21, True), (22, False)):
+        (tmp_path / "checkpoints" / f"step{step:08d}").mkdir(parents=True)
+        assert needs_teachers(cfg) == needed
+    assert cache_logits.check(cfg, Shared, {}) == {"s": 3}
+    (tmp_path / "run.json").write_text(json.dumps(run | {"teachers": [{}, {}]}))  # by an older version
+    assert needs_teachers(cfg)
+
+
+class Shared(cache_logits.BuildFlags):
+    SHARED = ("s",)
+
+
+def test_a_teacher_whose_score_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: Any = SimpleNamespace(first=0, say=lambda text: None)
+    with pytest.raises(ValueError, match=r"--teachers a answers with no finite numbers \(eval/loss nan\)"):
+        Run.teachers(run, pool_of(flags(teachers=("a",))), lambda _: {"eval/loss": math.nan}, Stopwatch({}), chance_loss=3)
 
 
 @dataclass(frozen=True)
