@@ -105,7 +105,9 @@ class SharedFlags:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # flags by the name that --preset takes
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "teachers", tuple(found for path in self.teachers for found in _matched(path, self.out)))
+        object.__setattr__(
+            self, "teachers", tuple(found for path in self.teachers for found in _matched(path, self.out))
+        )
         whole = "steps save_every keep eval_every log_every global_batch_size micro_batch_size kd_every draws"
         for name in whole.split():
             self.check(name, getattr(self, name) >= 1, "at least 1")

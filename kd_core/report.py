@@ -367,7 +367,7 @@ class Run:
             self._metrics.close()
             self._tensorboard.close()
             self._bar.close()
-            last = dict(*read_metrics(self.folder)[-1:])
+            last: dict[str, Any] = dict(*read_metrics(self.folder)[-1:])
             not_finite = [name for name, value in last.items() if isinstance(value, float) and not math.isfinite(value)]
             last |= dict.fromkeys(not_finite)  # null: JSON has no NaN
             self.update(result={**last, "stopped": stopped, **fields})

@@ -13,9 +13,11 @@ from pickle import UnpicklingError
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TorchAoConfig
+from transformers.utils import logging
 
 from kd_core import cache, engine, report
 from kd_core.cache import CachedTeacher
@@ -32,6 +34,12 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+# What from_pretrained raises for files that are damaged or of something else.
+UNLOADABLE = (
+    OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, EOFError, UnpicklingError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
 
 
 def model_source(path: str, flag: str = "--teachers") -> str:
@@ -59,27 +67,42 @@ def model_source(path: str, flag: str = "--teachers") -> str:
     return path
 
 
-def load_pretrained(model_class: Any, path: str, vocab_size: int, *, flag: str = "--teachers", **settings: Any) -> Any:
+def load_pretrained(
+    model_class: Any, path: str, vocab_size: int, *, flag: str = "--teachers", seq_len: int = 0, **settings: Any
+) -> Any:
     """`model_class.from_pretrained`, refusing what would silently be half a model or would run code.
 
     Args:
         vocab_size: tokens of the run's tokenizer, which the model must know.
+        seq_len: positions of the run's samples, which it must have.
         settings: passed on; they become part of the model's config.
 
     Raises:
-        ValueError: another architecture, missing weights, too small a vocabulary, an unreadable or unsafe weight file.
+        ValueError: another architecture, missing weights, too few tokens or positions, an unreadable or unsafe file.
     """
     source = model_source(path, flag)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what its table of weights says is said below in one line
     try:
-        model, info = model_class.from_pretrained(source, output_loading_info=True, trust_remote_code=False, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"{flag} {path} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True, **settings
+        )
+    except UNLOADABLE as error:
+        reason = " ".join((str(error) or repr(error)).split())[:200]
+        raise ValueError(f"{flag} {path} cannot be loaded: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     tied = set(getattr(model, "_tied_weights_keys", None) or {})
-    missing = sorted(set(info["missing_keys"]) - tied)
-    if missing or info["mismatched_keys"]:
-        raise ValueError(f"{flag} {path} lacks weights of {model_class.__name__}: {missing or info['mismatched_keys']}")
+    wrong = sorted(set(info["missing_keys"]) - tied) or sorted(name for name, *_ in info["mismatched_keys"])
+    if wrong:
+        raise ValueError(
+            f"{flag} {path} lacks {len(wrong)} weights of {model_class.__name__}, or has them in other shapes: {wrong[0]}"
+        )
     if model.config.vocab_size < vocab_size:
         raise ValueError(f"{flag} {path} knows {model.config.vocab_size} tokens, the run's tokenizer has {vocab_size}")
+    if model.config.max_position_embeddings < seq_len:
+        positions = model.config.max_position_embeddings
+        raise ValueError(f"{flag} {path} has {positions} positions, fewer than --seq-len {seq_len}; lower --seq-len")
     return model
 
 
@@ -381,5 +404,5 @@ def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in named:
         digest.update(name.encode())
         for part in _stored(tensor):
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -73,9 +73,7 @@ class Config(cli.SharedFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("seq_len", 8 <= self.seq_len <= 512, "between 8 and 512")
-        masked = round(self.mask_fraction * self.seq_len)
-        self.check("mask_fraction", 1 <= masked <= self.seq_len - 2, "in (0, 1), at least one position of --seq-len")
+        text.check_flags(self)
         by_class = self.divergence == "mse" or any(map(cache.folder_of, self.teachers))
         self.check("softmax_axis", self.softmax_axis == "class" or not by_class, "class for mse and cached teachers")
         with_logits = by_class or self.softmax_axis == "sequence" or self.sampler == "all" or self.draws > 1
@@ -124,7 +122,7 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
         student = MaskedBert(BertConfig(vocab_size=padded, num_attention_heads=width // 64, **shape, **settings))
     else:
         student = teachers.load_pretrained(
-            MaskedBert, cfg.student, vocab_size, flag="--student", dtype=torch.float32, **settings
+            MaskedBert, cfg.student, vocab_size, flag="--student", seq_len=cfg.seq_len, dtype=torch.float32, **settings
         )
         student.resize_token_embeddings(padded, mean_resizing=False)
     student.cls.predictions.decoder.__class__ = LinearSoftmaxKL  # the same linear layer, able to give losses
@@ -141,7 +139,7 @@ def build_teachers(cfg: Config, vocab_size: int) -> teachers.TeacherPool:
     def load(path: str) -> torch.nn.Module:
         if folder := cache.folder_of(path):
             return cache_mlm.CachedBert(folder, vocab_size)
-        return teachers.load_pretrained(MaskedBert, path, vocab_size, **settings)
+        return teachers.load_pretrained(MaskedBert, path, vocab_size, seq_len=cfg.seq_len, **settings)
 
     return teachers.build_pool(cfg, load, columns=vocab_size)
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kd_core import cache
+from kd_core import cache, cache_mlm
 from kd_core.cache_logits import logits_of_top_k, top_k
+from recipes import bert_kd
 
 SETTINGS = {"kind": "test", "seed": 3}
 LAYOUT = cache.Layout(
@@ -120,6 +121,13 @@ def test_too_small_a_disk_is_refused_before_it_starts(tmp_path: Path, monkeypatc
     with pytest.raises(ValueError, match="make room"):
         build(tmp_path / "full")
     assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.parametrize(("flag", "value"), [("mask_fraction", 0.0), ("mask_fraction", 2.0), ("seq_len", 4096)])
+def test_flags_of_a_build_are_checked_as_the_recipes(flag: str, value: float) -> None:
+    for flags in (cache_mlm.BuildFlags, bert_kd.Config):
+        with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} must be .*, got {value}"):
+            flags(**{flag: value})
 
 
 def test_top_k_keeps_probabilities_and_the_mass_of_the_tail_exactly() -> None:

@@ -41,7 +41,8 @@ def flags(**changed: Any) -> SharedFlags:
 
 
 @pytest.mark.parametrize(
-    ("start", "stop", "inside"), [(0.0, 0.35, range(0, 35)), (0.2, 0.55, range(20, 55)), (0.285, 0.5, range(29, 50)), (0, 0, ())]
+    ("start", "stop", "inside"),
+    [(0.0, 0.35, range(0, 35)), (0.2, 0.55, range(20, 55)), (0.285, 0.5, range(29, 50)), (0, 0, ())],
 )
 def test_window_holds_exactly_its_steps(start: float, stop: float, inside: range) -> None:
     cfg = flags(kd_start=start, kd_stop=stop, label_weight_outside=0.7)

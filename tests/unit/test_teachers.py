@@ -15,13 +15,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
+from transformers.utils import logging
 
 from kd_core import cache_logits
 from kd_core.cache import CachedTeacher
 from kd_core.cli import SharedFlags
 from kd_core.placement import PinnedTeachers, teachers_of_rank
 from kd_core.report import Run, Stopwatch, needs_teachers
-from kd_core.teachers import TeacherPool, build_pool, model_source
+from kd_core.teachers import TeacherPool, build_pool, load_pretrained, model_source
 
 
 def test_teachers_are_frozen_and_answer_without_gradients() -> None:
@@ -72,6 +74,37 @@ def test_model_source_knows_runs_folders_and_hub_names(tmp_path: Path) -> None:
     assert model_source(str(hf)) == str(hf)
     with pytest.raises(FileNotFoundError, match="no model folder there"):
         model_source(str(tmp_path / "nowhere"))
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    BertForMaskedLM(BertConfig(vocab_size=64, max_position_embeddings=16, **shape)).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ([], "cannot be loaded: .* must be a mapping, not list"),
+        (None, "cannot be loaded: argument of type 'NoneType' is not iterable"),
+        ({"hidden_size": "x"}, "cannot be loaded: .*Field 'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 0}, "cannot be loaded: integer modulo by zero"),
+        ({"intermediate_size": 16}, "lacks 3 weights of BertForMaskedLM, or has them in other shapes: bert"),
+        ({"num_hidden_layers": 2}, "lacks 16 weights of BertForMaskedLM, or has them in other shapes: bert"),
+        ({}, "has 16 positions, fewer than --seq-len 32; lower --seq-len"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_in_one_line(
+    changed: Any, message: str, bert: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps(config | changed if isinstance(changed, dict) else changed))
+    with pytest.raises(ValueError, match=message) as refused:
+        load_pretrained(BertForMaskedLM, str(bert), 64, seq_len=32)
+    assert len(str(refused.value).splitlines()) == 1
+    assert "REPORT" not in capfd.readouterr().err
+    assert logging.get_verbosity() == logging.WARNING
 
 
 def flags(**changed: Any) -> SharedFlags:
@@ -163,7 +196,9 @@ def test_a_resumed_run_refuses_a_teacher_that_has_changed(tmp_path: Path) -> Non
 def test_a_resumed_run_needs_no_teachers_behind_its_window(tmp_path: Path) -> None:
     cfg = flags(teachers=("a", "cache:b"), out=str(tmp_path), resume=True, kd_stop=0.55)
     run = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "world_size": 1}
-    (tmp_path / "run.json").write_text(json.dumps(run | {"teachers": [{"fingerprint": "1"}, {"fingerprint": {"s": 3}}]}))
+    (tmp_path / "run.json").write_text(
+        json.dumps(run | {"teachers": [{"fingerprint": "1"}, {"fingerprint": {"s": 3}}]})
+    )
     for step, needed in ((21, True), (22, False)):
         (tmp_path / "checkpoints" / f"step{step:08d}").mkdir(parents=True)
         assert needs_teachers(cfg) == needed
@@ -179,7 +214,9 @@ class Shared(cache_logits.BuildFlags):
 def test_a_teacher_whose_score_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     run: Any = SimpleNamespace(first=0, say=lambda text: None)
     with pytest.raises(ValueError, match=r"--teachers a answers with no finite numbers \(eval/loss nan\)"):
-        Run.teachers(run, pool_of(flags(teachers=("a",))), lambda _: {"eval/loss": math.nan}, Stopwatch({}), chance_loss=3)
+        Run.teachers(
+            run, pool_of(flags(teachers=("a",))), lambda _: {"eval/loss": math.nan}, Stopwatch({}), chance_loss=3
+        )
 
 
 @dataclass(frozen=True)
