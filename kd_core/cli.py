@@ -105,9 +105,8 @@ class SharedFlags:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # flags by the name that --preset takes
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "teachers", tuple(found for path in self.teachers for found in _matched(path, self.out))
-        )
+        teachers = (found for path in self.teachers for found in _matched(path, self.out))
+        object.__setattr__(self, "teachers", tuple(teachers))
         whole = "steps save_every keep eval_every log_every global_batch_size micro_batch_size kd_every draws"
         for name in whole.split():
             self.check(name, getattr(self, name) >= 1, "at least 1")
@@ -118,7 +117,9 @@ class SharedFlags:
             self.check(name, value is None or 0 < value < math.inf, "a finite number above 0")
         for name in ("clip", "label_weight_outside"):
             self.check(name, 0 <= getattr(self, name) < math.inf, "a finite number, at least 0")
-        self.check("max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0")
+        self.check(
+            "max_minutes", self.max_minutes is None or 0 < self.max_minutes < math.inf, "a finite number above 0"
+        )
         self.check("kd_stop", self.kd_stop >= self.kd_start, f"at least --kd-start, {self.kd_start}")
         self.check("kd_ratio", not self.distils or bool(self.teachers), "0 without --teachers (or name a teacher)")
         self.check("seed", self.seed >= 0, "at least 0")
@@ -251,6 +252,7 @@ def _matched(path: str, out: str | None) -> list[str]:
 
 
 def _is_unfinished_run(path: str) -> bool:
+    """A folder without `hf/` that has a run.json, or is empty because it is about to get one."""
     names = {name for name in os.listdir(path) if not name.startswith(".")} if os.path.isdir(path) else {"a file"}
     return not names or ("run.json" in names and "hf" not in names)
 

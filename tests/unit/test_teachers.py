@@ -18,7 +18,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 from transformers.utils import logging
 
-from kd_core import cache_logits
+from kd_core import cache_logits, engine
 from kd_core.cache import CachedTeacher
 from kd_core.cli import SharedFlags
 from kd_core.placement import PinnedTeachers, teachers_of_rank
@@ -217,6 +217,19 @@ def test_a_teacher_whose_score_is_not_finite_is_refused(monkeypatch: pytest.Monk
         Run.teachers(
             run, pool_of(flags(teachers=("a",))), lambda _: {"eval/loss": math.nan}, Stopwatch({}), chance_loss=3
         )
+
+
+def test_a_run_says_that_teachers_are_not_used_and_records_no_nan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "leave", lambda: None)
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 40, "eval/loss": NaN}\n')
+    run = Run(tmp_path, flags(kd_ratio=0.0), first=40)
+    assert "--teachers are not used: --kd-ratio is 0" in capsys.readouterr().err
+    run.finish("finished")
+    result = json.loads((tmp_path / "run.json").read_text())["result"]
+    assert result == {"step": 40, "eval/loss": None, "stopped": "finished"}
 
 
 @dataclass(frozen=True)
