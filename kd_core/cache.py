@@ -17,26 +17,29 @@ Nothing here knows a task (kd_core/cache_mlm.py, cache_images.py). Record `patte
 any number of ranks, and its bytes follow from the header alone.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from kd_core import cli, engine
 from kd_core.cli import CACHE_PREFIX as PREFIX
-from kd_core.packing import file_digest, say
-from kd_core.report import write_atomic
+from kd_core.packing import UNWRITABLE, file_digest, say
+from kd_core.report import require_finite, write_atomic
 
 FORMAT = 1
 NUM_PARTS, PART_BYTES = 64, 64 * 2**20
@@ -46,6 +49,7 @@ class CachedTeacher(nn.Module):
     """A teacher that is called with the keys of samples and the temperature, instead of the samples."""
 
     score: dict[str, float]  # its model's evaluation, which the manifest recorded
+    fingerprint: dict[str, Any]  # the header, without the name that the teacher went by
 
 
 def folder_of(source: str) -> Path | None:
@@ -126,49 +130,99 @@ def build(
         score: of the teacher, for `CachedTeacher.score`; called on rank 0, so that ranks do not change its last digits.
 
     Raises:
-        ValueError: `folder` has a complete cache or one of other settings, or the disk lacks room.
+        ValueError: `folder` has a complete cache or one of other settings, another process builds it, the disk lacks room
+            or cannot be written, or the teacher's score is not finite.
     """
     header = json.loads(json.dumps({"format": FORMAT, **settings, "layout": dataclasses.asdict(layout)}))
-    if engine.rank() == 0:
-        _require_room(folder, layout)
-        _claim(folder, header)
-        companions(folder)
-    dist.barrier()
-    todo = _missing(folder, layout)
-    mine = todo[engine.rank() :: engine.world_size()]
-    dist.barrier()
-    if engine.rank() == 0:
-        left, size = sum(len(layout.parts[number]) for number in todo), layout.dtype.itemsize
-        minutes = left * _seconds_a_record(answer, layout) / engine.world_size() / 60
-        say(
-            f"{folder}: {layout.num_records} records of {size} bytes, {layout.num_records * size / 1e9:.3g} GB; "
-            f"{left} to compute on {engine.world_size()} rank(s), about {minutes:.1f} min"
-        )
-    with tqdm(total=len(mine), unit="part", disable=engine.rank() != 0 or not sys.stderr.isatty()) as bar:
-        for number in mine:
-            began = time.perf_counter()
-            file = _part(folder, number)
-            with file.open("wb") as stream:
-                answer(layout.parts[number]).tofile(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            _write_json(_side(folder, number), [file_digest(file), time.perf_counter() - began])
-            bar.update()
-    dist.barrier()
-    if engine.rank() == 0:
-        _complete(folder, layout, score())
+    with _one_line_when_full(folder), _held(folder) if engine.rank() == 0 else contextlib.nullcontext():
+        if engine.rank() == 0:
+            _require_room(folder, layout)
+            _require_ours(folder, header)
+            scored = score()
+            require_finite(f"the teacher of --out {folder}", scored)
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(folder / "header.json", header)
+            companions(folder)
+        dist.barrier()
+        todo = _missing(folder, layout)
+        mine = todo[engine.rank() :: engine.world_size()]
+        dist.barrier()
+        if engine.rank() == 0:
+            left, size = sum(len(layout.parts[number]) for number in todo), layout.dtype.itemsize
+            minutes = left * _seconds_a_record(answer, layout) / engine.world_size() / 60
+            say(
+                f"{folder}: {layout.num_records} records of {size} bytes, {_size(layout.num_records * size)}; "
+                f"{left} to compute on {engine.world_size()} rank(s), about {minutes:.1f} min"
+            )
+        with tqdm(total=len(mine), unit="part", disable=engine.rank() != 0 or not sys.stderr.isatty()) as bar:
+            for number in mine:
+                began = time.perf_counter()
+                file = _part(folder, number)
+                hidden = file.with_name(f".{file.name}.tmp")
+                with hidden.open("wb") as stream:
+                    stream.write(answer(layout.parts[number]).tobytes())  # unlike tofile, says why it fails
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                hidden.replace(file)
+                _write_json(_side(folder, number), [file_digest(file), time.perf_counter() - began])
+                bar.update()
+        dist.barrier()
+        if engine.rank() == 0:
+            _complete(folder, layout, scored)
 
 
 def _missing(folder: Path, layout: Layout) -> list[int]:
     """Numbers of the parts that are not whole."""
-    return [number for number in range(len(layout.parts)) if not _side(folder, number).exists()]
+    sizes = (len(records) * layout.dtype.itemsize for records in layout.parts)
+    return [number for number, size in enumerate(sizes) if not _is_whole(folder, number, size)]
+
+
+def _is_whole(folder: Path, number: int, size: int) -> bool:
+    try:
+        _digest, _seconds = json.loads(_side(folder, number).read_text())
+        return _part(folder, number).stat().st_size == size
+    except (OSError, TypeError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keeps other builds out of `folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise ValueError(f"--out {folder} is being built by another process; wait for it or choose another") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def _one_line_when_full(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in UNWRITABLE:
+            raise
+        raise ValueError(
+            f"--out {folder} cannot be written ({getattr(error, 'strerror', error)}); make room and repeat the command, "
+            "which continues it, or choose another folder"
+        ) from error
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"
 
 
 def _require_room(folder: Path, layout: Layout) -> None:
     needed = sum(len(layout.parts[number]) for number in _missing(folder, layout)) * layout.dtype.itemsize
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     if needed > free:
-        raise ValueError(f"--out {folder} needs {needed / 1e9:.2f} GB more and has {free / 1e9:.2f} GB; make room")
+        raise ValueError(f"--out {folder} needs {_size(needed)} more and has {_size(free)}; make room")
 
 
 def _complete(folder: Path, layout: Layout, scored: dict[str, float]) -> None:
@@ -184,20 +238,20 @@ def _complete(folder: Path, layout: Layout, scored: dict[str, float]) -> None:
     say(f"{folder} is complete: --teachers {PREFIX}{folder}")
 
 
-def _claim(folder: Path, header: dict[str, Any]) -> None:
-    """Begins a cache in `folder`, or makes sure that the one there is the same and not complete."""
+def _require_ours(folder: Path, header: dict[str, Any]) -> None:
+    """Makes sure that `folder` is free for a cache, or that the one there is the same and not complete."""
     if (folder / "manifest.json").exists():
         raise ValueError(
             f"--out {folder} is a complete cache; use it by --teachers {PREFIX}{folder}, or choose another"
         )
     if not (folder / "header.json").exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"--out {folder} exists and is neither empty nor a cache; choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "header.json", header)
-    there = json.loads((folder / "header.json").read_text())
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"--out {folder} exists and is neither an empty folder nor a cache; choose another folder")
+        return
+    there = _read_json(folder / "header.json", "--out ")
     for name in header:
-        if there.get(name) != header[name]:
+        # A teacher may go by another name: the weights say whether it is the same.
+        if name != "teacher" and there.get(name) != header[name]:
             raise ValueError(
                 f"--out {folder} has begun with another {name}, {there.get(name)!r}, now {header[name]!r}; "
                 "repeat its flags to continue it, or choose another folder"
@@ -247,16 +301,22 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Its `score` and `sha256` of each file."""
-    return _read_json(folder / "manifest.json")
+    file = folder / "manifest.json"
+    manifest = _read_json(file)
+    if not all(isinstance(manifest.get(name), dict) for name in ("score", "sha256")):
+        raise _damaged(file)
+    return manifest
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text()))
-    except ValueError:
-        raise ValueError(
-            f"--teachers {PREFIX}{file.parent} is damaged ({file.name}); delete it and build it again"
-        ) from None
+def _read_json(file: Path, flag: str = f"--teachers {PREFIX}") -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        if isinstance(content := json.loads(file.read_text()), dict):
+            return content
+    raise _damaged(file, flag)
+
+
+def _damaged(file: Path, flag: str = f"--teachers {PREFIX}") -> ValueError:
+    return ValueError(f"{flag}{file.parent} is damaged ({file.name}); delete it and build it again")
 
 
 def require(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,9 +333,13 @@ def require(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
                 "choose the run's flags as those of the cache, or build another"
             )
     if engine.local_rank() == 0:
-        for name, digest in read_manifest(folder)["sha256"].items():
-            if not (folder / name).exists() or file_digest(folder / name) != digest:
-                raise ValueError(f"--teachers {PREFIX}{folder} is damaged ({name}); delete it and build it again")
+        sums = read_manifest(folder)["sha256"]
+        for name in ("header.json", *sums):  # it says what else there must be
+            if not (folder / name).is_file() or file_digest(folder / name) != sums.get(name):
+                raise _damaged(folder / name)
+        parts = {_part(folder, number).name for number in range(len(Layout(**header["layout"]).parts))}
+        if parts - sums.keys():
+            raise _damaged(folder / "manifest.json")
     return header
 
 

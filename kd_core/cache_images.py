@@ -100,7 +100,7 @@ def build(flags: BuildFlags) -> None:
     settings = {
         "kind": "images",
         "teacher": flags.teacher,
-        "weights": teachers.tensor_digest(sorted(model.state_dict().items())),
+        "weights": teachers.weights_digest(model),
         **_source(data),
         **flags.settings,
     }

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd_core import cache, cli, engine
+from kd_core import cache, cli, engine, report
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STORED = {"bf16": "<i2", "fp32": "<f4"}  # NumPy has no bfloat16: its bits
@@ -95,10 +95,14 @@ def check(cfg: Any, flags: type[BuildFlags], expected: Mapping[str, Any]) -> dic
         `flags.SHARED` of the caches, which must have them alike; empty without a cache.
 
     Raises:
-        FileNotFoundError, ValueError: as `cache.require`; or top-k answers at a temperature that was not built.
+        FileNotFoundError, ValueError: as `cache.require`; or top-k answers at a temperature that was not built, or for a
+            method that needs raw logits.
     """
     ours = {**expected, **{name: getattr(cfg, name) for name in flags.AGREE}}
     shared: dict[str, int] = {}
+    if cfg.resume and not report.needs_teachers(cfg):
+        answered = [one.get("fingerprint") for one in report.check_folder(cfg).get("teachers", ())]
+        return {name: one[name] for one in answered if isinstance(one, dict) for name in flags.SHARED}
     for folder in filter(None, map(cache.folder_of, cfg.teachers if cfg.distils else ())):
         header = cache.require(folder, ours | shared)
         shared = {name: header[name] for name in flags.SHARED}
@@ -107,6 +111,11 @@ def check(cfg: Any, flags: type[BuildFlags], expected: Mapping[str, Any]) -> dic
             raise ValueError(
                 f"--teachers cache:{folder} holds the top {header['top_k']} at the temperatures {header['temperatures']}, "
                 f"the run uses {sorted(used)}; choose one of them, or build a cache of everything (--top-k 0)"
+            )
+        if header["top_k"] and (cfg.divergence == "mse" or cfg.ensemble == "logits"):
+            raise ValueError(
+                f"--teachers cache:{folder} holds the top {header['top_k']}, which give probabilities but no raw logits: "
+                "leave out --divergence mse and --ensemble logits, or build a cache of everything (--top-k 0)"
             )
     return shared
 
@@ -118,6 +127,7 @@ class CachedLogits(cache.CachedTeacher):
         super().__init__()
         header = cache.read_header(folder)
         self.score = cache.read_manifest(folder)["score"]
+        self.fingerprint = {name: value for name, value in header.items() if name != "teacher"}
         self.dtype, self.is_top_k = DTYPES[header["teacher_dtype"]], bool(header["top_k"])
         self._records = cache.Records(folder, cache.Layout(**header["layout"]))
         self._temperatures, self._columns = header["temperatures"], columns

@@ -52,6 +52,7 @@ class BuildFlags(cache_logits.BuildFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        text.check_flags(self)
         for name in ("vocab_size", "mask_patterns"):
             cli.check_flag(self, name, getattr(self, name) >= 1, "at least 1")
         cli.check_flag(self, "mask_seed", self.mask_seed >= 0, "at least 0")
@@ -78,12 +79,14 @@ def build(flags: BuildFlags) -> None:
     text.require_same_tokenizer(corpus.tokenizer, source, flag="--teacher")
     columns, dtype = len(corpus.tokenizer), cache_logits.DTYPES[flags.teacher_dtype]
     cli.check_flag(flags, "top_k", flags.top_k < columns, f"below the size of the vocabulary, {columns}")
-    model = teachers.load_pretrained(BertForMaskedLM, flags.teacher, columns, flag="--teacher", dtype=dtype)
+    model = teachers.load_pretrained(
+        BertForMaskedLM, flags.teacher, columns, flag="--teacher", seq_len=flags.seq_len, dtype=dtype
+    )
     model.eval().requires_grad_(False)
     settings = {
         "kind": "mlm",
         "teacher": flags.teacher,
-        "weights": teachers.tensor_digest(sorted(model.state_dict().items())),
+        "weights": teachers.weights_digest(model),
         "tokenizer": tokenizer_digest(corpus.tokenizer),
         "data": corpus.fingerprint,
         **flags.settings,

@@ -105,6 +105,8 @@ class SharedFlags:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # flags by the name that --preset takes
 
     def __post_init__(self) -> None:
+        teachers = (found for path in self.teachers for found in _matched(path, self.out))
+        object.__setattr__(self, "teachers", tuple(teachers))
         whole = "steps save_every keep eval_every log_every global_batch_size micro_batch_size kd_every draws"
         for name in whole.split():
             self.check(name, getattr(self, name) >= 1, "at least 1")
@@ -115,7 +117,9 @@ class SharedFlags:
             self.check(name, value is None or 0 < value < math.inf, "a finite number above 0")
         for name in ("clip", "label_weight_outside"):
             self.check(name, 0 <= getattr(self, name) < math.inf, "a finite number, at least 0")
-        self.check("max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0")
+        self.check(
+            "max_minutes", self.max_minutes is None or 0 < self.max_minutes < math.inf, "a finite number above 0"
+        )
         self.check("kd_stop", self.kd_stop >= self.kd_start, f"at least --kd-start, {self.kd_start}")
         self.check("kd_ratio", not self.distils or bool(self.teachers), "0 without --teachers (or name a teacher)")
         self.check("seed", self.seed >= 0, "at least 0")
@@ -222,27 +226,39 @@ def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset
     under, in_file = take_preset(config_type, shlex.split(preset if load is None else "", comments=True))
     flags, words = over or under, _without(in_file, over) + words
     if load is None:
-        return _matched(read_flags(config_type, words, config_type(**flags)))
+        return read_flags(config_type, words, config_type(**flags))
     saved = _saved_config(load)
     unknown = sorted(set(saved) - {field.name for field in dataclasses.fields(config_type)})
     if unknown:
         raise ValueError(f"{load} has settings that this recipe lacks: {unknown}; use the recipe that wrote it")
     # A loaded run is a starting point, not the same run: its folder is not taken over.
     saved |= {"out": None, "resume": False} | flags
-    return _matched(read_flags(config_type, words, dataclasses.replace(config_type(), **saved)))
+    return read_flags(config_type, words, dataclasses.replace(config_type(), **saved))
 
 
-def _matched(cfg: ConfigT) -> ConfigT:
-    """`cfg` with each pattern of --teachers replaced by the paths that it matches, in their order by name."""
-    teachers: list[str] = []
-    for path in cfg.teachers:
-        found = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
-        if not found:
-            raise FileNotFoundError(
-                f"--teachers {path} matches nothing; give paths, names or a pattern such as 'runs/*'"
-            )
-        teachers += found
-    return dataclasses.replace(cfg, teachers=tuple(teachers))
+def _matched(path: str, out: str | None) -> list[str]:
+    """What a source of --teachers stands for: itself or, of a pattern, the paths that it matches in their order by name.
+
+    Every rank asks at a moment of its own: so neither the run in `out` nor one that has not finished is matched.
+    """
+    if not glob.has_magic(path) or Path(path.removeprefix(CACHE_PREFIX)).exists():
+        return [path]
+    if path.startswith(CACHE_PREFIX):
+        raise ValueError(f"--teachers {path}: patterns are for models; name each cache by itself")
+    own = Path(out).resolve() if out else None
+    found = [name for name in sorted(glob.glob(path)) if not _is_unfinished_run(name)]
+    found = [name for name in found if own is None or not Path(name).resolve().is_relative_to(own)]
+    if not found:
+        raise FileNotFoundError(
+            f"--teachers {path} matches nothing that has finished; give paths, names or a pattern such as 'runs/*'"
+        )
+    return found
+
+
+def _is_unfinished_run(path: str) -> bool:
+    """A folder without `hf/` that has a run.json, or is empty because it is about to get one."""
+    names = {name for name in os.listdir(path) if not name.startswith(".")} if os.path.isdir(path) else {"a file"}
+    return not names or ("run.json" in names and "hf" not in names)
 
 
 def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:

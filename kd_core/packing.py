@@ -34,6 +34,8 @@ CACHE_FORMAT = 1  # raise it when other bytes would be written for the same sour
 BATCH_DOCUMENTS = 1000
 BATCH_CHARS = 4_000_000
 MAX_PIECE_CHARS = 100_000
+# What of an OSError means that a folder cannot be written.
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 Item = TypeVar("Item")
 
@@ -241,7 +243,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
             finally:
                 shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        if error.errno not in UNWRITABLE:
             raise
         raise ValueError(
             f"the cache {folder.parent} cannot be written ({error.strerror}); make room, or set KD_CACHE to another folder"

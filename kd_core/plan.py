@@ -41,6 +41,7 @@ from safetensors import safe_open
 
 from kd_core import cli, report
 from kd_core.samplers import Sampler
+from kd_core.schedule import first_step
 from kd_core.time_to_quality import METHOD, OF_A_RUN, OPTIMIZER
 
 # What may differ between runs whose step times describe one step: it costs no time, or time in the teacher alone.
@@ -164,7 +165,7 @@ def all_reduce_ms(num_bytes: float, gpus: int, plan: Plan) -> float:
 
 def window_share(steps: int, start: float, stop: float, every: int = 1) -> float:
     """Share of the `steps` that distil: every so many-th with start <= step / steps < stop, as `schedule.distillation`."""
-    return math.ceil((math.ceil(stop * steps) - math.ceil(start * steps)) / every) / steps
+    return math.ceil((first_step(stop, steps) - first_step(start, steps)) / every) / steps
 
 
 def predict(plan: Plan, gpus: int) -> dict[str, float]:

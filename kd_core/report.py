@@ -7,6 +7,7 @@ fixed: programs outside this project read them.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from kd_core import engine
 from kd_core.cli import FREE_ON_RESUME, SharedFlags
+from kd_core.schedule import window_closed
 
 if TYPE_CHECKING:
     from kd_core.teachers import TeacherPool
@@ -183,6 +185,27 @@ def check_data(cfg: SharedFlags, fingerprint: str) -> None:
         raise ValueError("--resume: --data does not hold what the run began with; restore it, or start a new run")
 
 
+def check_teachers(cfg: SharedFlags, fingerprints: Sequence[Any]) -> None:
+    """Raises ValueError when a run is resumed with a teacher that is not what it began with."""
+    before = check_folder(cfg).get("teachers", ()) if cfg.resume else ()
+    for one, now in zip(before, fingerprints, strict=False):  # none before the first step
+        if one.get("fingerprint", now) != now:
+            raise ValueError(
+                f"--resume: --teachers {one['name']} is not what the run began with; restore it, or start a new run"
+            )
+
+
+def needs_teachers(cfg: SharedFlags) -> bool:
+    """Whether teachers are still asked: they distil, and the newest checkpoint of a resumed run is in their window."""
+    if not (cfg.distils and cfg.resume):
+        return cfg.distils
+    steps = sorted(path.name for path in Path(cfg.out or "", "checkpoints").glob("step*"))
+    answered = check_folder(cfg).get("teachers", ())
+    # A run that is older than fingerprints takes its masks from the caches themselves.
+    known = answered and all("fingerprint" in one for one in answered)
+    return not (known and window_closed(cfg, engine.step_of(steps[-1] if steps else None)))
+
+
 def replace_folder(folder: Path, *savers: Callable[[str], Any]) -> None:
     """Has `savers` write into a hidden folder, then renames it to `folder`: complete or absent."""
     hidden = folder.with_name(f".{folder.name}.tmp")
@@ -224,6 +247,8 @@ class Run:
         )
         self._began: float | None = None
         self.say(f"{self.steps} steps into {folder}" + (f", from step {first}" if first else ""))
+        if cfg.teachers and not cfg.distils:
+            self.say("--teachers are not used: --kd-ratio is 0")
 
     @staticmethod
     def _drop_lines_after(metrics: Path, step: int) -> None:
@@ -235,7 +260,7 @@ class Run:
         """Sets fields of run.json, at once and atomically."""
         if self.writer:
             self._record |= fields
-            write_atomic(self.folder / "run.json", json.dumps(self._record, indent=2) + "\n")
+            write_atomic(self.folder / "run.json", json.dumps(self._record, indent=2, allow_nan=False) + "\n")
 
     def say(self, text: str) -> None:
         """A line for the reader of the terminal, above the progress bar."""
@@ -249,6 +274,9 @@ class Run:
 
         Args:
             chance_loss: `eval/loss` of a guess; a teacher above it is warned of.
+
+        Raises:
+            ValueError: a teacher's score is not finite.
         """
         self._pool, self._clock = pool, clock
         if not len(pool):
@@ -257,11 +285,12 @@ class Run:
             known = engine.broadcast(self._record["teachers"] if self.writer else [])
         else:
             known = []
-            for name, score in zip(pool.names, pool.scores(evaluate), strict=True):
+            for name, fingerprint, score in zip(pool.names, pool.fingerprints, pool.scores(evaluate), strict=True):
+                require_finite(f"--teachers {name}", score)
                 self.say(f"teacher {name} " + " ".join(f"{metric} {value:.4f}" for metric, value in score.items()))
                 if worse := not score["eval/loss"] < chance_loss:
                     self.say(f"warning: teacher {name} is worse than a guess, whose loss is {chance_loss:.4f}")
-                known.append({"name": name, **score, "worse_than_chance": worse})
+                known.append({"name": name, **score, "worse_than_chance": worse, "fingerprint": fingerprint})
         pool.weigh([score["eval/loss"] for score in known])
         pool.keep_held()
         sizes = (engine.total(torch.tensor(pool.device_bytes())) / engine.world_size()).tolist()
@@ -338,11 +367,20 @@ class Run:
             self._metrics.close()
             self._tensorboard.close()
             self._bar.close()
-            lines = read_metrics(self.folder)
-            self.update(result={**(lines[-1] if lines else {}), "stopped": stopped, **fields})
+            last: dict[str, Any] = dict(*read_metrics(self.folder)[-1:])
+            not_finite = [name for name, value in last.items() if isinstance(value, float) and not math.isfinite(value)]
+            last |= dict.fromkeys(not_finite)  # null: JSON has no NaN
+            self.update(result={**last, "stopped": stopped, **fields})
             print(f"{stopped}: {self.folder}", *(f"{k} {v}" for k, v in fields.items()), file=sys.stderr, flush=True)
         engine.leave()
         return {"SIGINT": 130, "non-finite": 1, "corrupt-images": 1}.get(stopped, 0)
+
+
+def require_finite(teacher: str, score: dict[str, float]) -> None:
+    """Raises ValueError naming `teacher` when its evaluation is not numbers."""
+    if not all(map(math.isfinite, score.values())):
+        shown = " ".join(f"{name} {value}" for name, value in score.items())
+        raise ValueError(f"{teacher} answers with no finite numbers ({shown}); check its weights, or choose another")
 
 
 def describe(recipe: str, config: Any) -> dict[str, Any]:

@@ -51,5 +51,8 @@ def draw_teachers(
     generator = np.random.default_rng([seed, step, rank] if sampler == "per_rank" else [seed, step])
     if sampler != "weighted" and draws == 1:
         return (int(generator.integers(num_teachers)),)
-    shares = np.divide(weights, sum(weights)) if sampler == "weighted" else None
+    shares = None
+    if sampler == "weighted":
+        shares = np.divide(weights, max(weights))  # first, because a sum of large weights overflows
+        shares /= shares.sum()
     return tuple(sorted(generator.choice(num_teachers, draws, replace=False, p=shares).tolist()))

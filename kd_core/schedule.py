@@ -35,6 +35,11 @@ def linear_warmup_cosine(step: int, steps: int, *, warmup_fraction: float) -> fl
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
+def first_step(fraction: float, steps: int) -> int:
+    """The first step at or past `fraction` of a run: 0.55 of 100 is 55, although 0.55 * 100 is a little more in floats."""
+    return math.ceil(round(fraction * steps, 6))
+
+
 class Distillation(NamedTuple):
     """What the method does at a step."""
 
@@ -54,7 +59,7 @@ def distillation(cfg: SharedFlags, step: int) -> Distillation:
 
     Source: arXiv 2211.00683 (for BERT, distilling only in the first 20 to 50 % of training is best).
     """
-    first, past = math.ceil(cfg.kd_start * cfg.steps), math.ceil(cfg.kd_stop * cfg.steps)
+    first, past = first_step(cfg.kd_start, cfg.steps), first_step(cfg.kd_stop, cfg.steps)
     turn, off = divmod(step - first, cfg.kd_every)
     turns = -(-(past - first) // cfg.kd_every)
     if not (cfg.distils and first <= step < past and off == 0):
@@ -67,9 +72,10 @@ def distillation(cfg: SharedFlags, step: int) -> Distillation:
 
 
 def _between(start: float, stop: float | None, progress: float) -> float:
-    return start if stop is None else start * (1 - progress) + stop * progress
+    # Equal ends are that value to the last bit: cached answers are found by their temperature.
+    return start if stop in (None, start) else start * (1 - progress) + stop * progress
 
 
 def window_closed(cfg: SharedFlags, step: int) -> bool:
     """Whether no step from `step` on distils, so that the teachers can go."""
-    return not cfg.distils or step >= cfg.kd_stop * cfg.steps
+    return not cfg.distils or step >= first_step(cfg.kd_stop, cfg.steps)

@@ -29,6 +29,7 @@ added; a flag that would alter a run already begun is refused.
 
 import dataclasses
 import json
+import math
 import re
 import runpy
 import shlex
@@ -198,7 +199,8 @@ def summary(run: Run, metric: str) -> str:
     if metric not in result:
         known = ", ".join(name for name in result if "/" in name)
         raise ValueError(f'"metric" {metric} is none of those that {run.folder} has: {known}')
-    return f"{run.name} {metric} {result[metric]:.4f}, {result['train_s']:.0f} s of training"
+    value = math.nan if result[metric] is None else result[metric]
+    return f"{run.name} {metric} {value:.4f}, {result['train_s']:.0f} s of training"
 
 
 def write_reports(study: Study, runs: Path, out: Path) -> None:

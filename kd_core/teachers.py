@@ -13,11 +13,13 @@ from pickle import UnpicklingError
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TorchAoConfig
+from transformers.utils import logging
 
-from kd_core import cache, engine
+from kd_core import cache, engine, report
 from kd_core.cache import CachedTeacher
 from kd_core.cli import SharedFlags
 from kd_core.losses import Ensemble, mean_teacher_logits
@@ -32,6 +34,12 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+# What from_pretrained raises for files that are damaged or of something else.
+UNLOADABLE = (
+    OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, EOFError, UnpicklingError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
 
 
 def model_source(path: str, flag: str = "--teachers") -> str:
@@ -59,27 +67,42 @@ def model_source(path: str, flag: str = "--teachers") -> str:
     return path
 
 
-def load_pretrained(model_class: Any, path: str, vocab_size: int, *, flag: str = "--teachers", **settings: Any) -> Any:
+def load_pretrained(
+    model_class: Any, path: str, vocab_size: int, *, flag: str = "--teachers", seq_len: int = 0, **settings: Any
+) -> Any:
     """`model_class.from_pretrained`, refusing what would silently be half a model or would run code.
 
     Args:
         vocab_size: tokens of the run's tokenizer, which the model must know.
+        seq_len: positions of the run's samples, which it must have.
         settings: passed on; they become part of the model's config.
 
     Raises:
-        ValueError: another architecture, missing weights, too small a vocabulary, an unreadable or unsafe weight file.
+        ValueError: another architecture, missing weights, too few tokens or positions, an unreadable or unsafe file.
     """
     source = model_source(path, flag)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what its table of weights says is said below in one line
     try:
-        model, info = model_class.from_pretrained(source, output_loading_info=True, trust_remote_code=False, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"{flag} {path} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True, **settings
+        )
+    except UNLOADABLE as error:
+        reason = " ".join((str(error) or repr(error)).split())[:200]
+        raise ValueError(f"{flag} {path} cannot be loaded: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     tied = set(getattr(model, "_tied_weights_keys", None) or {})
-    missing = sorted(set(info["missing_keys"]) - tied)
-    if missing or info["mismatched_keys"]:
-        raise ValueError(f"{flag} {path} lacks weights of {model_class.__name__}: {missing or info['mismatched_keys']}")
+    wrong = sorted(set(info["missing_keys"]) - tied) or sorted(name for name, *_ in info["mismatched_keys"])
+    if wrong:
+        raise ValueError(
+            f"{flag} {path} lacks {len(wrong)} weights of {model_class.__name__}, or has them in other shapes: {wrong[0]}"
+        )
     if model.config.vocab_size < vocab_size:
         raise ValueError(f"{flag} {path} knows {model.config.vocab_size} tokens, the run's tokenizer has {vocab_size}")
+    if model.config.max_position_embeddings < seq_len:
+        positions = model.config.max_position_embeddings
+        raise ValueError(f"{flag} {path} has {positions} positions, fewer than --seq-len {seq_len}; lower --seq-len")
     return model
 
 
@@ -104,7 +127,7 @@ def build_pool(cfg: SharedFlags, load: Callable[[str], nn.Module], *, columns: i
         load: makes a model of one of `--teachers`, on the CPU.
 
     Raises:
-        ValueError: what `load` refuses, or a placement that does not fit.
+        ValueError: what `load` refuses, a placement that does not fit, or a resumed run's teacher that has changed.
     """
     device, placement = engine.device(), cfg.teacher_placement
     for flag, chosen in (("--teacher-placement host", placement == "host"), ("--teacher-ahead", cfg.teacher_ahead)):
@@ -113,6 +136,9 @@ def build_pool(cfg: SharedFlags, load: Callable[[str], nn.Module], *, columns: i
     held = held_by(cfg, engine.rank())
     named = {model_source(path): path for path in cfg.teachers}
     models = {source: load(path).eval().requires_grad_(False) for source, path in named.items()}
+    known = {source: _fingerprint(model) for source, model in models.items()}
+    fingerprints = [known[model_source(path)] for path in cfg.teachers]
+    report.check_teachers(cfg, fingerprints)
     pinned = None
     if placement == "host" and device.type == "cuda":
         pinned = PinnedTeachers(list(models.values()), device)
@@ -126,6 +152,7 @@ def build_pool(cfg: SharedFlags, load: Callable[[str], nn.Module], *, columns: i
     return TeacherPool(
         cfg.teachers,
         [models[model_source(path)] for path in cfg.teachers],
+        fingerprints=fingerprints,
         columns=columns,
         compiled=cfg.compile,
         ensemble=cfg.ensemble,
@@ -158,6 +185,7 @@ class TeacherPool:
     Args:
         names: what the log calls them.
         models: modules in the same order, frozen and set to evaluation here; none: they are released already.
+        fingerprints: of what the models were loaded from, for run.json.
         columns: V, the columns of their logits that mean something; None for all.
         compiled: whether their forwards go through torch.compile.
         ensemble: what is averaged when several answer.
@@ -173,6 +201,7 @@ class TeacherPool:
         names: Sequence[str],
         models: Sequence[nn.Module],
         *,
+        fingerprints: Sequence[Any] = (),
         columns: int | None = None,
         compiled: bool = False,
         ensemble: Ensemble = "probabilities",
@@ -183,7 +212,7 @@ class TeacherPool:
         ahead: bool = False,
     ) -> None:
         self.names, self.columns, self.ensemble, self.weights = tuple(names), columns, ensemble, tuple(weights)
-        self.models = dict(enumerate(models))
+        self.models, self.fingerprints = dict(enumerate(models)), fingerprints or [None] * len(models)
         self._held = range(len(models)) if held is None else held
         self._pinned, self._split = pinned, split
         self._stream = torch.cuda.Stream() if ahead else None
@@ -220,8 +249,11 @@ class TeacherPool:
         self._digests = {model: self._digests[model] for model in self.models.values()}
 
     def weigh(self, losses: Sequence[float]) -> None:
-        """Sets the weights, unless they were given, to 1 / perplexity, which is exp(-loss); only their ratios matter."""
-        self.weights = self.weights or tuple(math.exp(min(losses) - loss) for loss in losses)
+        """Sets the weights, unless they were given, to 1 / perplexity, which is exp(-loss); only their ratios matter.
+
+        None is 0: several draws need as many weights above it.
+        """
+        self.weights = self.weights or tuple(math.exp(max(min(losses) - loss, -100.0)) for loss in losses)
 
     def device_bytes(self) -> list[int]:
         """Bytes of each teacher's weights on this rank's device at this moment, 0 for those held elsewhere."""
@@ -229,7 +261,8 @@ class TeacherPool:
         for index, model in self.models.items():
             for tensor in (*model.parameters(), *model.buffers()):
                 here = getattr(tensor, "ds_tensor", tensor)  # this rank's share under ZeRO-3
-                sizes[index] += _stored_bytes(here) if here.device.type == engine.device().type else 0
+                if here.device.type == engine.device().type:
+                    sizes[index] += sum(part.nbytes for part in _stored(here))
         return sizes
 
     def draw(self, cfg: SharedFlags, step: int, rank: int | None = None) -> tuple[int, ...]:
@@ -349,11 +382,20 @@ class TeacherPool:
                 trim(0)
 
 
-def _stored_bytes(tensor: Tensor) -> int:
-    """What a tensor takes, which for a quantised one are the tensors that it consists of."""
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a quantised one consists of; another is its own."""
     if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.nbytes
-    return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
+
+
+def _fingerprint(model: nn.Module) -> Any:
+    """What a teacher's answers follow from: of a cache its settings, else a digest of the weights."""
+    return model.fingerprint if isinstance(model, CachedTeacher) else weights_digest(model)
+
+
+def weights_digest(model: nn.Module) -> str:
+    return tensor_digest(sorted(model.state_dict().items()))
 
 
 def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -361,5 +403,6 @@ def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for part in _stored(tensor):
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

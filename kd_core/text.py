@@ -16,12 +16,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from kd_core import c4, documents
+from kd_core.cli import check_flag
 from kd_core.hashing import splitmix64 as _hash
 from kd_core.packing import (
     VALIDATION_ROWS,
@@ -585,6 +586,12 @@ def validation_batches(
         )
         micro.labels.view(len(numbers), -1)[torch.from_numpy(~present)] = IGNORE_INDEX
         yield micro
+
+
+def check_flags(flags: Any) -> None:
+    """Raises ValueError when what a recipe's or a cache's flags say of BERT's samples is impossible."""
+    check_flag(flags, "seq_len", MIN_SEQ_LEN <= flags.seq_len <= 512, f"between {MIN_SEQ_LEN} and 512")
+    _check_mask_fraction(flags.mask_fraction, flags.seq_len)
 
 
 def _check_mask_fraction(mask_fraction: float, seq_len: int) -> None:

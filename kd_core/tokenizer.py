@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
+from huggingface_hub.errors import StrictDataclassError
 
 from kd_core.documents import one_line, require_hub
 
@@ -159,8 +160,10 @@ def _clear_errors(complaint: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # The Rust library raises a bare Exception, and nothing narrower, for a file that it cannot parse.
-        if not isinstance(error, OSError | ValueError | KeyError) and type(error) is not Exception:
+        # The Rust library raises a bare Exception, and nothing narrower, for a file that it cannot parse;
+        # transformers whatever it meets in a config.json of another shape.
+        known = OSError | ValueError | KeyError | TypeError | AttributeError | StrictDataclassError
+        if not isinstance(error, known) and type(error) is not Exception:
             raise
         raise ValueError(f"{complaint} ({one_line(error)}); give another tokenizer") from error
 

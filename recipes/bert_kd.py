@@ -73,9 +73,7 @@ class Config(cli.SharedFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("seq_len", 8 <= self.seq_len <= 512, "between 8 and 512")
-        masked = round(self.mask_fraction * self.seq_len)
-        self.check("mask_fraction", 1 <= masked <= self.seq_len - 2, "in (0, 1), at least one position of --seq-len")
+        text.check_flags(self)
         by_class = self.divergence == "mse" or any(map(cache.folder_of, self.teachers))
         self.check("softmax_axis", self.softmax_axis == "class" or not by_class, "class for mse and cached teachers")
         with_logits = by_class or self.softmax_axis == "sequence" or self.sampler == "all" or self.draws > 1
@@ -124,7 +122,7 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
         student = MaskedBert(BertConfig(vocab_size=padded, num_attention_heads=width // 64, **shape, **settings))
     else:
         student = teachers.load_pretrained(
-            MaskedBert, cfg.student, vocab_size, flag="--student", dtype=torch.float32, **settings
+            MaskedBert, cfg.student, vocab_size, flag="--student", seq_len=cfg.seq_len, dtype=torch.float32, **settings
         )
         student.resize_token_embeddings(padded, mean_resizing=False)
     student.cls.predictions.decoder.__class__ = LinearSoftmaxKL  # the same linear layer, able to give losses
@@ -141,7 +139,7 @@ def build_teachers(cfg: Config, vocab_size: int) -> teachers.TeacherPool:
     def load(path: str) -> torch.nn.Module:
         if folder := cache.folder_of(path):
             return cache_mlm.CachedBert(folder, vocab_size)
-        return teachers.load_pretrained(MaskedBert, path, vocab_size, **settings)
+        return teachers.load_pretrained(MaskedBert, path, vocab_size, seq_len=cfg.seq_len, **settings)
 
     return teachers.build_pool(cfg, load, columns=vocab_size)
 
@@ -162,7 +160,7 @@ def micro_losses(
         hidden = weight = bias = None
         for index in pool.draw(cfg, step):  # one, or none
             teacher: Any = pool.models[index]
-            with clock.part("teacher"), torch.no_grad():
+            with clock.part("teacher"), clock.part(f"teacher/{index}"), torch.no_grad():
                 hidden = teacher(*micro.inputs, head=False)
             weight, bias = teacher.cls.predictions.decoder.weight, teacher.cls.predictions.decoder.bias
         weight_N = (micro.labels != text.IGNORE_INDEX).float()
@@ -238,7 +236,8 @@ def export(student: Any, corpus: text.Corpus, folder: Path) -> None:
 def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus, dict[str, int]]:
     """What bad input makes fail, cheapest first, before any model is built: config, models, run folder, data."""
     ds_config = engine.load_config(cfg)
-    models = [("--teachers", path) for path in cfg.teachers if cfg.distils and not cache.folder_of(path)]
+    needed = report.needs_teachers(cfg)
+    models = [("--teachers", path) for path in cfg.teachers if needed and not cache.folder_of(path)]
     models += [("--student", cfg.student)] if cfg.student not in SIZES else []
     sources = [(flag, teachers.model_source(path, flag)) for flag, path in models]
     folder = report.claim_folder(cfg, RECIPE, undo)
@@ -276,8 +275,8 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
             state = engine.load_checkpoint(student, folder / "checkpoints", checkpoint)
         run = report.Run(folder, cfg, first=first, data=corpus.fingerprint)
         stop = engine.StopSignal(cfg.max_minutes)
-    clock = report.resumed_clock(state, compiling=cfg.compile)
-    run.teachers(pool, lambda teacher: evaluate(cfg, teacher, corpus), clock, chance_loss=math.log(vocab_size))
+        clock = report.resumed_clock(state, compiling=cfg.compile)
+        run.teachers(pool, lambda teacher: evaluate(cfg, teacher, corpus), clock, chance_loss=math.log(vocab_size))
     batches = text.MaskedBatches(
         corpus,
         seed=cfg.seed,

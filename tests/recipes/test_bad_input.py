@@ -94,6 +94,10 @@ def test_teachers(attempt: Attempt, tmp_path: Path, teacher: Path, train: Any) -
     (harmful / "pytorch_model.bin").write_bytes(pickle.dumps(Harmful(str(tmp_path / "was_run"))))
     assert f"{harmful} cannot be loaded" in attempt(*kd, harmful)
     assert not (tmp_path / "was_run").exists()
+    for number, config in enumerate(("[]", "null", '{"model_type": "bert", "hidden_size": "x"}')):
+        folder = shutil.copytree(teacher / "hf", tmp_path / f"config{number}")
+        (folder / "config.json").write_text(config)
+        assert f"--teachers {folder} " in attempt(*kd, folder)
     other = attempt(*kd, teacher, "--vocab-size", 400)
     assert str(teacher) in other and "another tokenizer" in other
     unfinished = tmp_path / "unfinished"

@@ -30,6 +30,8 @@ def test_the_loss_is_that_of_the_logits(
     train(*flags, "--fused-head", "--out", tmp_path / "fused")
     expected = losses(tmp_path / "logits")
     assert losses(tmp_path / "fused") == pytest.approx(expected, rel=1e-4)
+    costs = [json.loads((tmp_path / name / "run.json").read_text())["teachers"][0] for name in ("logits", "fused")]
+    assert costs[0]["forwards"] == costs[1]["forwards"] == 8 and costs[1]["seconds"] > 0
     config = tmp_path / "zero3.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     monkeypatch.setenv("KD_CACHE", str(cache))

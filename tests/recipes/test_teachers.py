@@ -91,6 +91,21 @@ def test_caches_and_models_in_one_pool_share_masks_and_resume(
     assert drawn == [[f"cache:{cached}"], [], [], [str(teacher)], [], [], [f"cache:{cached}"], []]
 
 
+def test_behind_its_window_a_run_resumes_without_its_teachers(
+    train: Train, teacher: Path, short_file: Path, cached: Path, tmp_path: Path
+) -> None:
+    """The masks stay those of the cache."""
+    sources = [shutil.copytree(teacher / "hf", tmp_path / "model"), shutil.copytree(cached, tmp_path / "answers")]
+    flags = ["--data", short_file, "--tokenizer", teacher / "hf", "--teachers", sources[0], f"cache:{sources[1]}"]
+    flags += ["--teacher-dtype", "fp32", "--kd-ratio", 0.9, "--kd-stop", 0.125, "--seed", 5]
+    train(*flags, "--out", tmp_path / "whole")
+    train(*flags, "--out", tmp_path / "run", "--max-minutes", 0.0001)
+    for source in sources:
+        shutil.rmtree(source)
+    train(*flags, "--out", tmp_path / "run", "--resume", "--max-minutes", 10)
+    assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+
+
 def test_a_run_refuses_a_cache_of_something_else(
     teacher: Path, short_file: Path, corpus_file: Path, cache: Path, cached: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -115,6 +130,17 @@ def test_a_killed_build_continues_on_other_ranks_with_the_same_bytes(
     source = ["--teacher", teacher, "--tokenizer", teacher / "hf", "--data", short_file, "--teacher-dtype", "fp32"]
     words = ["--seq-len", 32, "--mask-patterns", 2, "--micro-batch-size", 4, *source]
     check_killed_build(cached, words, cache, tmp_path / "new")
+
+
+def test_a_teacher_without_finite_answers_leaves_no_run(train: Train, teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher / "hf", tmp_path / "nan")
+    model = BertForMaskedLM.from_pretrained(folder)
+    torch.nn.init.constant_(model.cls.predictions.bias, torch.nan)
+    model.save_pretrained(folder)
+    done = train("--teachers", folder, "--kd-ratio", 0.9, "--out", tmp_path / "run", check=False)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and f"--teachers {folder} answers with no finite numbers" in line
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_per_rank_on_a_sharded_pool_across_a_kill_in_the_window(

@@ -1,5 +1,8 @@
 """Storage of cached answers: found by key, continued after a kill with the same bytes, refused when anything is off."""
 
+import errno
+import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from kd_core import cache
+from kd_core import cache, cache_mlm
 from kd_core.cache_logits import logits_of_top_k, top_k
+from recipes import bert_kd
 
 SETTINGS = {"kind": "test", "seed": 3}
 LAYOUT = cache.Layout(
@@ -27,11 +32,16 @@ def answer(indices: range) -> np.ndarray:
     return records
 
 
-def build(folder: Path, settings: dict[str, Any] = SETTINGS, answer: Callable[[range], np.ndarray] = answer) -> None:
+def build(
+    folder: Path,
+    settings: dict[str, Any] = SETTINGS,
+    answer: Callable[[range], np.ndarray] = answer,
+    score: float = 4.5,
+) -> None:
     def companions(new: Path) -> None:
         (new / "head.bin").write_bytes(b"head")
 
-    cache.build(folder, settings, LAYOUT, answer, companions, lambda: {"eval/loss": 4.5})
+    cache.build(folder, settings, LAYOUT, answer, companions, lambda: {"eval/loss": score})
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +104,71 @@ def test_a_damaged_cache_is_refused(built: Path, name: str) -> None:
         cache.require(built, SETTINGS)
 
 
+@pytest.mark.parametrize("content", ["", "{}", "null", "[1]", '{"score": {}, "sha256": {}}', "part"])
+def test_a_manifest_of_another_shape_is_refused(built: Path, content: str) -> None:
+    if content == "part":
+        manifest = cache.read_manifest(built)
+        del manifest["sha256"]["part-00007.bin"]
+        content = json.dumps(manifest)
+    (built / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"is damaged \((manifest|header)\.json\); delete it and build it again"):
+        cache.require(built, SETTINGS)
+
+
+def test_what_is_damaged_in_half_a_cache_is_computed_again(built: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+
+    def killed(indices: range) -> np.ndarray:
+        if indices.start > 100:
+            raise KeyboardInterrupt
+        return answer(indices)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(half, answer=killed)
+    (half / "part-00001.json").write_text("")
+    (half / "part-00002.json").write_text("[]")
+    (half / "part-00003.bin").write_bytes(b"half")
+    build(half, SETTINGS | {"teacher": "by another name"})
+    for file in built.glob("part-*.bin"):
+        assert file.read_bytes() == (half / file.name).read_bytes(), file.name
+    assert not list(half.glob(".*"))
+    (half / "manifest.json").unlink()
+    (half / "header.json").write_text('{"format"')
+    with pytest.raises(ValueError, match=r"--out .*half is damaged \(header.json\); delete it and build it again"):
+        build(half)
+
+
+def test_a_folder_has_one_build_at_a_time(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def ask(indices: range) -> np.ndarray:
+        if not asked:
+            asked.append(1)
+            with pytest.raises(
+                ValueError, match="new is being built by another process; wait for it or choose another"
+            ):
+                build(tmp_path / "new")
+        return answer(indices)
+
+    build(tmp_path / "new", answer=ask)
+    assert [file.name for file in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
+def test_a_full_disk_is_one_line(error: Exception, tmp_path: Path) -> None:
+    def full(indices: range) -> np.ndarray:
+        raise error
+
+    with pytest.raises(ValueError, match=r"--out .*full cannot be written \(No space left.*\); make room and repeat"):
+        build(tmp_path / "full", answer=full)
+
+
+def test_a_teacher_without_finite_answers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the teacher of --out .*nan answers with no finite numbers"):
+        build(tmp_path / "nan", score=math.nan)
+    assert not (tmp_path / "nan").exists()
+
+
 def test_a_damaged_header_is_refused(built: Path) -> None:
     (built / "header.json").write_text((built / "header.json").read_text()[:-5])
     with pytest.raises(ValueError, match=r"is damaged \(header.json\)"):
@@ -108,8 +183,10 @@ def test_a_foreign_cache_is_refused_with_the_setting_that_differs(built: Path, t
         cache.require(tmp_path / "nowhere", SETTINGS)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
-    with pytest.raises(ValueError, match="neither empty nor a cache"):
+    with pytest.raises(ValueError, match="neither an empty folder nor a cache"):
         build(tmp_path / "other")
+    with pytest.raises(ValueError, match="neither an empty folder nor a cache"):
+        build(tmp_path / "other" / "file")
     with pytest.raises(ValueError, match="is a complete cache"):
         build(built)
 
@@ -120,6 +197,13 @@ def test_too_small_a_disk_is_refused_before_it_starts(tmp_path: Path, monkeypatc
     with pytest.raises(ValueError, match="make room"):
         build(tmp_path / "full")
     assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.parametrize(("flag", "value"), [("mask_fraction", 0.0), ("mask_fraction", 2.0), ("seq_len", 4096)])
+def test_flags_of_a_build_are_checked_as_the_recipes(flag: str, value: float) -> None:
+    for flags in (cache_mlm.BuildFlags, bert_kd.Config):
+        with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} must be .*, got {value}"):
+            flags(**{flag: value})
 
 
 def test_top_k_keeps_probabilities_and_the_mass_of_the_tail_exactly() -> None:

@@ -98,6 +98,9 @@ def test_the_top_k_is_exact_at_the_temperatures_of_the_build_alone(teacher: Path
     assert cache_images.views(run_of(top, teacher_dtype="fp32", temperature=3.0), data)
     with pytest.raises(ValueError, match=r"the top 2 at the temperatures \[1.0, 3.0\], the run uses \[2.0\]"):
         cache_images.views(run_of(top, teacher_dtype="fp32", temperature=2.0), data)
+    for method in ({"divergence": "mse"}, {"ensemble": "logits"}):
+        with pytest.raises(ValueError, match="the top 2, which give probabilities but no raw logits"):
+            cache_images.views(run_of(top, teacher_dtype="fp32", temperature=3.0, **method), data)
     with pytest.raises(ValueError, match="--top-k must be below the number of classes, 4, got 4"):
         build(teacher, folder, tmp_path / "more", top_k=4)
 

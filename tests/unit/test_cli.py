@@ -30,12 +30,31 @@ def test_typed_flags_win_over_the_preset_and_the_preset_over_defaults() -> None:
 
 
 def test_a_pattern_of_teachers_is_what_it_matches(tmp_path: Path) -> None:
-    for name in ("b", "a"):
-        (tmp_path / name).mkdir()
+    for name in ("b/hf", "a/hf"):
+        (tmp_path / name).mkdir(parents=True)
     cfg = cli.parse(Config, ["--teachers", "hub/name", f"{tmp_path}/*"])
     assert cfg.teachers == ("hub/name", f"{tmp_path}/a", f"{tmp_path}/b")
     with pytest.raises(FileNotFoundError, match="matches nothing"):
         cli.parse(Config, ["--teachers", f"{tmp_path}/c*"])
+
+
+def test_patterns_leave_out_caches_and_runs_that_have_not_finished(tmp_path: Path) -> None:
+    for name in ("1/hf/a", "2/hf/a", "3", "own/hf/a", "hf[1]", "empty"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("1", "2", "3", "own"):
+        (tmp_path / name / "run.json").write_text("{}")
+
+    def teachers(pattern: str, *words: object) -> list[str]:
+        cfg = cli.parse(Config, ["--out", f"{tmp_path}/own", "--teachers", pattern, *map(str, words)])
+        return [str(Path(path).relative_to(tmp_path)) for path in cfg.teachers]
+
+    assert teachers(f"{tmp_path}/*", "--draws", 2, "--kd-ratio", 1) == ["1", "2"]
+    assert teachers(f"{tmp_path}/*/hf", "--sampler", "weighted", "--teacher-weights", 1, 2) == ["1/hf", "2/hf"]
+    assert teachers(f"{tmp_path}/hf[1]") == ["hf[1]"]
+    with pytest.raises(FileNotFoundError, match="matches nothing that has finished"):
+        teachers(f"{tmp_path}/3*")
+    with pytest.raises(ValueError, match="patterns are for models; name each cache"):
+        teachers(f"cache:{tmp_path}/*")
 
 
 def test_load_starts_from_a_saved_run_and_typed_flags_win(tmp_path: Path) -> None:

@@ -1,23 +1,29 @@
 """Teachers are frozen, answer without gradients, and give their memory back."""
 
 import contextlib
+import dataclasses
 import itertools
+import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
+from transformers.utils import logging
 
+from kd_core import cache_logits, engine
 from kd_core.cache import CachedTeacher
 from kd_core.cli import SharedFlags
 from kd_core.placement import PinnedTeachers, teachers_of_rank
-from kd_core.report import Stopwatch
-from kd_core.teachers import TeacherPool, build_pool, model_source
+from kd_core.report import Run, Stopwatch, needs_teachers
+from kd_core.teachers import TeacherPool, build_pool, load_pretrained, model_source
 
 
 def test_teachers_are_frozen_and_answer_without_gradients() -> None:
@@ -70,6 +76,37 @@ def test_model_source_knows_runs_folders_and_hub_names(tmp_path: Path) -> None:
         model_source(str(tmp_path / "nowhere"))
 
 
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    BertForMaskedLM(BertConfig(vocab_size=64, max_position_embeddings=16, **shape)).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ([], "cannot be loaded: .* must be a mapping, not list"),
+        (None, "cannot be loaded: argument of type 'NoneType' is not iterable"),
+        ({"hidden_size": "x"}, "cannot be loaded: .*Field 'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 0}, "cannot be loaded: integer modulo by zero"),
+        ({"intermediate_size": 16}, "lacks 3 weights of BertForMaskedLM, or has them in other shapes: bert"),
+        ({"num_hidden_layers": 2}, "lacks 16 weights of BertForMaskedLM, or has them in other shapes: bert"),
+        ({}, "has 16 positions, fewer than --seq-len 32; lower --seq-len"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_in_one_line(
+    changed: Any, message: str, bert: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps(config | changed if isinstance(changed, dict) else changed))
+    with pytest.raises(ValueError, match=message) as refused:
+        load_pretrained(BertForMaskedLM, str(bert), 64, seq_len=32)
+    assert len(str(refused.value).splitlines()) == 1
+    assert "REPORT" not in capfd.readouterr().err
+    assert logging.get_verbosity() == logging.WARNING
+
+
 def flags(**changed: Any) -> SharedFlags:
     return SharedFlags(**{"teachers": ("a", "b", "c", "d"), "kd_ratio": 0.5, "steps": 40} | changed)
 
@@ -88,7 +125,7 @@ def test_draws_need_no_state_and_end_with_the_window() -> None:
 def test_weights_are_those_given_or_measured() -> None:
     pool = pool_of(flags())
     pool.weigh([5.0, 5.0, 5.0 + math.log(3), 1000.0])
-    assert pool.weights == (pytest.approx(1), pytest.approx(1), pytest.approx(1 / 3), 0)
+    assert pool.weights == pytest.approx((1, 1, 1 / 3, 0)) and pool.weights[3] > 0
     given = pool_of(flags(), weights=(1, 2, 3, 4))
     given.weigh([1, 1, 1, 1])
     assert given.weights == (1, 2, 3, 4)
@@ -137,6 +174,62 @@ def test_a_teacher_that_changes_its_buffers_is_found() -> None:
     pool.logits((0,), (torch.randn(8, 4),), 1.0)
     with pytest.raises(RuntimeError, match="teacher a has changed its buffers"):
         pool.release()
+
+
+def test_a_resumed_run_refuses_a_teacher_that_has_changed(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 8)
+    cfg = flags(teachers=("a",), out=str(tmp_path), resume=True)
+    run = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "world_size": 1}
+
+    def write(**fields: Any) -> None:
+        (tmp_path / "run.json").write_text(json.dumps(run | fields))
+
+    write(teachers=[{"name": "a"}])  # by an older version
+    fingerprints = build_pool(cfg, lambda _: model).fingerprints
+    write(teachers=[{"name": "a", "fingerprint": fingerprints[0]}])
+    assert build_pool(cfg, lambda _: model).fingerprints == fingerprints
+    model.weight.data[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="--teachers a is not what the run began with"):
+        build_pool(cfg, lambda _: model)
+
+
+def test_a_resumed_run_needs_no_teachers_behind_its_window(tmp_path: Path) -> None:
+    cfg = flags(teachers=("a", "cache:b"), out=str(tmp_path), resume=True, kd_stop=0.55)
+    run = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "world_size": 1}
+    (tmp_path / "run.json").write_text(
+        json.dumps(run | {"teachers": [{"fingerprint": "1"}, {"fingerprint": {"s": 3}}]})
+    )
+    for step, needed in ((21, True), (22, False)):
+        (tmp_path / "checkpoints" / f"step{step:08d}").mkdir(parents=True)
+        assert needs_teachers(cfg) == needed
+    assert cache_logits.check(cfg, Shared, {}) == {"s": 3}
+    (tmp_path / "run.json").write_text(json.dumps(run | {"teachers": [{}, {}]}))  # by an older version
+    assert needs_teachers(cfg)
+
+
+class Shared(cache_logits.BuildFlags):
+    SHARED = ("s",)
+
+
+def test_a_teacher_whose_score_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: Any = SimpleNamespace(first=0, say=lambda text: None)
+    with pytest.raises(ValueError, match=r"--teachers a answers with no finite numbers \(eval/loss nan\)"):
+        Run.teachers(
+            run, pool_of(flags(teachers=("a",))), lambda _: {"eval/loss": math.nan}, Stopwatch({}), chance_loss=3
+        )
+
+
+def test_a_run_says_that_teachers_are_not_used_and_records_no_nan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "leave", lambda: None)
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 40, "eval/loss": NaN}\n')
+    run = Run(tmp_path, flags(kd_ratio=0.0), first=40)
+    assert "--teachers are not used: --kd-ratio is 0" in capsys.readouterr().err
+    run.finish("finished")
+    result = json.loads((tmp_path / "run.json").read_text())["result"]
+    assert result == {"step": 40, "eval/loss": None, "stopped": "finished"}
 
 
 @dataclass(frozen=True)
