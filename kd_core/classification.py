@@ -29,7 +29,7 @@ def classification_sums(logits_BC: Tensor, labels_B: Tensor, counted_B: Tensor) 
     loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
     top_BK = logits_BC.topk(min(5, logits_BC.shape[1])).indices == labels_B[:, None]
     confidence_B = logits_BC.softmax(-1).amax(-1)
-    bin_B = (confidence_B * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    bin_B = (confidence_B * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)  # of NaN: any; the sums stay NaN
     bins = torch.zeros(2, CALIBRATION_BINS, device=logits_BC.device)
     bins[0].index_add_(0, bin_B, confidence_B * weight_B)
     bins[1].index_add_(0, bin_B, top_BK[:, 0] * weight_B)

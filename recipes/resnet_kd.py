@@ -218,7 +218,7 @@ def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], images.ImageS
     ds_config = engine.load_config(cfg)
     if cfg.ema_half_life and ds_config.get("zero_optimization", {}).get("stage") == 3:
         raise ValueError("--ema-half-life must be 0 with ZeRO stage 3, which splits the weights; use stage 0 to 2")
-    for path in cfg.teachers if cfg.distils else ():
+    for path in cfg.teachers if report.needs_teachers(cfg) else ():
         resnets.check_source(path, "--teachers")
     if cfg.student not in resnets.NAMES:
         resnets.check_student(cfg.student)
@@ -256,8 +256,8 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
             ema.load(state["ema"])
         run = report.Run(folder, cfg, first=first, data=data.fingerprint)
         stop = engine.StopSignal(cfg.max_minutes)
-    clock = report.resumed_clock(state, compiling=cfg.compile)
-    run.teachers(pool, lambda teacher: evaluate(cfg, teacher, data), clock, chance_loss=math.log(len(data.classes)))
+        clock = report.resumed_clock(state, compiling=cfg.compile)
+        run.teachers(pool, lambda teacher: evaluate(cfg, teacher, data), clock, chance_loss=math.log(len(data.classes)))
     batches = images.TrainBatches(
         data.train, cfg.view, cfg.steps, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size,
         engine.rank(), engine.world_size(), nvjpeg=cfg.decoder == "nvjpeg" and data.train.encoded is not None, **views,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kd_core import images, resnets
 from recipes.resnet_kd import main
@@ -136,6 +136,26 @@ def test_kill_9_on_two_ranks_then_resume_gives_the_same_trace(
     for folder in ("hf", "best"):
         one, other = (load_file(tmp_path / run / folder / "model.safetensors") for run in ("killed", "whole"))
         assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_behind_its_window_a_run_resumes_without_its_teacher(train: Train, teacher: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(teacher / "hf", tmp_path / "model")
+    flags = ["--teachers", source, "--kd-ratio", 0.9, "--kd-stop", 0.125]
+    train(*flags, "--out", tmp_path / "run", "--max-minutes", 0.0001)
+    shutil.rmtree(source)
+    train("--out", tmp_path / "run", "--resume", "--max-minutes", 10)
+    assert len(trace(tmp_path / "run")) == 8
+
+
+def test_a_teacher_that_answers_nan_is_refused_in_one_line(train: Train, teacher: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(teacher / "hf", tmp_path / "model")
+    weights = load_file(source / "model.safetensors")
+    weights["fc.bias"].fill_(float("nan"))
+    save_file(weights, source / "model.safetensors")
+    done = train("--teachers", source, "--kd-ratio", 0.9, "--out", tmp_path / "run", check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: --teachers {source} answers with no finite numbers" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_to_the_whole_process_group_saves_a_checkpoint(
