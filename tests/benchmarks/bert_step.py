@@ -123,6 +123,7 @@ def main() -> int:
     parser.add_argument("--teachers", nargs="*", default=["base", "large"], choices=SIZES)
     parser.add_argument("--pool", type=int, default=0, help="also a pool of so many of the first teacher")
     parser.add_argument("--cache", help="also the answers in this folder, of the same data, by kd_core.cache")
+    parser.add_argument("--fused-head", action="store_true", help="also each teacher with --fused-head")
     parser.add_argument("--micro-batch-size", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=30522)
@@ -178,6 +179,9 @@ def main() -> int:
             for size, pool in pools.items():
                 distil = dataclasses.replace(cfg, teachers=(size,), kd_ratio=0.9)
                 variants[f"recipe, {stage}, teacher {size}"] = Recipe(distil, corpus, pool, root / size).step
+                if args.fused_head:
+                    fused = dataclasses.replace(distil, fused_head=True)
+                    variants[f"teacher {size}, fused head"] = Recipe(fused, corpus, pool, root / f"{size}-fused").step
     sizes = args.teachers[:1] * args.pool
     cfg = dataclasses.replace(cfg, deepspeed_config=str(root / f"{args.stages[0]}.json"))
     many = build_pool(sizes, base, len(corpus.tokenizer), torch.bfloat16)
@@ -230,7 +234,7 @@ def main() -> int:
             f"{statistics.median(costs):.3f} ({costs[0]:.3f} to {costs[-1]:.3f})"
         )
     one = f"{plain}, teacher {args.teachers[0]}" if args.teachers else plain
-    for name in [name for name in variants if " x teacher " in name or "cached" in name]:
+    for name in [name for name in variants if " x teacher " in name or name.endswith(("cached teacher", "fused head"))]:
         for other in (plain, one):
             costs = sorted(r[name] / r[other] for r in rounds)
             print(f"\n{name} / {other}: {statistics.median(costs):.3f} ({costs[0]:.3f} to {costs[-1]:.3f})")
