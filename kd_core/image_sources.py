@@ -2,8 +2,8 @@
 
 A source has splits of encoded images. Those that fit into memory are decoded once, into the cache, and memory-mapped: all
 ranks and later runs share them. Splits follow from names, as they do for text: train*, val*, validation*, dev*, test*.
-Without a validation split the test split serves as one (CIFAR has no other); without either, a hash of the image's name
-within the source takes one image in `VALIDATION_ONE_IN`.
+Without a validation split the test split serves as one (CIFAR has no other); without either, a hash of the image's path
+below the folders that all share takes one image in `VALIDATION_ONE_IN`, the same ones in a folder and in a tar of it.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from PIL import Image
 from kd_core.documents import HUB_NAME, VALIDATION_ONE_IN, named_split, one_line, require_hub
 from kd_core.packing import build_once, cache_key, cache_root, say, write_json
 
-FORMAT = 2  # raise it when the same source would be split, numbered or decoded otherwise
+FORMAT = 3  # raise it when the same source would be split, numbered or decoded otherwise
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 PROBED = 64  # images whose headers say whether all are equally large
 # What Pillow raises on damaged files of its many formats.
@@ -380,7 +380,9 @@ def _with_validation(opened: Opened, source: str) -> Opened:
     train, *rest = (opened.splits[name] for name in _used(opened.splits, source))
     if not rest:
         assert train.encoded is not None
-        digests = (hashlib.sha256(train.encoded.name(index).encode()).digest() for index in range(len(train)))
+        names = [train.encoded.name(index) for index in range(len(train))]
+        shared = os.path.commonpath(names)  # which a tar made one folder higher adds
+        digests = (hashlib.sha256(os.fsencode(os.path.relpath(name, shared))).digest() for name in names)
         chosen = np.array([int.from_bytes(digest[:8], "little") % VALIDATION_ONE_IN == 0 for digest in digests])
         parts = (np.flatnonzero(chosen), np.flatnonzero(~chosen))
         *rest, train = (Split(train.labels[rows], Subset(train.encoded, rows)) for rows in parts)

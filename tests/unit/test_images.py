@@ -89,6 +89,11 @@ def test_without_a_validation_split_a_hash_of_the_name_decides(tmp_path: Path) -
     assert 0 < len(data.validation) < 12
     names = {split.encoded.name(i) for split in (data.train, data.validation) for i in range(len(split))}  # type: ignore[union-attr]
     assert len(names) == 120
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(tmp_path / "data", "one/folder/higher")
+    packed = prepare(str(tmp_path / "data.tar"), decoded_gib=0, max_corrupt=0)
+    assert torch.equal(pixels(batches(packed), range(4)), pixels(batches(data), range(4)))
+    assert packed.validation.encoded.read(0) == data.validation.encoded.read(0)  # type: ignore[union-attr]
 
 
 def write(root: Path, *names: str) -> str:
