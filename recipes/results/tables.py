@@ -3,12 +3,13 @@
     python recipes/results/tables.py        makes them anew; prose between them is left as it is
 
 A study lies in a folder of its own as kd_core.study leaves it. A table stands below a line `<!-- KIND STUDY -->`: `arms`
-is the quality of all arms at equal steps, `speedup` the reports' time to equal quality.
+is the quality of all arms at equal steps, `speedup` the reports' time to equal quality, their targets in few words.
 """
 
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,17 +86,25 @@ def arms_table(folder: Path, study: Study) -> list[str]:
 
 def speedup_table(folder: Path, study: Study) -> list[str]:
     lines = [
-        f"| arm | method | {study.metric} reached | seconds without teacher | with it | speed-up | verdict |",
-        "|---|---|---|---|---|---|---|",
+        f"| arm | method | times as fast to the easiest {study.metric} | to the hardest | median | verdicts |",
+        "|---|---|---|---|---|---|",
     ]
+
+    def reached(row: dict[str, Any]) -> str:
+        spread = "" if row["low"] is None else f" ({row['low']:.2f} to {row['high']:.2f})"
+        seconds = f"{row['against_s']:.0f} s in place of {row['baseline_s']:.0f}"
+        return f"{row['speedup']:.2f}{spread}, {row['target']:g} in {seconds}"
+
     for arm in study.arms:
         file = folder / "report" / arm / "report.json"
-        for row in json.loads(file.read_text())["targets"] if file.exists() else ():
-            if row["speedup"] is not None:
-                spread = "" if row["low"] is None else f" ({row['low']:.2f} to {row['high']:.2f})"
-                seconds = f"{row['baseline_s']:.0f} | {row['against_s']:.0f}"
-                cells = f"{arm} | {row['method']} | {row['target']:g} | {seconds} | {row['speedup']:.2f}{spread}"
-                lines.append(f"| {cells} | {row['verdict']} |")
+        targets = json.loads(file.read_text())["targets"] if file.exists() else []
+        for method in dict.fromkeys(row["method"] for row in targets):
+            rows = [row for row in targets if row["method"] == method and row["speedup"] is not None]
+            if rows:
+                median = np.median([row["speedup"] for row in rows])
+                verdicts = Counter(row["verdict"] for row in rows)
+                counts = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.items())
+                lines.append(f"| {arm} | {method} | {reached(rows[0])} | {reached(rows[-1])} | {median:.2f} | {counts} |")
     return lines
 
 
