@@ -32,7 +32,7 @@ SMALL = """
     --student tiny
     --data embedded --vocab-size 4096 --seq-len 64 --mask-fraction 0.3
     --kd-ratio 0.9 --temperature 1
-    --kd-stop 1        # a run this short is all beginning: measured better than 0.35 (README, "What it does here")
+    --kd-stop 1        # a run this short is all beginning: the window must outlast the plateau (recipes/results)
     --steps 600 --global-batch-size 64 --micro-batch-size 32
     --lr 2e-3 --clip 1 --dropout 0
     --deepspeed-config zero0_fp32_cpu.json

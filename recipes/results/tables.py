@@ -3,9 +3,11 @@
     python recipes/results/tables.py        makes them anew; prose between them is left as it is
 
 A study lies in a folder of its own as kd_core.study leaves it. A table stands below a line `<!-- KIND STUDY -->`: `arms`
-is the quality of all arms at equal steps, `speedup` the reports' time to equal quality, their targets in few words.
+is the quality of all arms at equal steps, `speedup` the reports' time to equal quality, their targets in few words, and
+`glue` what GLUE says of models: the table of the folder's glue.json.
 """
 
+import itertools
 import json
 import math
 import re
@@ -16,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from kd_core import glue_report
 from kd_core.quality_curves import student_t
 from kd_core.study import Study, read_study
 
 HERE = Path(__file__).parent
-MARK = re.compile(r"(<!-- (arms|speedup) (\S+) -->\n)(?:\|.*\n)*")
+MARK = re.compile(r"(<!-- (arms|speedup|glue) (\S+) -->\n)(?:\|.*\n)*")
 
 
 def results(folder: Path, study: Study) -> dict[tuple[str, int], dict[int, dict[str, Any]]]:
@@ -113,8 +116,13 @@ def render(text: str, root: Path = HERE) -> str:
 
     def table(match: re.Match[str]) -> str:
         mark, kind, name = match.groups()
-        make = {"arms": arms_table, "speedup": speedup_table}[kind]
-        return mark + "".join(f"{line}\n" for line in make(root / name, read_study(root / name / "study.json")))
+        if kind == "glue":
+            text = glue_report.markdown(json.loads((root / name / "glue.json").read_text()))
+            lines = list(itertools.takewhile(bool, text.split("\n")))
+        else:
+            make = {"arms": arms_table, "speedup": speedup_table}[kind]
+            lines = make(root / name, read_study(root / name / "study.json"))
+        return mark + "".join(f"{line}\n" for line in lines)
 
     return MARK.sub(table, text)
 
