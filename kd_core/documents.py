@@ -406,6 +406,6 @@ def require_hub(what: str) -> None:
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise ValueError(
-            f"{what} is not in the local Hugging Face cache, and {constants.ENDPOINT} cannot be reached ({reason}); "
-            "connect this machine, or give a local path"
+            f"{what} needs {constants.ENDPOINT}, which cannot be reached ({reason}); connect this machine, give a local "
+            "path, or set HF_HUB_OFFLINE=1 if it lies in the Hugging Face cache"
         ) from error

@@ -186,19 +186,18 @@ class Protocol(NamedTuple):
         settings: by task.
         schedule: of the learning rate after the warm-up, to 0.
         from_mnli: tasks that start from the encoder fine-tuned on MNLI, when MNLI is evaluated too.
-        averaged: tasks of the average. A task's score is the mean of all its metrics and seeds pooled, without those
-            in `unscored`; the average is the mean over tasks.
+        unscored: metrics that do not count. A task's score is the mean of all others and of all seeds, pooled; the
+            average is the mean over the tasks in AVERAGED.
     """
 
     settings: dict[str, Settings]
     schedule: str
     warmup_fraction: float
     from_mnli: tuple[str, ...]
-    averaged: tuple[str, ...]
     unscored: tuple[tuple[str, str], ...]
 
 
-WITHOUT_WNLI = tuple(name for name in TASKS if name != "WNLI")
+AVERAGED = tuple(name for name in TASKS if name != "WNLI")
 PROTOCOLS = {
     "mosaic": Protocol(
         {
@@ -211,9 +210,9 @@ PROTOCOLS = {
             "MRPC": Settings(8e-5, 8e-6, 32, 10, 5, 256),
             "RTE": Settings(1e-5, 1e-5, 16, 3, 5, 256),
         },
-        *("linear", 0.06, ("RTE", "MRPC", "STS-B"), WITHOUT_WNLI, (("STS-B", "pearson"),)),
+        *("linear", 0.06, ("RTE", "MRPC", "STS-B"), (("STS-B", "pearson"),)),
     ),
-    "sane": Protocol(dict.fromkeys(TASKS, Settings(4e-5, 0.0, 16, 5, 3, 128)), "cosine", 0.1, (), WITHOUT_WNLI, ()),
+    "sane": Protocol(dict.fromkeys(TASKS, Settings(4e-5, 0.0, 16, 5, 3, 128)), "cosine", 0.1, (), ()),
 }
 
 
@@ -320,15 +319,20 @@ def _read_tsv(task: Task, split: str, source: str) -> Texts:
     lacking = [name for name in wanted if name not in header]
     if lacking:
         raise ValueError(f"{file} has no column {lacking[0]!r}, only {header[:12]}; give {task.name}'s original file")
-    at = [header.index(name) for name in wanted]
+    index = next((name for name in ("index", "id") if name in header and not labelled), None)
+    at = [header.index(name) for name in [*wanted, *([index] if index else [])]]
     whole = [(number, row) for number, row in enumerate(rows[first:], first + 1) if len(row) > max(at)]
     broken = len(rows) - first - len(whole)
     if not whole or broken > (MAX_BROKEN_ROWS * len(rows) if split == "train" else 0):
         problem = f"{broken} of {len(rows) - first} rows with fewer columns than {max(at) + 1}" if broken else "no rows"
         raise ValueError(f"{file} has {problem}; give {task.name}'s original file")
     labels = [_label(task, row[at[-1]], f"{file}, line {number}") for number, row in whole] if labelled else []
-    index_column = next((header.index(name) for name in ("index", "id") if name in header and not labelled), None)
-    numbers = [number if index_column is None else int(row[index_column]) for number, (_, row) in enumerate(whole)]
+    numbers = list(range(len(whole)))
+    if index:
+        wrong = [(number, row[at[-1]]) for number, row in whole if not row[at[-1]].isdecimal()]
+        if wrong:
+            raise ValueError(f"{file}, line {wrong[0][0]}: {index} {wrong[0][1]!r} is no number")
+        numbers = [int(row[at[-1]]) for _, row in whole]
     texts = [[row[column] for _, row in whole] for column in at[: len(task.texts)]]
     return Texts(texts, labels or [-1.0] * len(whole), numbers)
 
@@ -359,10 +363,12 @@ def _read_hub(task: Task, split: str, source: str) -> Texts:
     lacking = [name for name in (*task.hub_texts, "label", "idx") if name not in rows.column_names]
     if lacking:
         raise ValueError(f"--data {source}: {config} has no column {lacking[0]!r}, only {rows.column_names}")
-    labels = [float(label) for label in rows["label"]]
-    least, most = (-1, -1) if split.startswith("test") else (0, len(task.labels) - 1 if task.labels else 5)
-    if split != "test-ax" and not all(least <= label <= most for label in labels):
-        raise ValueError(f"--data {source}: {config} {there} has labels outside {least} to {most}")
+    if split.startswith("test"):  # MRPC's and AX's have labels there, unlike the original files
+        labels = [-1.0] * len(rows)
+    else:
+        labels, most = [float(label) for label in rows["label"]], len(task.labels) - 1 if task.labels else 5
+        if not all(0 <= label <= most for label in labels):
+            raise ValueError(f"--data {source}: {config} {there} has labels outside 0 to {most}")
     return Texts([list(rows[name]) for name in task.hub_texts], labels, list(rows["idx"]))
 
 

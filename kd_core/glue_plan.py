@@ -17,6 +17,7 @@ from kd_core.jobs import Job
 
 ENCODER = "bert."  # the part of a masked-language model that is fine-tuned
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
+ONE_JOB = "--run-one-job"  # followed by a FineTuning as JSON, it makes the recipe run that
 # Flags that a job takes as they are.
 SAME_FOR_ALL = ("dropout", "kd_ratio", "temperature", "precision", "compile")
 
@@ -27,16 +28,18 @@ class FineTuning:
 
     Args:
         out: its run folder.
-        model: what `from_pretrained` takes; `weights` is a digest of it, "" for a model of the hub.
+        model: what `from_pretrained` takes; `weights` is a digest of the pretrained one, "" for a model of the hub.
+        after: how MNLI was fine-tuned, where `model` is what came of that.
         data: the tokens, as `glue.tokenise` named them.
         settings: a `glue.Settings`, by name, but for its number of seeds.
-        teacher: a model fine-tuned on the task, or None.
+        teacher: a model fine-tuned on the task, or None; `teacher_weights` is a digest of it.
         tokenizer: the model's, kept beside the fine-tuned one when `keep_model`.
     """
 
     out: str
     model: str
     weights: str
+    after: dict[str, Any] | None
     task: str
     seed: int
     data: str
@@ -45,6 +48,7 @@ class FineTuning:
     warmup_fraction: float
     dropout: float
     teacher: str | None
+    teacher_weights: str
     kd_ratio: float
     temperature: float
     precision: str
@@ -101,11 +105,13 @@ def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack) -> Plan:
     if not settings:
         raise ValueError(f"--data {cfg.data} has none of the tasks: {', '.join(skipped.values())}")
     taught = named_teachers(cfg.teachers, list(settings))
+    taught_by = {task: weights_digest(teacher) for task, teacher in taught.items()}
     longest = max(value.max_length for value in settings.values())
     tokenizers = {model.name: check_model(model, cfg.tokenizer, longest) for model in models}
     for task, teacher in taught.items():
         for ours in tokenizers.values():
             tokenizer.require_same_tokenizer(ours, teacher, flag=f"--teachers {task}=")
+        check_teacher(glue.TASKS[task], teacher, settings[task].max_length)
     folder = claim(cfg, undo)
     evaluated: list[Model] = []
     all_jobs: list[TaskJob] = []
@@ -114,35 +120,44 @@ def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack) -> Plan:
         ours, mine = tokenizers[base.name], [*checkpoints(base, cfg.checkpoints, folder), base]
         digests = {model.name: weights_digest(model.source) for model in mine}
         evaluated += mine
+        data = {
+            task: glue.tokenise(glue.TASKS[task], source, ours, value.max_length) for task, value in settings.items()
+        }
         for task, value in settings.items():
-            data = glue.tokenise(glue.TASKS[task], source, ours, value.max_length)
-            examples = glue.examples(data)
+            examples = glue.examples(data[task])
             control.setdefault(task, glue.majority(glue.TASKS[task], examples))
+            after_mnli = "MNLI" in settings and task in protocol.from_mnli
             steps = value.epochs * math.ceil(len(examples["train"]) / value.batch_size)
             for model in mine:
-                mnli = f"{model.name}/MNLI/{cfg.seed}" if "MNLI" in settings and task in protocol.from_mnli else ""
+                mnli = f"{model.name}/MNLI/{cfg.seed}" if after_mnli else ""
                 for seed in range(cfg.seed, cfg.seed + value.seeds):
                     name = f"{model.name}/{task}/{seed}"
                     job = FineTuning(
                         out=str(folder / name),
                         model=str(folder / mnli / "hf") if mnli else model.source,
                         weights=digests[model.name],
+                        after={"data": data["MNLI"], **_numbers(settings["MNLI"])} if after_mnli else None,
                         task=task,
                         seed=seed,
-                        data=data,
-                        settings={field: number for field, number in value._asdict().items() if field != "seeds"},
+                        data=data[task],
+                        settings=_numbers(value),
                         schedule=protocol.schedule,
                         warmup_fraction=protocol.warmup_fraction,
                         teacher=taught.get(task),
+                        teacher_weights=taught_by.get(task, ""),
                         tokenizer=ours.name_or_path,
                         keep_model=cfg.keep_models or (task == "MNLI" and bool(protocol.from_mnli)),
                         **{field: getattr(cfg, field) for field in SAME_FOR_ALL},
                     )
-                    command = [sys.executable, str(recipe), "--job", json.dumps(dataclasses.asdict(job))]
+                    command = [sys.executable, str(recipe), ONE_JOB, json.dumps(dataclasses.asdict(job))]
                     all_jobs.append(TaskJob(name, folder / name, command, steps, (mnli,) * bool(mnli), False, job))
     # Others may wait for MNLI; then the longest first, so that no long one is left for the end.
     all_jobs.sort(key=lambda job: (job.input.task != "MNLI", -job.steps * job.input.settings["max_length"]))
     return Plan(folder, cfg.protocol, source, evaluated, settings, skipped, control, all_jobs)
+
+
+def _numbers(settings: glue.Settings) -> dict[str, float]:
+    return {field: number for field, number in settings._asdict().items() if field != "seeds"}
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -160,20 +175,30 @@ def named_models(words: Sequence[str]) -> list[Model]:
     models = []
     for word in words:
         name, path = _split(word)
-        name = name or "-".join(Path(path).parts[-3:]).strip("/.-")
+        there = Path(path) if path.strip("./") else Path(path).absolute()
+        name = name or "-".join(there.parts[-3:]).strip("/.-")
         source = teachers.model_source(path, "model")
-        run = Path(path) if Path(source).parent == Path(path) and (Path(path) / "run.json").exists() else None
-        if run is None:
-            models.append(Model(name, str(Path(source).resolve()) if Path(source).exists() else source))
+        result = _pretraining(Path(path).resolve(), source)
+        if result is None:
+            models.append(Model(name, source))
             continue
-        result = json.loads((run / "run.json").read_text()).get("result", {})
         seconds = {key: value for key, value in result.items() if key in ("train_s", "teacher_s", "data_s")}
-        models.append(Model(name, str(Path(source).resolve()), str(run.resolve()), result.get("step"), seconds))
+        models.append(Model(name, source, str(Path(path).resolve()), result["step"], seconds))
     names = [model.name for model in models]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise ValueError(f"two models are called {twice}; name them, as in first=MODEL second=MODEL")
     return models
+
+
+def _pretraining(folder: Path, source: str) -> dict[str, Any] | None:
+    """The result of the pretraining run that lies in `folder` and has made `source`, if there is one."""
+    if Path(source) != folder / "hf" or not (folder / "run.json").exists():
+        return None
+    record = json.loads((folder / "run.json").read_text())
+    result = record.get("result", {})
+    known = "global_batch_size" in record["config"] and {"step", "train_s"} <= result.keys()  # or it is a fine-tuning
+    return result if known else None
 
 
 def _split(word: str) -> tuple[str, str]:
@@ -193,8 +218,7 @@ def named_teachers(words: Sequence[str], tasks: Sequence[str]) -> dict[str, str]
         task, path = _split(word)
         if task not in glue.TASKS:
             raise ValueError(f"--teachers {word} must be TASK=MODEL, the task one of {', '.join(glue.TASKS)}")
-        source = teachers.model_source(path, f"--teachers {task}=")
-        taught[task] = str(Path(source).resolve()) if Path(source).exists() else source
+        taught[task] = teachers.model_source(path, f"--teachers {task}=")
     lacking = [task for task in tasks if words and task not in taught]
     if lacking:
         raise ValueError(f"--teachers names none for {lacking[0]}; add {lacking[0]}=MODEL, or leave it out of --tasks")
@@ -207,26 +231,53 @@ def check_model(model: Model, given: str | None, max_length: int) -> Any:
     Raises:
         ValueError: the model has no tokenizer, is no BERT, or is too small for the tokenizer or for `max_length`.
     """
+    config = _bert_config(model.source, max_length)
+    try:
+        ours = tokenizer.load_tokenizer(model.source)
+    except (ValueError, OSError) as error:
+        if given is None:
+            raise ValueError(f"{model.source} comes without a tokenizer ({error}); give --tokenizer") from error
+        ours = tokenizer.load_tokenizer(given)
+    if config.vocab_size < len(ours):
+        raise ValueError(f"{model.source} knows {config.vocab_size} tokens, its tokenizer has {len(ours)}")
+    return ours
+
+
+def _bert_config(source: str, max_length: int) -> Any:
     from transformers import AutoConfig
 
     try:
-        ours = tokenizer.load_tokenizer(given or model.source)
-    except (ValueError, OSError) as error:
-        if given:
-            raise
-        raise ValueError(f"{model.source} comes without a tokenizer ({error}); give --tokenizer") from error
-    try:
-        config = AutoConfig.from_pretrained(model.source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{model.source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from error
     if config.model_type != "bert":
-        raise ValueError(f"{model.source} is a model of type {config.model_type}; only bert can be fine-tuned here")
-    if config.vocab_size < len(ours):
-        raise ValueError(f"{model.source} knows {config.vocab_size} tokens, its tokenizer has {len(ours)}")
+        raise ValueError(f"{source} is a model of type {config.model_type}; only bert can be fine-tuned here")
     if config.max_position_embeddings < max_length:
         limit = config.max_position_embeddings
-        raise ValueError(f"--max-length {max_length} is more than the {limit} positions of {model.source}; lower it")
-    return ours
+        raise ValueError(f"--max-length {max_length} is more than the {limit} positions of {source}; lower it")
+    return config
+
+
+def check_teacher(task: glue.Task, source: str, max_length: int) -> None:
+    """Refuses a teacher whose logits are not the task's, column by column.
+
+    Raises:
+        ValueError: not fine-tuned, on another task, of other labels, or too small for `max_length`.
+    """
+    config, flag = _bert_config(source, max_length), f"--teachers {task.name}={source}"
+    if config.architectures != ["BertForSequenceClassification"]:
+        raise ValueError(f"{flag} is not fine-tuned ({config.architectures}); give a folder that --keep-models made")
+    job = Path(source).parent / "run.json"
+    trained_on = json.loads(job.read_text())["config"].get("task") if job.exists() else None
+    if trained_on not in (None, task.name):
+        raise ValueError(f"{flag} was fine-tuned on {trained_on}; give one of {task.name}")
+    labels = [config.id2label[column] for column in range(config.num_labels)]
+    unnamed = all(str(label).startswith("LABEL_") for label in labels)
+    if len(labels) != task.columns or (task.labels and not unnamed and labels != list(task.labels)):
+        wanted = list(task.labels) or "a score"
+        raise ValueError(
+            f"{flag} tells apart {labels}, the task {wanted}; rename id2label in its config if it means these"
+        )
 
 
 def weights_digest(source: str) -> str:
@@ -250,8 +301,13 @@ def claim(cfg: Any, undo: contextlib.ExitStack) -> Path:
     file = Path(cfg.out or "") / "run.json"
     if not (cfg.out and file.exists()):
         return report.claim_folder(cfg, "glue", undo).resolve()
-    there = json.loads(file.read_text())
-    if there.get("recipe") != "glue" or "models" not in there.get("config", {}):
+    try:
+        there = json.loads(file.read_text())
+        ours = there["recipe"] == "glue" and "models" in there["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} is no run's, or damaged ({what}); choose another folder") from None
+    if not ours:
         raise ValueError(f"--out {cfg.out} holds a run that is no evaluation; choose another folder")
     return file.parent.resolve()
 
@@ -268,6 +324,7 @@ def checkpoints(model: Model, wanted: Sequence[str], folder: Path) -> list[Model
         raise ValueError(f"--checkpoints: {model.source} is no run folder; leave the flag or the model out")
     there = {engine.step_of(path.name): path for path in sorted((Path(model.run) / "checkpoints").glob("step*"))}
     steps = list(there) if list(wanted) == ["all"] else [int(word) if word.isdecimal() else word for word in wanted]
+    steps = list(dict.fromkeys(steps))
     absent = [step for step in steps if step not in there]
     if absent or not there:
         known = ", ".join(map(str, there)) or "none"
@@ -284,16 +341,14 @@ def _export(model: Model, checkpoint: Path, folder: Path) -> Model:
     step = engine.step_of(checkpoint.name)
     target = folder / f"{model.name}@{step}" / "hf"
     state, client_state = engine.read_checkpoint(checkpoint)
-    if not target.exists():
-        config = BertConfig.from_pretrained(model.source)
-        encoder: Any = BertModel(config, add_pooling_layer=False)
-        state = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
-        name = EMBEDDING.removeprefix(ENCODER)
-        state[name] = state[name][: config.vocab_size]  # training pads the vocabulary
-        encoder.to(next(iter(state.values())).dtype).load_state_dict(state)
-        ours = tokenizer.load_tokenizer(model.source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        report.replace_folder(target, encoder.save_pretrained, ours.save_pretrained)
+    config = BertConfig.from_pretrained(model.source)
+    encoder: Any = BertModel(config, add_pooling_layer=False)
+    state = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
+    name = EMBEDDING.removeprefix(ENCODER)
+    state[name] = state[name][: config.vocab_size]  # training pads the vocabulary
+    encoder.to(next(iter(state.values())).dtype).load_state_dict(state)
+    target.parent.mkdir(parents=True, exist_ok=True)  # what an earlier call has put there may be of another run
+    report.replace_folder(target, encoder.save_pretrained, tokenizer.load_tokenizer(model.source).save_pretrained)
     seconds, _ = client_state["clocks"][0]  # rank 0's, as in the log
     seconds = {f"{part}_s": value for part, value in seconds.items()}
     return Model(f"{model.name}@{step}", str(target), model.run, step, seconds)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from kd_core import glue, report
-from kd_core.glue_plan import Model, Plan, TaskJob
+from kd_core.glue_plan import SAME_FOR_ALL, Model, Plan, TaskJob
 
 METRIC = "glue/average"
 
@@ -84,12 +84,14 @@ def write(plan: Plan) -> None:
 
     All jobs have finished.
     """
-    covered = [name for name in plan.settings if name in glue.PROTOCOLS[plan.protocol].averaged]
+    covered = [name for name in plan.settings if name in glue.AVERAGED]
     scored = {name: _scored(plan, name) for name in plan.settings}
     record: dict[str, Any] = {
         "protocol": plan.protocol,
         "data": plan.data,
         "settings": {name: value._asdict() for name, value in plan.settings.items()},
+        "flags": {field: getattr(plan.jobs[0].input, field) for field in SAME_FOR_ALL},
+        "teachers": {job.input.task: job.input.teacher for job in plan.jobs if job.input.teacher},
         "skipped": plan.skipped,
         "average_covers": covered,
         "notes": _notes(plan, covered),
@@ -102,11 +104,11 @@ def write(plan: Plan) -> None:
     report.write_atomic(plan.folder / "glue.json", json.dumps(record, indent=2) + "\n")
     text = markdown(record)
     report.write_atomic(plan.folder / "glue.md", text)
+    print(text)
+    print(f"evaluation: {plan.folder / 'glue.md'}")
     for model in plan.models:
         if model.run and Path(model.source) == Path(model.run) / "hf":
             write_run(plan.folder / "time_to_quality" / model.name, model, record)
-    print(text)
-    print(f"evaluation: {plan.folder / 'glue.md'}")
 
 
 def _scored(plan: Plan, name: str) -> list[str]:
@@ -125,7 +127,7 @@ def _average(tasks: dict[str, Any], covered: list[str]) -> float | None:
 def _notes(plan: Plan, covered: list[str]) -> list[str]:
     notes = [f"{name} is skipped: {reason}." for name, reason in plan.skipped.items()]
     protocol = glue.PROTOCOLS[plan.protocol]
-    without = [name for name in protocol.averaged if name not in covered]
+    without = [name for name in glue.AVERAGED if name not in covered]
     notes.append(
         f"The average covers {', '.join(covered) or 'no task'}" + f", not {', '.join(without)}." * bool(without)
     )
@@ -205,7 +207,7 @@ def markdown(record: dict[str, Any]) -> str:
 def write_run(folder: Path, model: Model, record: dict[str, Any]) -> None:
     """Copies `model`'s run.json and metrics.jsonl into `folder`, adding `glue/average` where it was evaluated.
 
-    The protocol's settings go into `config`, so that time to quality refuses runs that were evaluated otherwise.
+    How it was fine-tuned goes into `config`, so that time to quality refuses runs that were evaluated otherwise.
     """
     points = [
         (other["pretraining"], other["average"])
@@ -215,7 +217,8 @@ def write_run(folder: Path, model: Model, record: dict[str, Any]) -> None:
     if not points:
         return
     run = json.loads((Path(str(model.run)) / "run.json").read_text())
-    run["config"] |= {"glue_settings": record["settings"], "glue_average_covers": record["average_covers"]}
+    how = ("protocol", "data", "settings", "flags", "teachers", "average_covers")
+    run["config"] |= {f"glue_{name}": record[name] for name in how}
     lines = {line["step"]: line for line in report.read_metrics(Path(str(model.run)))}
     for spent, average in points:
         step = spent["step"]

@@ -159,7 +159,7 @@ def stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
     """Has the jobs save and end; what still runs after SECONDS_TO_SAVE is killed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    print("stopping: what runs saves first", file=sys.stderr, flush=True)
+    print("stopping: what can be continued saves first", file=sys.stderr, flush=True)
     deadline = time.monotonic() + SECONDS_TO_SAVE
     for process in processes:
         process.terminate()
@@ -181,22 +181,29 @@ def why_ended(job: Job, code: int) -> str:
 
 
 def run_all(
-    jobs: Sequence[Job], at_once: Sequence[dict[str, str]], lock: int, summary: Callable[[Any], str], what: str = "runs"
+    jobs: Sequence[Job],
+    at_once: Sequence[dict[str, str]],
+    lock: int,
+    summary: Callable[[Any], str],
+    out: Path,
+    what: str = "runs",
 ) -> None:
     """Runs what has not finished, one job in each of the environments `at_once`, on one progress bar.
 
-    A job that fails stops the others, says why and ends the process with its exit code.
+    A job that fails says why, ends the process with its exit code and stops the others, which can resume; those that
+    cannot are waited for.
 
     Args:
         lock: the descriptor that `locked` yields.
         summary: a finished job in a few words.
+        out: the folder of all.
         what: what the terminal calls the jobs.
     """
     try:
         _run_all(jobs, at_once, lock, summary)
     except (SystemExit, KeyboardInterrupt):
         done = sum(map(finished, jobs))
-        print(f"{done} of {len(jobs)} {what} have finished; the same call again continues", file=sys.stderr)
+        print(f"{done} of {len(jobs)} {what} have finished; the same call with --out {out} continues", file=sys.stderr)
         raise
 
 
@@ -205,13 +212,14 @@ def _run_all(jobs: Sequence[Job], at_once: Sequence[dict[str, str]], lock: int, 
     free, running = list(at_once), dict[subprocess.Popen[bytes], tuple[Job, dict[str, str]]]()
     taken = {job.name: job.steps if finished(job) else steps_taken(job) * job.resumes for job in jobs}
     total, first, began = sum(job.steps for job in jobs), sum(taken.values()), time.monotonic()
+    failed = 0
     bar = tqdm(total=total, initial=first, unit="step", smoothing=0, dynamic_ncols=True, disable=None)
     try:
-        while waiting or running:
+        while running or (waiting and not failed):
             going = [job for job, _ in running.values()]
             pending = {job.name for job in [*waiting, *going]}
             ready = next((job for job in waiting if not pending.intersection(job.needs)), None)
-            if ready and free:
+            if ready and free and not failed:
                 waiting.remove(ready)
                 place = free.pop()
                 running[start(ready, place, lock)] = ready, place
@@ -227,7 +235,10 @@ def _run_all(jobs: Sequence[Job], at_once: Sequence[dict[str, str]], lock: int, 
                 if not finished(job):
                     tqdm.write(f"error: {job.name}: {why_ended(job, process.returncode)}", file=sys.stderr)
                     code = process.returncode or 1  # 0: told to stop, by another than this process
-                    raise SystemExit(code if code > 0 else 128 - code)
+                    failed = failed or (code if code > 0 else 128 - code)
+                    if any(other.resumes for other, _ in running.values()):
+                        raise SystemExit(failed)
+                    continue
                 note = f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)}: {summary(job)}"
                 if all(job.name in other.needs for other in jobs if other is not job):
                     # What all others waited for says nothing about the pace of the jobs to come.
@@ -237,6 +248,8 @@ def _run_all(jobs: Sequence[Job], at_once: Sequence[dict[str, str]], lock: int, 
                     pace = (time.monotonic() - began) / max(1, sum(taken.values()) - first)
                     note += f"; about {timedelta(seconds=round(pace * (total - sum(taken.values()))))} left"
                 tqdm.write(note, file=sys.stderr)
+        if failed:
+            raise SystemExit(failed)
     finally:
         bar.close()
         if running:

@@ -235,7 +235,7 @@ def main() -> None:
                 recipe, config = Path(study.recipe).stem, dataclasses.asdict(run.config)
                 jobs.check_unchanged(run, config, recipe=recipe, ranks=study.ranks)
             report.write_atomic(out / "study.json", args.study.read_text())
-            jobs.run_all(runs, at_once, lock, lambda run: summary(run, study.metric))
+            jobs.run_all(runs, at_once, lock, lambda run: summary(run, study.metric), out)
             write_reports(study, out, out / REPORT)
 
 

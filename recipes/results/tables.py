@@ -107,7 +107,9 @@ def speedup_table(folder: Path, study: Study) -> list[str]:
                 median = np.median([row["speedup"] for row in rows])
                 verdicts = Counter(row["verdict"] for row in rows)
                 counts = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.items())
-                lines.append(f"| {arm} | {method} | {reached(rows[0])} | {reached(rows[-1])} | {median:.2f} | {counts} |")
+                lines.append(
+                    f"| {arm} | {method} | {reached(rows[0])} | {reached(rows[-1])} | {median:.2f} | {counts} |"
+                )
     return lines
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from kd_core import engine, glue, time_to_quality
+from kd_core import engine, glue, glue_plan, time_to_quality
 from kd_core.glue_plan import FineTuning
 from kd_core.tokenizer import load_tokenizer
 from recipes import glue as recipe
@@ -175,7 +175,15 @@ def job(**fields: Any) -> FineTuning:
     settings = {"lr": 1e-3, "weight_decay": 0.0, "batch_size": 8, "epochs": 2, "max_length": 24}
     defaults: dict[str, Any] = dict.fromkeys(("out", "model", "weights", "task", "data", "tokenizer"), "")
     defaults |= {"seed": 1, "settings": settings, "schedule": "linear", "warmup_fraction": 0.1, "dropout": 0.1}
-    defaults |= {"teacher": None, "kd_ratio": 0.0, "temperature": 1.0, "precision": "auto", "compile": False}
+    defaults |= {
+        "after": None,
+        "teacher": None,
+        "teacher_weights": "",
+        "kd_ratio": 0.0,
+        "temperature": 1.0,
+        "precision": "auto",
+        "compile": False,
+    }
     return FineTuning(**defaults | {"keep_model": False} | fields)
 
 
@@ -189,7 +197,9 @@ def run_job(
     def run(name: str, task: str = "WNLI", **fields: Any) -> Path:
         source = str(student / "hf")
         data = glue.tokenise(glue.TASKS[task], str(glue_folder), load_tokenizer(source), 24)
-        one = job(out=str(tmp_path / name), model=source, task=task, data=data, tokenizer=source, **fields)
+        one = job(
+            **{"out": str(tmp_path / name), "model": source, "task": task, "data": data, "tokenizer": source} | fields
+        )
         assert recipe.fine_tune(one) == 0
         return tmp_path / name
 
@@ -214,10 +224,28 @@ def test_a_student_learns_what_its_teacher_says(run_job: Any, task: str) -> None
     assert json.loads((teacher / "run.json").read_text())["result"]["teacher_s"] == 0
 
 
-def test_a_teacher_of_another_task_is_refused(run_job: Any) -> None:
-    teacher = run_job("teacher", "RTE", keep_model=True)
-    with pytest.raises(ValueError, match=r"tells apart \['entailment', 'not_entailment'\], the task \['0', '1'\]"):
-        run_job("taught", "WNLI", kd_ratio=0.5, teacher=str(teacher / "hf"))
+def test_teachers_that_will_not_do(run_job: Any, attempt: Callable[..., str], student: Path, tmp_path: Path) -> None:
+    kept, bare = run_job("kept", "RTE", keep_model=True), tmp_path / "bare"
+    shutil.copytree(kept / "hf", bare)
+    config = json.loads((bare / "config.json").read_text())
+
+    def said(teacher: Path, **changes: Any) -> str:
+        (bare / "config.json").write_text(json.dumps(config | changes))
+        return attempt(student, "--kd-ratio", 0.5, "--tasks", "WNLI", "--teachers", f"WNLI={teacher}")
+
+    assert "was fine-tuned on RTE; give one of WNLI" in said(kept)
+    assert "tells apart ['entailment', 'not_entailment'], the task ['0', '1']; rename id2label" in said(bare)
+    assert "is not fine-tuned (['BertForMaskedLM'])" in said(student)
+    assert "--max-length 128 is more than the 64 positions" in said(bare, max_position_embeddings=64)
+
+
+def test_an_encoder_of_other_shapes_is_refused(run_job: Any, student: Path, tmp_path: Path) -> None:
+    other = tmp_path / "wider"
+    shutil.copytree(student / "hf", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 64}))
+    with pytest.raises(ValueError, match=r"in other shapes: \['bert.embeddings.word_embeddings.weight'\]"):
+        run_job("out", model=str(other))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +275,8 @@ def test_checkpoints_of_any_stage_hold_the_run_s_weights(
 
 
 def test_checkpoints_give_quality_against_pretraining_seconds(student: Path, evaluate: Any, tmp_path: Path) -> None:
-    words = [f"a={student}", f"b={student}", "--checkpoints", "all", "--tasks", "CoLA", *FAST]
+    (tmp_path / "linked").symlink_to(student)
+    words = [f"a={student}", "b=linked", "--checkpoints", "all", "--tasks", "CoLA", *FAST]
     finish(evaluate(*words, "--protocol", "sane", "--out", "out"))
     out = tmp_path / "out"
     found = record(out)["models"]
@@ -268,6 +297,24 @@ def test_checkpoints_give_quality_against_pretraining_seconds(student: Path, eva
     runs = [out / "time_to_quality" / name for name in "ab"]
     study = time_to_quality.report(runs[:1], runs[1:], metric="glue/average", out=tmp_path / "report")
     assert study["metric"] == "glue/average"
+    run = json.loads((runs[1] / "run.json").read_text())
+    run["config"]["glue_flags"]["dropout"] = 0.2
+    (runs[1] / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="glue_flags"):
+        time_to_quality.report(runs[:1], runs[1:], metric="glue/average", out=tmp_path / "report")
+
+
+def test_what_counts_as_a_pretraining_run(
+    run_job: Any, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = run_job("kept", keep_model=True)
+    (tmp_path / "linked").symlink_to(student)
+    monkeypatch.chdir(tmp_path)
+    run, tuned, alone = glue_plan.named_models(["linked", f"tuned={kept}", f"alone={student / 'hf'}"])
+    assert (run.name, run.run, run.step, tuned.run, alone.run) == ("linked", str(student), 8, None, None)
+    assert [model.name for model in glue_plan.checkpoints(run, ["3", "3"], tmp_path)] == ["linked@3"]
+    monkeypatch.chdir(student)
+    assert glue_plan.named_models(["."])[0].name == "-".join(student.parts[-3:])
 
 
 @pytest.fixture
@@ -308,6 +355,8 @@ def test_bad_input(attempt: Callable[..., str], student: Path, glue_folder: Path
     assert "must be TASK=MODEL" in attempt(student, *kd, student)
     assert "is more than the 512 positions" in attempt(student, "--max-length", 600)
     assert "is no run folder" in attempt(student / "hf", "--checkpoints", "all")
+    assert "--jobs must be at least 1, got 0" in attempt(student, "--jobs", 0)
+    assert "did you mean --jobs?" in attempt(student, "--job", 3)
     assert "has 3, 6, 8 (--save-every, --keep)" in attempt(student, "--checkpoints", 5)
     assert "--resume" in attempt(student, "--resume")
 

@@ -213,6 +213,29 @@ def test_the_hub_has_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
         glue.read_split(task._replace(labels=("entailment",)), "train", glue.HUB)
 
 
+def test_the_hub_s_labels_of_test_splits_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MRPC's are the true ones there, all others -1."""
+    import datasets
+
+    columns = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [1, 0], "idx": [0, 1]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(columns))
+    monkeypatch.setattr(glue, "require_hub", lambda what: None)
+    assert glue.read_split(glue.TASKS["MRPC"], "test", glue.HUB).labels == [-1, -1]
+
+
+def test_a_test_file_s_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "RTE" / "test.tsv"
+    file.parent.mkdir()
+    file.write_text("sentence1\tsentence2\tindex\na\tb\t7\n")
+    assert glue.read_split(glue.TASKS["RTE"], "test", str(tmp_path)).numbers == [7]
+    file.write_text("sentence1\tsentence2\tindex\na\tb\tx0\n")
+    with pytest.raises(ValueError, match=r"RTE/test\.tsv, line 2: index 'x0' is no number"):
+        glue.read_split(glue.TASKS["RTE"], "test", str(tmp_path))
+    file.write_text("sentence1\tsentence2\tindex\na\tb\n")
+    with pytest.raises(ValueError, match="1 of 1 rows with fewer columns than 3"):
+        glue.read_split(glue.TASKS["RTE"], "test", str(tmp_path))
+
+
 def test_batches_are_the_tokenizer_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
     texts = [["a cat sat on the mat", "no"], ["the mat", "a very long sentence that has to be cut somewhere"]]

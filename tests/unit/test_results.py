@@ -14,7 +14,9 @@ STUDIES = sorted(file.parent for file in tables.HERE.glob("*/study.json"))
 def test_the_tables_are_those_of_the_lines() -> None:
     page = (tables.HERE / "README.md").read_text()
     assert tables.render(page) == page
-    assert {match[3] for match in tables.MARK.finditer(page) if match[2] == "arms"} == {folder.name for folder in STUDIES}
+    assert {match[3] for match in tables.MARK.finditer(page) if match[2] == "arms"} == {
+        folder.name for folder in STUDIES
+    }
 
 
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)

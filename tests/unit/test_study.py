@@ -317,7 +317,7 @@ def test_a_run_that_fails_stops_the_study_with_its_own_line_and_code(folder: Fol
     assert code == 2
     errors = [line for line in lines if line.startswith("error:")]
     assert errors == ["error: kd/40/1: --crash-at was reached (my out/kd/40/1.log)"]
-    assert lines[-1].endswith("runs have finished; the same call again continues")
+    assert lines[-1].endswith("runs have finished; the same call with --out my out continues")
     assert not folder.runs(), "the other run goes on"
     assert json.loads((folder.out / "plain/20/1/run.json").read_text())["result"]["stopped"] == "finished"
 
@@ -332,7 +332,7 @@ def test_a_signal_has_the_run_save_and_says_how_to_go_on(folder: Folder, number:
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == code
-    assert err.splitlines()[-1] == "1 of 2 runs have finished; the same call again continues"
+    assert err.splitlines()[-1] == "1 of 2 runs have finished; the same call with --out my out continues"
     assert folder.events()[-1][0] == "stopped"
     assert not folder.runs()
 
