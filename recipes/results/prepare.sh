@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The data and the teachers of the studies in this folder, into runs/: WIKI=wikipedia_en CIFAR=cifar10 bash recipes/results/prepare.sh
+# The data and the teachers of the studies in this folder, into runs/:
+#     WIKI=wikipedia_en CIFAR=cifar10 IMAGENETTE=imagenette.tar bash recipes/results/prepare.sh
 # WIKI is a folder with train.jsonl.xz and validation.jsonl.xz, CIFAR one with train.parquet and test.parquet.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -11,6 +12,7 @@ for part in tuning report; do
 done
 xz -dc "$WIKI/validation.jsonl.xz" | awk 'NR % 2 { print > "runs/data/wikipedia_tuning/validation.jsonl" } NR % 4 == 0 { print > "runs/data/wikipedia_report/validation.jsonl" }'
 ln -sfn "$(realpath "$CIFAR")" runs/data/cifar10
+ln -sfn "$(realpath "$IMAGENETTE")" runs/data/imagenette224.tar
 
 bert() {
     python recipes/bert_kd.py --data runs/data/wikipedia_tuning --vocab-size 2048 --seq-len 32 --mask-fraction 0.3 --clip 1 \
@@ -23,6 +25,9 @@ bert --student tiny --lr 2e-3 --steps 4000 --global-batch-size 32 --micro-batch-
     --eval-every 200 --out runs/teachers/poor
 python recipes/resnet_kd.py --preset cifar --data runs/data/cifar10 --micro-batch-size 128 --student resnet20 --steps 2000 \
     --eval-every 500 --log-every 50 --out runs/teachers/resnet20
+python recipes/resnet_kd.py --preset cifar --data runs/data/imagenette224.tar --crop resized --min-scale 0.25 --train-size 48 \
+    --eval-resize 48 --eval-size 48 --global-batch-size 64 --micro-batch-size 64 --lr 0.1 --student resnet20 --steps 1200 \
+    --eval-every 300 --log-every 50 --out runs/teachers/imagenette20
 
 python -m kd_core.cache build --teacher runs/teachers/good --data runs/data/wikipedia_report --vocab-size 2048 --seq-len 32 \
     --mask-fraction 0.3 --mask-patterns 1 --micro-batch-size 64 --out runs/caches/good
