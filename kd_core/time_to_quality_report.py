@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -27,6 +28,7 @@ EXPLANATION = (
     "forwards are counted, their training stands apart.",
 )
 COLOURS = {"baseline": "#444444", "against": "#d1495b", "tradeoff": "#00798c", "learning": "#edae49"}
+LABEL_HEIGHT = 0.025  # of a target's label, as a share of the axes
 
 
 def headline(study: dict[str, Any]) -> str:
@@ -196,8 +198,9 @@ def write(study: dict[str, Any], drawn: dict[str, dict[str, Any]], out: Path) ->
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".") as hidden:
         for name, figure in (("quality", _quality_figure(study, drawn)), ("speedup", _speedup_figure(study))):
-            for ending in ("png", "svg"):
-                figure.savefig(Path(hidden, f"{name}.{ending}"), dpi=150)
+            figure.savefig(Path(hidden, f"{name}.png"), dpi=150)
+            with matplotlib.rc_context({"svg.hashsalt": name}):  # the same runs, the same bytes
+                figure.savefig(Path(hidden, f"{name}.svg"), metadata={"Date": None})
         Path(hidden, "report.md").write_text(markdown(study))
         Path(hidden, "report.json").write_text(json.dumps(study, indent=2, allow_nan=False) + "\n")
         for name in ("quality.png", "quality.svg", "speedup.png", "speedup.svg", "report.md", "report.json"):
@@ -224,19 +227,21 @@ def _quality_figure(study: dict[str, Any], drawn: dict[str, dict[str, Any]]) -> 
                 *zip(*windows, strict=True), "v", color=colour, markersize=6, label=f"{NAMES[arm]}: teacher leaves"
             )
     targets = [row["target"] for row in rows]
-    for row in rows:
-        axes.axhline(row["target"], color="#888888", linewidth=0.8, linestyle=":")
-        told = f"{row['target']:.6g}: " + (f"{row['speedup']:.2f} x" if row["speedup"] else "out of reach")
-        place: dict[str, Any] = dict(
-            xy=(1, row["target"]), xycoords=("axes fraction", "data"), xytext=(4, -3), textcoords="offset points"
-        )
-        axes.annotate(told, **place, fontsize=8)
     # The first evaluations are far from every target: they may leave the picture.
     qualities = np.concatenate([quality for data in drawn.values() for _, quality in data["runs"]] + [targets])
     better = -1 if study["lower_is_better"] else 1
     best, easiest = better * max(better * qualities), better * min(better * np.array(targets))
     span = abs(best - easiest) or 1.0
-    axes.set_ylim(*sorted((best + 0.05 * better * span, easiest - 0.6 * better * span)))
+    low, high = sorted((best + 0.05 * better * span, easiest - 0.6 * better * span))
+    axes.set_ylim(low, high)
+    height = 0.0
+    for row in sorted(rows, key=lambda row: row["target"]):
+        axes.axhline(row["target"], color="#888888", linewidth=0.8, linestyle=":")
+        told = f"{row['target']:.6g}: " + (f"{row['speedup']:.2f} x" if row["speedup"] else "out of reach")
+        height = max(height + LABEL_HEIGHT, (row["target"] - low) / (high - low))  # of targets close together too
+        axes.annotate(
+            told, (1, height), xycoords="axes fraction", xytext=(4, -3), textcoords="offset points", fontsize=8
+        )
     axes.set(
         title=f"Quality against time; dotted: targets, with the speed-up ({METHODS[method].lower()})",
         xlabel="training seconds (teachers' forwards counted, their training not)",
