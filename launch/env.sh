@@ -127,6 +127,9 @@ if [ "${CUDA_VISIBLE_DEVICES-unset}" = "" ] || ! compgen -G '/dev/nvidia[0-9]*' 
     [ -e /dev/dxg ] || [ -e /dev/kfd ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 fi
 
+# torchao, where it is installed, has every process warn of its own use of torch.
+export TORCH_LOGS=${TORCH_LOGS:--torch.utils._pytree}
+
 # Descriptor 9 is the lock against two set-ups at once; check() and the line below take it, the end of the set-up,
 # even by kill -9, frees it. (The flock program is not everywhere.)
 lock=/dev/null
