@@ -21,6 +21,7 @@ from types import FrameType
 
 import psutil
 
+SECONDS_TO_START = 60.0  # within which the launcher has started the ranks of one machine
 SECONDS_TO_SAVE = 60.0  # from the first signal until what still runs is killed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -54,6 +55,15 @@ def find_ranks(group: int, script: str) -> list[int]:
             except ProcessLookupError:
                 continue  # ended since it was listed
     return [pid for pid, parent in parent_of.items() if parent not in parent_of]  # without forked data loaders
+
+
+def parent_of_ranks(launcher: int) -> psutil.Process | None:
+    """The child of DeepSpeed's launcher that starts this machine's ranks, once it is there."""
+    try:
+        children = psutil.Process(launcher).children()
+        return next((child for child in children if "deepspeed.launcher.launch" in child.cmdline()), None)
+    except psutil.Error:  # one of them has ended
+        return None
 
 
 def send(signum: int, *pids: int) -> None:
@@ -94,6 +104,10 @@ def main() -> int:
     guard = subprocess.Popen(guard_command, stdin=subprocess.PIPE, start_new_session=True)
 
     ranks: list[int] = []
+    # The launcher exits with 0 when its inner process was killed with -9, and leaves the ranks running. It takes its time,
+    # in which they may save and end, so they are looked for at once.
+    orphans: list[int] = []
+    inner, searched_until = None, time.monotonic() + SECONDS_TO_START
     deadline = float("inf")
     while launcher.poll() is None and time.monotonic() < deadline:
         if received and deadline == float("inf"):
@@ -102,12 +116,17 @@ def main() -> int:
             send(received, *ranks)
             if not ranks:  # still starting: nothing to save
                 send(signal.SIGTERM, -group)
+        if inner is None and time.monotonic() < searched_until:  # on several machines it is no child of the launcher
+            inner = parent_of_ranks(launcher.pid)
+        elif inner and not orphans and not inner.is_running():
+            orphans = find_ranks(group, script)
         time.sleep(0.1)
 
-    # The launcher exits with 0 when its inner process was killed with -9, and leaves the ranks running.
-    orphans = find_ranks(group, script) if launcher.poll() is not None else []
-    if orphans:
+    if not orphans and launcher.poll() is not None:
+        orphans = find_ranks(group, script)
+    if orphans and not launcher.returncode:
         print(f"kd_core.launch: the launcher died before its {len(orphans)} ranks: stopping them", file=sys.stderr)
+    if orphans:
         send(signal.SIGTERM, *orphans)
         deadline = min(deadline, time.monotonic() + SECONDS_TO_SAVE)
         while find_ranks(group, script) and time.monotonic() < deadline:
