@@ -197,7 +197,9 @@ def _pretraining(folder: Path, source: str) -> dict[str, Any] | None:
         return None
     record = json.loads((folder / "run.json").read_text())
     result = record.get("result", {})
-    known = "global_batch_size" in record["config"] and {"step", "train_s"} <= result.keys()  # or it is a fine-tuning
+    known = (
+        "global_batch_size" in record.get("config", {}) and {"step", "train_s"} <= result.keys()
+    )  # or it is a fine-tuning
     return result if known else None
 
 
@@ -268,7 +270,7 @@ def check_teacher(task: glue.Task, source: str, max_length: int) -> None:
     if config.architectures != ["BertForSequenceClassification"]:
         raise ValueError(f"{flag} is not fine-tuned ({config.architectures}); give a folder that --keep-models made")
     job = Path(source).parent / "run.json"
-    trained_on = json.loads(job.read_text())["config"].get("task") if job.exists() else None
+    trained_on = json.loads(job.read_text()).get("config", {}).get("task") if job.exists() else None
     if trained_on not in (None, task.name):
         raise ValueError(f"{flag} was fine-tuned on {trained_on}; give one of {task.name}")
     labels = [config.id2label[column] for column in range(config.num_labels)]
