@@ -196,10 +196,8 @@ def _pretraining(folder: Path, source: str) -> dict[str, Any] | None:
     if Path(source) != folder / "hf" or not (folder / "run.json").exists():
         return None
     record = json.loads((folder / "run.json").read_text())
-    result = record.get("result", {})
-    known = (
-        "global_batch_size" in record.get("config", {}) and {"step", "train_s"} <= result.keys()
-    )  # or it is a fine-tuning
+    config, result = record.get("config", {}), record.get("result", {})
+    known = "global_batch_size" in config and {"step", "train_s"} <= result.keys()  # or it is a fine-tuning
     return result if known else None
 
 
