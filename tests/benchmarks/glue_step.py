@@ -64,6 +64,7 @@ def steps(source: str, folder: str, task_name: str, rounds: int, number: int) ->
     task = glue.TASKS[task_name]
     data = glue.tokenise(task, folder, load_tokenizer(source), 128)
     fields: dict[str, Any] = {"dropout": 0.1, "teacher": None, "kd_ratio": 0.0, "temperature": 1.0, "compile": False}
+    fields |= {"teacher_weights": "", "after": None}
     fields |= {"schedule": "cosine", "warmup_fraction": 0.1, "precision": "auto", "tokenizer": source}
     job = FineTuning(
         out="",
