@@ -403,6 +403,21 @@ class Examples:
         input_ids = self.tokens[sources_BT].masked_fill(~there_BT, 0).long()
         return input_ids, (there_BT & (positions_T >= self.firsts[rows, None])).long(), there_BT.long()
 
+    def pieces(self, rows: Tensor, overhead: int) -> list[Tensor]:
+        """`rows` in the order of their lengths, cut so that the sum of padded tokens, and `overhead` a piece, is least."""
+        order = self.lengths[rows].argsort()
+        lengths = self.lengths[rows][order].tolist()
+        best, starts = [0], [0]  # of the first rows: their least cost, and where their last piece starts
+        for end, longest in enumerate(lengths, 1):
+            cost, start = min((best[start] + (end - start) * longest + overhead, start) for start in range(end))
+            best.append(cost)
+            starts.append(start)
+        sizes, end = [], len(lengths)
+        while end:
+            sizes.append(end - starts[end])
+            end = starts[end]
+        return list(rows[order].split(sizes[::-1]))
+
 
 def tokenise(task: Task, source: str, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> str:
     """The task as tokens, in the cache; made once for all jobs. Returns what `examples` finds it by.

@@ -32,6 +32,7 @@ RECIPE = Path(__file__).stem
 disable_progress_bar()
 set_verbosity_error()  # a fresh classifier is what is wanted here, and nothing to warn of
 EVAL_BATCH = 128
+PIECE = 64  # tokens that a core computes in the time that one more call of a small model takes
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,19 @@ def losses(job: FineTuning, task: glue.Task, logits_BV: Tensor, labels_B: Tensor
     return torch.stack([loss, label.detach(), kd.detach()])
 
 
+def batch_losses(
+    job: FineTuning, task: glue.Task, model: Any, train: glue.Examples, rows: Tensor, teacher_EV: Tensor | None
+) -> Tensor:
+    """The losses of the examples `rows` [B]. A CPU computes those of like lengths together, which saves padding."""
+    on_gpu = torch.cuda.is_available()
+    pieces = [rows] if on_gpu else train.pieces(rows, PIECE)
+    rows = torch.cat(pieces)
+    logits_BV = torch.cat([forward(job, model, train.batch(piece, multiple=8 if on_gpu else 1)) for piece in pieces])
+    labels_B = train.labels[rows].to(engine.device(), non_blocking=True)
+    teacher_BV = None if teacher_EV is None else teacher_EV[rows.to(engine.device())]
+    return losses(job, task, logits_BV, labels_B, teacher_BV)
+
+
 @torch.no_grad()
 def predict(job: FineTuning, model: Any, examples: glue.Examples) -> Tensor:
     """float32 [E, V] on the CPU: logits of all examples, computed in the order of their lengths."""
@@ -205,10 +219,7 @@ def fine_tune(job: FineTuning) -> int:
         student.train()
         for group in optimizer.param_groups:
             group["lr"] = peak * factor(step - 1, steps, warmup_fraction=job.warmup_fraction)
-        logits_BV = forward(job, student, train.batch(rows, multiple=8 if torch.cuda.is_available() else 1))
-        labels_B = train.labels[rows].to(engine.device(), non_blocking=True)
-        teacher_BV = None if teacher_EV is None else teacher_EV[rows.to(engine.device())]
-        sums = losses(job, task, logits_BV, labels_B, teacher_BV)
+        sums = batch_losses(job, task, student, train, rows, teacher_EV)
         (sums[0] / len(rows)).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -83,12 +83,10 @@ def steps(source: str, folder: str, task_name: str, rounds: int, number: int) ->
     ours = recipe.build_student(job, task).train()
     bare = copy.deepcopy(ours)
     optimizers = adamw(ours), adamw(bare)
-    multiple = 8 if torch.cuda.is_available() else 1
 
     def recipe_step(rows: torch.Tensor) -> None:
         ours.train()
-        logits = recipe.forward(job, ours, train.batch(rows, multiple))
-        sums = recipe.losses(job, task, logits, train.labels[rows].to(engine.device()), None)
+        sums = recipe.batch_losses(job, task, ours, train, rows, None)
         (sums[0] / len(rows)).backward()
         optimizers[0].step()
         optimizers[0].zero_grad()

@@ -21,6 +21,7 @@ from kd_core import engine, glue, glue_plan, time_to_quality
 from kd_core.glue_plan import FineTuning
 from kd_core.tokenizer import load_tokenizer
 from recipes import glue as recipe
+from tests.benchmarks import glue_step
 from tests.conftest import ROOT, cpu_environment, deepspeed
 from tests.invariants.test_structure import run_smoke_command
 from tests.recipes.conftest import SMALL, metrics
@@ -169,6 +170,31 @@ def test_losses_are_their_definitions() -> None:
     scores, taught = torch.tensor([[1.0], [4.0]]), torch.tensor([[2.0], [2.0]])
     sums = recipe.losses(job(kd_ratio=0.25), glue.TASKS["STS-B"], scores, torch.tensor([0.0, 5.0]), taught)
     assert sums.tolist() == [0.75 * 2 + 0.25 * 5, 2, 5]
+
+
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole(
+    student: Path, glue_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KD_CACHE", str(cache))
+    task, one = glue.TASKS["STS-B"], job(model=str(student / "hf"), dropout=0.0, kd_ratio=0.5)
+    train = glue.examples(glue.tokenise(task, str(glue_folder), load_tokenizer(one.model), 128))["train"]
+    rows, gradients = torch.randperm(len(train))[:8], []
+    teacher_EV = torch.arange(len(train))[:, None].float()  # to each example an answer of its own
+    for overhead in (0, 10**6):
+        monkeypatch.setattr(recipe, "PIECE", overhead)
+        model = recipe.build_student(one, task)
+        recipe.batch_losses(one, task, model, train, rows, teacher_EV)[0].backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    assert len(train.pieces(rows, 0)) > 1
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_the_benchmark_starts(student: Path, glue_folder: Path, cache: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("KD_CACHE", str(cache))
+    flags = ["--task", "WNLI", "--rounds", 1, "--steps", 1, "--epochs", 0]
+    monkeypatch.setattr(sys, "argv", ["glue_step", *map(str, [student, glue_folder, *flags])])
+    glue_step.main()
+    assert "| WNLI | " in capsys.readouterr().out
 
 
 def job(**fields: Any) -> FineTuning:

@@ -264,3 +264,24 @@ def test_batches_are_the_tokenizer_s_own(tmp_path: Path, monkeypatch: pytest.Mon
         assert torch.equal(types, expected["token_type_ids"])
         assert torch.equal(ids * mask, expected["input_ids"] * mask)
     assert splits["train"].batch(torch.tensor([0]), multiple=8)[0].shape[1] % 8 == 0
+
+
+def test_pieces_waste_least(tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    lengths = random.integers(2, 60, 400)
+    arrays = {name: np.zeros(400) for name in ("firsts", "labels", "numbers")}
+    np.savez(tmp_path / "train.npz", tokens=np.zeros(lengths.sum(), np.int32), ends=lengths.cumsum(), **arrays)
+    examples = glue.Examples(tmp_path / "train.npz")
+
+    def cost(groups: Any, overhead: int) -> int:
+        return int(sum(len(group) * max(lengths[group]) + overhead for group in groups))
+
+    for overhead in (0, 20, 64, 10_000):
+        rows = torch.from_numpy(random.permutation(400)[:9])
+        pieces = [piece.numpy() for piece in examples.pieces(rows, overhead)]
+        assert sorted(np.concatenate(pieces)) == sorted(rows.numpy())
+        ordered = rows.numpy()[np.argsort(lengths[rows])]
+        cuts = [[n for n in range(1, 9) if chosen >> n & 1] for chosen in range(0, 512, 2)]  # all 256 ways
+        assert cost(pieces, overhead) == min(cost(np.split(ordered, cut), overhead) for cut in cuts)
+        assert len(pieces) == 1 or overhead < 10_000
+    assert len(examples.pieces(torch.tensor([7]), 64)) == 1
