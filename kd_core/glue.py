@@ -404,19 +404,13 @@ class Examples:
         return input_ids, (there_BT & (positions_T >= self.firsts[rows, None])).long(), there_BT.long()
 
     def pieces(self, rows: Tensor, overhead: int) -> list[Tensor]:
-        """`rows` in the order of their lengths, cut so that the sum of padded tokens, and `overhead` a piece, is least."""
-        order = self.lengths[rows].argsort()
-        lengths = self.lengths[rows][order].tolist()
-        best, starts = [0], [0]  # of the first rows: their least cost, and where their last piece starts
-        for end, longest in enumerate(lengths, 1):
-            cost, start = min((best[start] + (end - start) * longest + overhead, start) for start in range(end))
-            best.append(cost)
-            starts.append(start)
-        sizes, end = [], len(lengths)
-        while end:
-            sizes.append(end - starts[end])
-            end = starts[end]
-        return list(rows[order].split(sizes[::-1]))
+        """`rows` [B] by length, cut into the pieces whose padded tokens, and `overhead` for each piece, sum to least."""
+        rows = rows[self.lengths[rows].argsort()]
+        best: list[tuple[int, list[int]]] = [(0, [])]  # of the first rows: what they cost at least, and in which sizes
+        for end, longest in enumerate(self.lengths[rows].tolist(), 1):
+            cost, start = min((best[start][0] + (end - start) * longest + overhead, start) for start in range(end))
+            best.append((cost, [*best[start][1], end - start]))
+        return list(rows.split(best[-1][1]))
 
 
 def tokenise(task: Task, source: str, tokenizer: "PreTrainedTokenizerFast", max_length: int) -> str:

@@ -160,7 +160,7 @@ def batch_losses(
 ) -> Tensor:
     """The losses of the examples `rows` [B]. A CPU computes those of like lengths together, which saves padding."""
     on_gpu = torch.cuda.is_available()
-    pieces = [rows] if on_gpu else train.pieces(rows, PIECE)
+    pieces = [rows] if on_gpu else train.pieces(rows, PIECE * torch.get_num_threads())
     rows = torch.cat(pieces)
     logits_BV = torch.cat([forward(job, model, train.batch(piece, multiple=8 if on_gpu else 1)) for piece in pieces])
     labels_B = train.labels[rows].to(engine.device(), non_blocking=True)
