@@ -3,8 +3,10 @@
     python recipes/results/tables.py        makes them anew; prose between them is left as it is
 
 A study lies in a folder of its own as kd_core.study leaves it. A table stands below a line `<!-- KIND STUDY -->`: `arms`
-is the quality of all arms at equal steps, `speedup` the reports' time to equal quality, their targets in few words, and
-`glue` what GLUE says of models: the table of the folder's glue.json.
+is the quality of all arms at equal steps, `speedup` the reports' time to equal quality, their targets in few words,
+`glue` what GLUE says of models, the table of the folder's glue.json, `runs` where single runs ended, and `crossings`
+after how many seconds the runs of each arm and length were first seen at a loss (geometric mean, smallest to largest),
+lengths that the study lacks included.
 """
 
 import itertools
@@ -18,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from kd_core import glue_report
+from kd_core import glue_report, time_to_quality
 from kd_core.quality_curves import student_t
 from kd_core.study import Study, read_study
 
 HERE = Path(__file__).parent
-MARK = re.compile(r"(<!-- (arms|speedup|glue) (\S+) -->\n)(?:\|.*\n)*")
+LONGEST = "longest"  # folder of the reports of write_longest, for a study with a baseline in longer runs
+MARK = re.compile(r"(<!-- (arms|speedup|glue|runs|crossings) (\S+) -->\n)(?:\|.*\n)*")
 
 
 def results(folder: Path, study: Study) -> dict[tuple[str, int], dict[int, dict[str, Any]]]:
@@ -87,6 +90,18 @@ def arms_table(folder: Path, study: Study) -> list[str]:
     return lines
 
 
+def write_longest(study: Study, runs: Path, out: Path) -> None:
+    """Reports of first crossings, each arm in its longest runs in `runs`, be they another length than the baseline's."""
+
+    def folders(arm: str) -> list[Path]:
+        steps = max((path.name for path in (runs / arm).iterdir()), key=int)
+        return [runs / arm / steps / str(seed) for seed in study.seeds]
+
+    for arm in study.arms:
+        if arm != study.baseline:
+            time_to_quality.report(folders(study.baseline), folders(arm), metric=study.metric, out=out / arm)
+
+
 def speedup_table(folder: Path, study: Study) -> list[str]:
     lines = [
         f"| arm | method | times as fast to the easiest {study.metric} | to the hardest | median | verdicts |",
@@ -98,11 +113,12 @@ def speedup_table(folder: Path, study: Study) -> list[str]:
         seconds = f"{row['against_s']:.0f} s in place of {row['baseline_s']:.0f}"
         return f"{row['speedup']:.2f}{spread}, {row['target']:g} in {seconds}"
 
-    for arm in study.arms:
-        file = folder / "report" / arm / "report.json"
+    for arm, reports in itertools.product(study.arms, ("report", LONGEST)):
+        file = folder / reports / arm / "report.json"
         targets = json.loads(file.read_text())["targets"] if file.exists() else []
         for method in dict.fromkeys(row["method"] for row in targets):
             rows = [row for row in targets if row["method"] == method and row["speedup"] is not None]
+            method = LONGEST if reports == LONGEST else method
             if rows:
                 median = np.median([row["speedup"] for row in rows])
                 verdicts = Counter(row["verdict"] for row in rows)
@@ -110,6 +126,40 @@ def speedup_table(folder: Path, study: Study) -> list[str]:
                 lines.append(
                     f"| {arm} | {method} | {reached(rows[0])} | {reached(rows[-1])} | {median:.2f} | {counts} |"
                 )
+    return lines
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "eval/loss" in line]
+
+
+def runs_table(folder: Path) -> list[str]:
+    lines = ["| run | steps | eval/loss |", "|---|---|---|"]
+    for run in sorted(folder.iterdir()):
+        last = evaluations(run)[-1]
+        planned = json.loads((run / "run.json").read_text())["config"]["steps"]
+        steps = f"{planned}" if last["step"] == planned else f"{last['step']} of {planned}"
+        lines.append(f"| {run.name} | {steps} | {last['eval/loss']:.3f} |")
+    return lines
+
+
+def crossings_table(folder: Path, study: Study) -> list[str]:
+    targets = (6.0, 5.8, 5.5, 5.0, 4.5, 4.0, 3.7)
+    lines = ["| arm | steps | " + " | ".join(f"s to {target}" for target in targets) + " |"]
+    lines.append("|---|---|" + "---|" * len(targets))
+    for arm in study.arms:
+        for length in sorted((folder / arm).iterdir(), key=lambda path: int(path.name)):
+            runs, cells = [evaluations(length / str(seed)) for seed in study.seeds], []
+            for target in targets:
+                first = [next((at["train_s"] for at in run if at["eval/loss"] <= target), None) for run in runs]
+                seen = [seconds for seconds in first if seconds is not None]
+                if len(seen) == len(first):
+                    cells.append(f"{math.exp(np.mean(np.log(seen))):.0f} ({min(seen):.0f} to {max(seen):.0f})")
+                else:
+                    cells.append(f"{len(seen)} of {len(first)} seeds" if seen else "")
+            if any(cells):
+                lines.append(f"| {arm} | {length.name} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -121,8 +171,10 @@ def render(text: str, root: Path = HERE) -> str:
         if kind == "glue":
             text = glue_report.markdown(json.loads((root / name / "glue.json").read_text()))
             lines = list(itertools.takewhile(bool, text.split("\n")))
+        elif kind == "runs":
+            lines = runs_table(root / name)
         else:
-            make = {"arms": arms_table, "speedup": speedup_table}[kind]
+            make = {"arms": arms_table, "speedup": speedup_table, "crossings": crossings_table}[kind]
             lines = make(root / name, read_study(root / name / "study.json"))
         return mark + "".join(f"{line}\n" for line in lines)
 
