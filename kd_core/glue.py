@@ -8,6 +8,7 @@ Source: Wang et al. 2019, GLUE (arXiv 1804.07461). Protocols: `mosaic` is that o
 mosaicml/examples), `sane` GLUE_sane of Geiping and Goldstein 2022 (arXiv 2212.14034).
 """
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 HUB = "nyu-mll/glue"
-MAX_BROKEN_ROWS = 0.01  # QQP's official training file has a few rows that lack columns
+MAX_BROKEN_ROWS = 0.01  # QQP's official files have a few rows that lack columns
 CHUNK = 10_000  # texts tokenised at a time
 
 
@@ -234,11 +235,13 @@ def task_settings(protocol: str, tasks: Sequence[str], flags: dict[str, Sequence
         flag = "--" + field.replace("_", "-")
         for word in sorted(words, key=lambda word: "=" in word):
             name, _, value = word.rpartition("=")
+            number = _number(flag, word, value, field)
             if name:
                 _check_task(name, flag)
-            for task in tasks:
-                if name in ("", task):
-                    settings[task] = Settings(**settings[task]._asdict() | {field: _number(flag, word, value, field)})
+                if name not in tasks:
+                    raise ValueError(f"{flag} {word}: {name} is not evaluated; leave it out, or add it to --tasks")
+            for task in [name] if name else tasks:
+                settings[task] = Settings(**settings[task]._asdict() | {field: number})
     return settings
 
 
@@ -323,9 +326,13 @@ def _read_tsv(task: Task, split: str, source: str) -> Texts:
     at = [header.index(name) for name in [*wanted, *([index] if index else [])]]
     whole = [(number, row) for number, row in enumerate(rows[first:], first + 1) if len(row) > max(at)]
     broken = len(rows) - first - len(whole)
-    if not whole or broken > (MAX_BROKEN_ROWS * len(rows) if split == "train" else 0):
+    if not whole or broken > (MAX_BROKEN_ROWS * len(rows) if labelled else 0):
         problem = f"{broken} of {len(rows) - first} rows with fewer columns than {max(at) + 1}" if broken else "no rows"
         raise ValueError(f"{file} has {problem}; give {task.name}'s original file")
+    if broken:
+        print(
+            f"{file}: {broken} of {len(rows) - first} rows lack columns and are left out", file=sys.stderr, flush=True
+        )
     labels = [_label(task, row[at[-1]], f"{file}, line {number}") for number, row in whole] if labelled else []
     numbers = list(range(len(whole)))
     if index:

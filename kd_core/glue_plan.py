@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_core import engine, glue, report, teachers, tokenizer
-from kd_core.jobs import Job
+from kd_core.documents import one_line
+from kd_core.jobs import Job, locked
 
 ENCODER = "bert."  # the part of a masked-language model that is fine-tuned
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
@@ -29,7 +30,7 @@ class FineTuning:
     Args:
         out: its run folder.
         model: what `from_pretrained` takes; `weights` is a digest of the pretrained one, "" for a model of the hub.
-        after: how MNLI was fine-tuned, where `model` is what came of that.
+        after: how, and by which teacher, MNLI was fine-tuned, where `model` is what came of that.
         data: the tokens, as `glue.tokenise` named them.
         settings: a `glue.Settings`, by name, but for its number of seeds.
         teacher: a model fine-tuned on the task, or None; `teacher_weights` is a digest of it.
@@ -77,9 +78,11 @@ class TaskJob(Job):
 
 @dataclass(frozen=True)
 class Plan:
-    """An evaluation: its folder, what is evaluated how, what is left out and why, and its jobs, the longest first."""
+    """An evaluation: its folder and the lock on it, what is evaluated how, what is left out and why, and its jobs, the
+    longest first."""
 
     folder: Path
+    lock: int
     protocol: str
     data: str
     models: Sequence[Model]
@@ -89,8 +92,10 @@ class Plan:
     jobs: Sequence[TaskJob]
 
 
-def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack) -> Plan:
+def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack, held: contextlib.ExitStack) -> Plan:
     """The plan of `cfg`, the Config of the file `recipe`; checks all input first, cheapest first, then claims the folder.
+
+    `undo` takes away what is made here, `held` keeps other calls out of the folder, from before a model is put there.
 
     Raises:
         ValueError, FileNotFoundError: what a user can fix.
@@ -113,6 +118,7 @@ def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack) -> Plan:
             tokenizer.require_same_tokenizer(ours, teacher, flag=f"--teachers {task}=")
         check_teacher(glue.TASKS[task], teacher, settings[task].max_length)
     folder = claim(cfg, undo)
+    lock = held.enter_context(locked(folder))
     evaluated: list[Model] = []
     all_jobs: list[TaskJob] = []
     control: dict[str, dict[str, float]] = {}
@@ -123,6 +129,9 @@ def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack) -> Plan:
         data = {
             task: glue.tokenise(glue.TASKS[task], source, ours, value.max_length) for task, value in settings.items()
         }
+        after: dict[str, Any] | None = None
+        if "MNLI" in settings:
+            after = {"data": data["MNLI"], **_numbers(settings["MNLI"]), "teacher_weights": taught_by.get("MNLI", "")}
         for task, value in settings.items():
             examples = glue.examples(data[task])
             control.setdefault(task, glue.majority(glue.TASKS[task], examples))
@@ -136,7 +145,7 @@ def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack) -> Plan:
                         out=str(folder / name),
                         model=str(folder / mnli / "hf") if mnli else model.source,
                         weights=digests[model.name],
-                        after={"data": data["MNLI"], **_numbers(settings["MNLI"])} if after_mnli else None,
+                        after=after if after_mnli else None,
                         task=task,
                         seed=seed,
                         data=data[task],
@@ -153,7 +162,7 @@ def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack) -> Plan:
                     all_jobs.append(TaskJob(name, folder / name, command, steps, (mnli,) * bool(mnli), False, job))
     # Others may wait for MNLI; then the longest first, so that no long one is left for the end.
     all_jobs.sort(key=lambda job: (job.input.task != "MNLI", -job.steps * job.input.settings["max_length"]))
-    return Plan(folder, cfg.protocol, source, evaluated, settings, skipped, control, all_jobs)
+    return Plan(folder, lock, cfg.protocol, source, evaluated, settings, skipped, control, all_jobs)
 
 
 def _numbers(settings: glue.Settings) -> dict[str, float]:
@@ -195,8 +204,8 @@ def _pretraining(folder: Path, source: str) -> dict[str, Any] | None:
     """The result of the pretraining run that lies in `folder` and has made `source`, if there is one."""
     if Path(source) != folder / "hf" or not (folder / "run.json").exists():
         return None
-    record = json.loads((folder / "run.json").read_text())
-    config, result = record.get("config", {}), record.get("result", {})
+    record = _record(folder / "run.json")
+    config, result = record["config"], record["result"]
     known = "global_batch_size" in config and {"step", "train_s"} <= result.keys()  # or it is a fine-tuning
     return result if known else None
 
@@ -248,8 +257,8 @@ def _bert_config(source: str, max_length: int) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except teachers.UNLOADABLE as error:
+        raise ValueError(f"{source} cannot be loaded: {one_line(error)}") from error
     if config.model_type != "bert":
         raise ValueError(f"{source} is a model of type {config.model_type}; only bert can be fine-tuned here")
     if config.max_position_embeddings < max_length:
@@ -268,7 +277,7 @@ def check_teacher(task: glue.Task, source: str, max_length: int) -> None:
     if config.architectures != ["BertForSequenceClassification"]:
         raise ValueError(f"{flag} is not fine-tuned ({config.architectures}); give a folder that --keep-models made")
     job = Path(source).parent / "run.json"
-    trained_on = json.loads(job.read_text()).get("config", {}).get("task") if job.exists() else None
+    trained_on = _record(job)["config"].get("task") if job.exists() else None
     if trained_on not in (None, task.name):
         raise ValueError(f"{flag} was fine-tuned on {trained_on}; give one of {task.name}")
     labels = [config.id2label[column] for column in range(config.num_labels)]
@@ -289,6 +298,13 @@ def weights_digest(source: str) -> str:
     return digest.hexdigest()[:16] if Path(source).is_dir() else ""
 
 
+def require_unchanged(job: FineTuning) -> None:
+    """Raises ValueError when the models of `job` are no longer those that it was planned with."""
+    for source, digest in ((job.model, "" if job.after else job.weights), (job.teacher or "", job.teacher_weights)):
+        if digest and weights_digest(source) != digest:
+            raise ValueError(f"{source} has changed since this evaluation began; leave it as it is, or start another")
+
+
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -301,15 +317,19 @@ def claim(cfg: Any, undo: contextlib.ExitStack) -> Path:
     file = Path(cfg.out or "") / "run.json"
     if not (cfg.out and file.exists()):
         return report.claim_folder(cfg, "glue", undo).resolve()
-    try:
-        there = json.loads(file.read_text())
-        ours = there["recipe"] == "glue" and "models" in there["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} is no run's, or damaged ({what}); choose another folder") from None
-    if not ours:
+    there = _record(file)
+    if there["recipe"] != "glue" or "models" not in there["config"]:
         raise ValueError(f"--out {cfg.out} holds a run that is no evaluation; choose another folder")
     return file.parent.resolve()
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """The run.json at `file`."""
+    try:
+        record = json.loads(file.read_text())
+        return {"recipe": record["recipe"], "config": dict(record["config"]), "result": dict(record.get("result", {}))}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no run's, or damaged ({type(error).__name__}: {error})") from None
 
 
 def checkpoints(model: Model, wanted: Sequence[str], folder: Path) -> list[Model]:

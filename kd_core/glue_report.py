@@ -72,8 +72,12 @@ def result(job: TaskJob) -> dict[str, Any]:
 def summary(job: TaskJob) -> str:
     """A finished job in a few words."""
     done = result(job)
-    scores = " ".join(f"{name.removeprefix('eval/')} {100 * v:.1f}" for name, v in done.items() if name[:5] == "eval/")
-    return f"{job.name} {scores}, {done['seconds']:.0f} s"
+    teacher = f", its teacher {_scores(done['teacher'])}" if "teacher" in done else ""
+    return f"{job.name} {_scores(done)}{teacher}, {done['seconds']:.0f} s"
+
+
+def _scores(values: dict[str, Any]) -> str:
+    return " ".join(f"{name.removeprefix('eval/')} {100 * v:.1f}" for name, v in values.items() if name[:5] == "eval/")
 
 
 # --- of all -----------------------------------------------------------------------------------------------------------
@@ -134,6 +138,12 @@ def _notes(plan: Plan, covered: list[str]) -> list[str]:
     waiting = [name for name in protocol.from_mnli if name in covered]
     if waiting and "MNLI" not in covered:
         notes.append(f"{', '.join(waiting)}: from the pretrained model, as MNLI is not evaluated.")
+    for name in plan.settings:
+        answers = (result(job).get("teacher") for job in plan.jobs if job.input.task == name)
+        if taught := next(filter(None, answers), None):
+            poor = all(taught[f"eval/{metric}"] <= value for metric, value in plan.control[name].items())
+            why = ", not above the majority class; its labels may be in another order (id2label)" if poor else ""
+            notes.append(f"The teacher of {name}: {_scores(taught)}{why}.")
     return notes
 
 

@@ -1,7 +1,8 @@
 """Tokenizers for masked-language modelling: loaded from files or the hub, or trained on a corpus.
 
 Every tokenizer that leaves this file is a `PreTrainedTokenizerFast` with [CLS], [SEP], [PAD] and [MASK] (under whatever
-names it has for them; missing ones are added at the end of the vocabulary).
+names it has for them; missing ones are added at the end of the vocabulary), puts them around a text or a pair of texts,
+and neither cuts nor pads of its own accord.
 """
 
 import hashlib
@@ -248,7 +249,20 @@ def _with_special_tokens(tokenizer: Any) -> "PreTrainedTokenizerFast":
         if getattr(tokenizer, role) is None and (role != "unk_token" or names[0] in vocabulary):
             missing[role] = next((name for name in names if name in vocabulary), names[0])
     tokenizer.add_special_tokens(missing)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    around = tokenizer("a", "b")["input_ids"]
+    if (around[0], around[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id):  # as of SentencePiece models
+        cls, sep = (tokenizer.cls_token, tokenizer.cls_token_id), (tokenizer.sep_token, tokenizer.sep_token_id)
+        backend.post_processor = _around(cls, sep)
     return tokenizer
+
+
+def _around(cls: tuple[str, int], sep: tuple[str, int]) -> tokenizers.processors.TemplateProcessing:
+    """[CLS] text [SEP], [CLS] text [SEP] text [SEP], as in BERT; of both tokens the name and the id."""
+    one = f"{cls[0]} $A {sep[0]}"
+    return tokenizers.processors.TemplateProcessing(one, f"{one} $B:1 {sep[0]}:1", [cls, sep])
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -285,10 +299,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     trainee.train_from_iterator(texts, trainer)
     trained = _bert_pipeline(tokenizers.models.WordPiece(trainee.get_vocab(), unk_token="[UNK]"))
     trained.add_special_tokens(SPECIAL_TOKENS)
-    ids = [(token, trained.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    trained.post_processor = tokenizers.processors.TemplateProcessing(
-        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ids
-    )
+    trained.post_processor = _around(*((token, SPECIAL_TOKENS.index(token)) for token in ("[CLS]", "[SEP]")))
     return trained
 
 

@@ -7,6 +7,7 @@ Command: bash launch/glue.sh runs/bert_kd/1 runs/bert_kd/2 --protocol mosaic
 Smoke:   python recipes/glue.py runs/bert_kd/1 --data glue --protocol sane --tasks WNLI CoLA --epochs 1 --seeds 1
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -198,14 +199,18 @@ def batches(job: FineTuning, train: glue.Examples) -> Iterator[Tensor]:
 def fine_tune(job: FineTuning) -> int:
     """Runs a job: `job.out` becomes a run folder with its metrics, its test predictions and, if kept, its model."""
     began = time.perf_counter()
+    glue_plan.require_unchanged(job)
     folder, task, data = Path(job.out), glue.TASKS[job.task], glue.examples(job.data)
     train, student = data["train"], build_student(job, task)
     per_epoch = math.ceil(len(train) / job.settings["batch_size"])
     steps = per_epoch * job.settings["epochs"]
     # The teacher answers once for all epochs: it has no dropout, and every epoch shows it the same.
     asked = time.perf_counter()
-    teacher_EV = predict(job, build_teacher(job, task), train).to(engine.device()) if job.teacher else None
-    teacher_s = time.perf_counter() - asked if job.teacher else 0.0
+    teacher = build_teacher(job, task) if job.teacher else None
+    teacher_EV = predict(job, teacher, train).to(engine.device()) if teacher else None
+    teacher_s = time.perf_counter() - asked if teacher else 0.0
+    taught_by = {"teacher": evaluate(job, task, teacher, data)} if teacher else {}
+    del teacher
     peak, decay = job.settings["lr"], job.settings["weight_decay"]
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=peak, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay / peak, fused=True
@@ -239,7 +244,9 @@ def fine_tune(job: FineTuning) -> int:
     if job.keep_model:
         ours = tokenizer.load_tokenizer(job.tokenizer)
         report.replace_folder(folder / "hf", student.save_pretrained, ours.save_pretrained)
-    log.finish(train_s=train_s, teacher_s=teacher_s, seconds=time.perf_counter() - began, step=steps, **scores)
+    log.finish(
+        train_s=train_s, teacher_s=teacher_s, seconds=time.perf_counter() - began, step=steps, **taught_by, **scores
+    )
     return 0
 
 
@@ -248,18 +255,20 @@ def fine_tune(job: FineTuning) -> int:
 
 def main(typed: Sequence[str] | None = None) -> int:
     """Runs the recipe, or with ONE_JOB one of its jobs, as the command line `typed` says; returns the exit code."""
-    with cli.one_line_errors() as undo:
-        job, words = cli.take(sys.argv[1:] if typed is None else typed, ONE_JOB)
-        if job:
-            return fine_tune(FineTuning(**json.loads(job)))
-        cfg: Config = cli.parse(Config, words)  # type: ignore[type-var]  # its flags are not those of DeepSpeed's recipes
-        plan = glue_plan.make(cfg, Path(__file__), undo)
-    with cli.one_line_errors(), jobs.locked(plan.folder) as lock:
-        for one in plan.jobs:
-            jobs.check_unchanged(one, dataclasses.asdict(one.input), recipe=RECIPE)
-        report.write_atomic(plan.folder / "run.json", json.dumps(report.describe(RECIPE, cfg), indent=2) + "\n")
-        jobs.run_all(plan.jobs, jobs.places(cfg.jobs, per_core=True), lock, glue_report.summary, plan.folder, "jobs")
-        glue_report.write(plan)
+    with contextlib.ExitStack() as held:
+        with cli.one_line_errors() as undo:
+            job, words = cli.take(sys.argv[1:] if typed is None else typed, ONE_JOB)
+            if job:
+                return fine_tune(FineTuning(**json.loads(job)))
+            cfg: Config = cli.parse(Config, words)  # type: ignore[type-var]  # its flags are not those of DeepSpeed's recipes
+            plan = glue_plan.make(cfg, Path(__file__), undo, held)
+        with cli.one_line_errors():
+            for one in plan.jobs:
+                jobs.check_unchanged(one, dataclasses.asdict(one.input), recipe=RECIPE)
+            report.write_atomic(plan.folder / "run.json", json.dumps(report.describe(RECIPE, cfg), indent=2) + "\n")
+            places = jobs.places(cfg.jobs, per_core=True)
+            jobs.run_all(plan.jobs, places, plan.lock, glue_report.summary, plan.folder, "jobs")
+            glue_report.write(plan)
     return 0
 
 

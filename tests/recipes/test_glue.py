@@ -1,5 +1,6 @@
 """The GLUE recipe: one command from pretrained runs to a table; killed, resumed, distilled, of checkpoints; bad input."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from kd_core import engine, glue, glue_plan, time_to_quality
+from kd_core import engine, glue, glue_plan, jobs, time_to_quality
 from kd_core.glue_plan import FineTuning
 from kd_core.tokenizer import load_tokenizer
 from recipes import glue as recipe
@@ -246,10 +247,47 @@ def test_a_student_learns_what_its_teacher_says(run_job: Any, task: str) -> None
     teacher = run_job("teacher", task, keep_model=True, seed=3)
     settings = {"lr": 2e-3, "weight_decay": 0.0, "batch_size": 8, "epochs": 12, "max_length": 24}
     kd = {"kd_ratio": 1.0, "teacher": str(teacher / "hf"), "dropout": 0.0, "settings": settings}
-    lines = metrics(run_job("taught", task, **kd))
+    student = run_job("taught", task, **kd)
+    lines = metrics(student)
     assert all(line["loss"] == pytest.approx(line["kd_loss"]) for line in lines)
     assert lines[-1]["kd_loss"] < 0.2 * lines[0]["kd_loss"]
-    assert json.loads((teacher / "run.json").read_text())["result"]["teacher_s"] == 0
+    alone, taught = (json.loads((folder / "run.json").read_text())["result"] for folder in (teacher, student))
+    assert alone["teacher_s"] == 0 < taught["teacher_s"]
+    assert taught["teacher"] == {name: value for name, value in alone.items() if name.startswith("eval/")}
+
+
+def test_the_table_says_what_teachers_know(run_job: Any, evaluate: Any, student: Path, tmp_path: Path) -> None:
+    wrong, kept = tmp_path / "wrong", run_job("kept", "WNLI", keep_model=True, seed=3)
+    shutil.copytree(kept / "hf", wrong)
+    weights = load_file(wrong / "model.safetensors")
+    save_file(weights | {"classifier.bias": torch.tensor([0.0, 1e3])}, wrong / "model.safetensors", {"format": "pt"})
+    words = [f"s={student}", "--protocol", "sane", "--tasks", "WNLI", *FAST, "--kd-ratio", 0.5]
+    said, progress = finish(evaluate(*words, "--teachers", f"WNLI={wrong}", "--out", "out"))
+    assert (
+        "The teacher of WNLI: accuracy 50.0, not above the majority class; its labels may be in another order" in said
+    )
+    assert ", its teacher accuracy 50.0, " in progress
+    save_file(weights, wrong / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="wrong has changed since this evaluation began"):
+        recipe.fine_tune(FineTuning(**json.loads((tmp_path / "out/s/WNLI/19/run.json").read_text())["config"]))
+
+
+def test_what_started_from_mnli_is_of_its_teacher(
+    student: Path, glue_folder: Path, cache: Path, tmp_path: Path, run_job: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("KD_CACHE", str(cache))
+    taught = {task: run_job(task, task, keep_model=True) for task in ("MNLI", "RTE")}
+    other = run_job("other", "MNLI", keep_model=True, seed=2)
+
+    def planned(mnli: Path) -> dict[str, FineTuning]:
+        teachers = (f"MNLI={mnli}", f"RTE={taught['RTE']}")
+        flags: Any = dict(tasks=("MNLI", "RTE"), teachers=teachers, kd_ratio=0.5, data=str(glue_folder), seeds=("1",))
+        cfg = recipe.Config(models=(str(student),), out=str(tmp_path / "out"), **flags)
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as held:
+            plan = glue_plan.make(cfg, Path(recipe.__file__), undo, held)
+        return {one.input.task: one.input for one in plan.jobs}
+
+    assert planned(taught["MNLI"])["RTE"] == planned(taught["MNLI"])["RTE"] != planned(other)["RTE"]
 
 
 def test_teachers_that_will_not_do(run_job: Any, attempt: Callable[..., str], student: Path, tmp_path: Path) -> None:
@@ -302,9 +340,11 @@ def test_checkpoints_of_any_stage_hold_the_run_s_weights(
     shutil.move(tmp_path / "manifest.json", run / "checkpoints" / "step00000008")
 
 
-def test_checkpoints_give_quality_against_pretraining_seconds(student: Path, evaluate: Any, tmp_path: Path) -> None:
+def test_checkpoints_give_quality_against_pretraining_seconds(
+    student: Path, evaluate: Any, glue_folder: Path, cache: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     (tmp_path / "linked").symlink_to(student)
-    words = [f"a={student}", "b=linked", "--checkpoints", "all", "--tasks", "CoLA", *FAST]
+    words = [f"a={student}", f"b={tmp_path / 'linked'}", "--checkpoints", "all", "--tasks", "CoLA", *FAST]
     finish(evaluate(*words, "--protocol", "sane", "--out", "out"))
     out = tmp_path / "out"
     found = record(out)["models"]
@@ -323,6 +363,14 @@ def test_checkpoints_give_quality_against_pretraining_seconds(student: Path, eva
             8: found[name]["average"],
         }
     runs = [out / "time_to_quality" / name for name in "ab"]
+    exported = out / "a@3" / "hf" / "model.safetensors"
+    inode = exported.stat().st_ino
+    monkeypatch.setenv("KD_CACHE", str(cache))
+    monkeypatch.setattr(jobs, "SECONDS_TO_SAVE", 0)
+    with jobs.locked(out), pytest.raises(SystemExit):
+        recipe.main([*map(str, words), "--protocol", "sane", "--data", str(glue_folder), "--out", str(out)])
+    assert "is in use by another call" in capsys.readouterr().err
+    assert exported.stat().st_ino == inode, "a model of the call that is going on was replaced"
     study = time_to_quality.report(runs[:1], runs[1:], metric="glue/average", out=tmp_path / "report")
     assert study["metric"] == "glue/average"
     run = json.loads((runs[1] / "run.json").read_text())
@@ -396,6 +444,12 @@ def test_bad_input(attempt: Callable[..., str], student: Path, glue_folder: Path
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
     assert "is a model of type roberta" in attempt(other)
+    (other / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    assert f"{other} cannot be loaded: Validation error for field 'hidden_size'" in attempt(other)
+    run = tmp_path / "run"
+    shutil.copytree(student / "hf", run / "hf")
+    (run / "run.json").write_text("[]")
+    assert "run/run.json is no run's, or damaged" in attempt(run)
 
     data = tmp_path / "data"
     shutil.copytree(glue_folder, data)

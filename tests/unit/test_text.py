@@ -422,6 +422,21 @@ def test_missing_special_tokens_are_added(tmp_path):
     tokenizer = text.load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert (tokenizer.cls_token_id, tokenizer.sep_token_id) == (2, 3)
     assert {tokenizer.pad_token_id, tokenizer.mask_token_id} == {4, 5} and len(tokenizer) == 6
+    pair = tokenizer("a", "a", return_token_type_ids=True)
+    assert (pair["input_ids"], pair["token_type_ids"]) == ([2, 1, 3, 1, 3], [0, 0, 0, 1, 1]), (
+        "around a text, as in BERT"
+    )
+
+
+def test_a_tokenizer_does_not_cut_or_pad_because_it_was_saved_so(tmp_path):
+    tokenizer = make_corpus(tmp_path).tokenizer
+    tokenizer.save_pretrained(tmp_path / "plain")
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=40)
+    tokenizer.save_pretrained(tmp_path / "hf")
+    plain, loaded = (text.load_tokenizer(str(tmp_path / name)) for name in ("plain", "hf"))
+    assert tok.tokenizer_digest(loaded) == tok.tokenizer_digest(plain)
+    assert len(loaded("Number 5 " * 20)["input_ids"]) > 40
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
@@ -447,7 +462,11 @@ def test_sentencepiece(tmp_path, kind):
     corpus = make_corpus(tmp_path, tokenizer=str(tmp_path / "spm.model"))
     assert next(make_batches(corpus)).tokens == 12 * round(0.15 * SEQ_LEN)
     tokenizer.save_pretrained(tmp_path / "hf")
-    assert text.same_tokenizer(text.load_tokenizer(str(tmp_path / "hf")), tokenizer)
+    saved = text.load_tokenizer(str(tmp_path / "hf"))
+    assert text.same_tokenizer(saved, tokenizer)
+    first, second = (original.encode(t) for t in texts[:2])
+    cls, sep = [original.bos_id()], [original.eos_id()]
+    assert saved(*texts[:2])["input_ids"] == cls + first + sep + second + sep
 
 
 def no_network(monkeypatch):
