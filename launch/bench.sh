@@ -5,7 +5,7 @@
 #     ./launch/bench.sh linear [flags]    heads and losses in one against PyTorch (kd_core/kernels/bench_linear.py)
 #     ./launch/bench.sh bert [flags]      the BERT recipe's step against a bare PyTorch loop, ZeRO 0 to 3, with teachers
 #     ./launch/bench.sh glue MODEL FOLDER the GLUE recipe's step against a bare PyTorch loop, and jobs at a time
-#     ./launch/bench.sh resnet [flags]    the same of the ResNet recipe
+#     ./launch/bench.sh resnet [flags]    the ResNet recipe's step against a bare PyTorch loop, with teachers
 #     ./launch/bench.sh images [flags]    the image loader against torchvision's ImageFolder and DataLoader
 set -euo pipefail
 here=$(dirname "$0")

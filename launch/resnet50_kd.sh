@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ResNet-50 on ImageNet with a distillation window (recipes/resnet_kd.py).
+# ResNet-50 on ImageNet with a teacher, to the end unless --kd-stop says otherwise (recipes/resnet_kd.py).
 #
 #     deepspeed launch/resnet50_kd.sh [flags]                   all GPUs of this machine
 #     deepspeed --hostfile hosts launch/resnet50_kd.sh [flags]  several machines
