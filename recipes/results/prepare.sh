@@ -25,9 +25,6 @@ bert --student tiny --lr 2e-3 --steps 4000 --global-batch-size 32 --micro-batch-
     --eval-every 200 --out runs/teachers/poor
 bert --student tiny --lr 2e-3 --steps 6400 --deepspeed-config zero0_fp32_cpu.json --eval-every 100 --log-every 100 --seed 1 \
     --out runs/teachers/long
-python recipes/bert_kd.py --data runs/data/wikipedia_report --vocab-size 2048 --seq-len 32 --mask-fraction 0.3 --clip 1 --dropout 0 \
-    --global-batch-size 64 --micro-batch-size 64 --student tiny --lr 1e-3 --steps 1600 --deepspeed-config zero0_fp32_cpu.json \
-    --seed 1 --eval-every 50 --log-every 50 --save-every 100000 --out runs/students/baseline
 python recipes/resnet_kd.py --preset cifar --data runs/data/cifar10 --micro-batch-size 128 --student resnet20 --steps 2000 \
     --eval-every 500 --log-every 50 --out runs/teachers/resnet20
 python recipes/resnet_kd.py --preset cifar --data runs/data/imagenette224.tar --crop resized --min-scale 0.25 --train-size 48 \

@@ -1,6 +1,6 @@
-"""The tables of README.md beside this file, from the runs and reports of the studies beside it.
+"""The reports of the studies beside this file from their runs' lines, and from both the tables of README.md.
 
-    python recipes/results/tables.py        makes them anew; prose between them is left as it is
+    python recipes/results/tables.py        makes them anew; prose between the tables is left as it is
 
 A study lies in a folder of its own as kd_core.study leaves it. A table stands below a line `<!-- KIND STUDY -->`: `arms`
 is the quality of all arms at equal steps, `speedup` the reports' time to equal quality, their targets in few words,
@@ -9,10 +9,12 @@ after how many seconds the runs of each arm and length were first seen at a loss
 lengths that the study lacks included.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +24,10 @@ import numpy as np
 
 from kd_core import glue_report, time_to_quality
 from kd_core.quality_curves import student_t
-from kd_core.study import Study, read_study
+from kd_core.study import Study, read_study, write_reports
 
 HERE = Path(__file__).parent
-LONGEST = "longest"  # folder of the reports of write_longest, for a study with a baseline in longer runs
+LONGEST = "longest"  # folder of the reports of _write_longest, for a study with a baseline in longer runs
 MARK = re.compile(r"(<!-- (arms|speedup|glue|runs|crossings) (\S+) -->\n)(?:\|.*\n)*")
 
 
@@ -90,7 +92,18 @@ def arms_table(folder: Path, study: Study) -> list[str]:
     return lines
 
 
-def write_longest(study: Study, runs: Path, out: Path) -> None:
+def write_all_reports(folder: Path, out: Path) -> None:
+    """The reports of the study in `folder` from its lines, into `out`; the teachers' own costs from prepared/."""
+    study, runs = read_study(folder / "study.json"), Path("recipes/results", folder.name)
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        Path("runs").symlink_to(HERE / "prepared")
+        Path("recipes").symlink_to(HERE.parent)
+        write_reports(study, runs, out / "report")
+        if (folder / LONGEST).exists():
+            _write_longest(study, runs, out / LONGEST)
+
+
+def _write_longest(study: Study, runs: Path, out: Path) -> None:
     """Reports of first crossings, each arm in its longest runs in `runs`, be they another length than the baseline's."""
 
     def folders(arm: str) -> list[Path]:
@@ -182,5 +195,7 @@ def render(text: str, root: Path = HERE) -> str:
 
 
 if __name__ == "__main__":
+    for file in sorted(HERE.glob("*/study.json")):
+        write_all_reports(file.parent, file.parent)
     page = HERE / "README.md"
     page.write_text(render(page.read_text()))
