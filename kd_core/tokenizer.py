@@ -252,8 +252,8 @@ def _with_special_tokens(tokenizer: Any) -> "PreTrainedTokenizerFast":
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    around = tokenizer("a", "b")["input_ids"]
-    if (around[0], around[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id):  # as of SentencePiece models
+    around = tokenizer("", "")["input_ids"]
+    if around[:1] + around[-1:] != [tokenizer.cls_token_id, tokenizer.sep_token_id]:  # as of SentencePiece models
         cls, sep = (tokenizer.cls_token, tokenizer.cls_token_id), (tokenizer.sep_token, tokenizer.sep_token_id)
         backend.post_processor = _around(cls, sep)
     return tokenizer

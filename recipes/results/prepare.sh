@@ -12,6 +12,18 @@ for part in tuning report; do
 done
 xz -dc "$WIKI/validation.jsonl.xz" | awk 'NR % 2 { print > "runs/data/wikipedia_tuning/validation.jsonl" } NR % 4 == 0 { print > "runs/data/wikipedia_report/validation.jsonl" }'
 ln -sfn "$(realpath "$CIFAR")" runs/data/cifar10
+mkdir -p runs/data/cifar10_tuning
+python - "$CIFAR/train.parquet" runs/data/cifar10_tuning <<'END'
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+
+images = pq.read_table(sys.argv[1])
+order = np.random.default_rng(0).permutation(len(images))
+for split, rows in (("train", order[5000:]), ("validation", order[:5000])):
+    pq.write_table(images.take(np.sort(rows)), f"{sys.argv[2]}/{split}.parquet")
+END
 ln -sfn "$(realpath "$IMAGENETTE")" runs/data/imagenette224.tar
 
 bert() {
@@ -27,6 +39,8 @@ bert --student tiny --lr 2e-3 --steps 6400 --deepspeed-config zero0_fp32_cpu.jso
     --out runs/teachers/long
 python recipes/resnet_kd.py --preset cifar --data runs/data/cifar10 --micro-batch-size 128 --student resnet20 --steps 2000 \
     --eval-every 500 --log-every 50 --out runs/teachers/resnet20
+python recipes/resnet_kd.py --preset cifar --data runs/data/cifar10_tuning --micro-batch-size 128 --student resnet8 --steps 3000 \
+    --eval-every 500 --log-every 50 --seed 1 --save-every 100000 --out runs/teachers/resnet8
 python recipes/resnet_kd.py --preset cifar --data runs/data/imagenette224.tar --crop resized --min-scale 0.25 --train-size 48 \
     --eval-resize 48 --eval-size 48 --global-batch-size 64 --micro-batch-size 64 --lr 0.1 --student resnet20 --steps 1200 \
     --eval-every 300 --log-every 50 --out runs/teachers/imagenette20
@@ -35,3 +49,5 @@ python -m kd_core.cache build --teacher runs/teachers/good --data runs/data/wiki
     --mask-fraction 0.3 --mask-patterns 1 --micro-batch-size 64 --out runs/caches/good
 python -m kd_core.cache build --kind images --preset cifar --teacher runs/teachers/resnet20 --data runs/data/cifar10 \
     --micro-batch-size 128 --view-patterns 2 --out runs/caches/resnet20
+python -m kd_core.cache build --kind images --preset cifar --teacher runs/teachers/resnet8 --data runs/data/cifar10 \
+    --micro-batch-size 128 --view-patterns 2 --out runs/caches/resnet8

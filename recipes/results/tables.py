@@ -61,11 +61,14 @@ def ratio_and_interval(values: Sequence[float]) -> str:
     return f"{middle:.2f}" + ("" if math.isnan(half) else f" ({low:.2f} to {high:.2f})")
 
 
+def shown_as(metric: str) -> tuple[str, int, int]:
+    """Its name with its unit, the factor to that unit, and digits."""
+    return ("eval/accuracy, %", 100, 1) if metric == "eval/accuracy" else (metric, 1, 3)
+
+
 def arms_table(folder: Path, study: Study) -> list[str]:
     found = results(folder, study)
-    digits = 1 if study.metric == "eval/accuracy" else 3
-    scale = 100 if study.metric == "eval/accuracy" else 1
-    unit = f"{study.metric}, %" if scale == 100 else study.metric
+    unit, scale, digits = shown_as(study.metric)
     lines = [
         f"| steps | arm | {unit}, by seed | mean | less that without teacher, same seeds | seconds, times those without |",
         "|---|---|---|---|---|---|",
@@ -148,13 +151,15 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 
 
 def runs_table(folder: Path) -> list[str]:
-    lines = ["| run | steps | eval/loss |", "|---|---|---|"]
+    rows = []
     for run in sorted(folder.iterdir()):
-        last = evaluations(run)[-1]
-        planned = json.loads((run / "run.json").read_text())["config"]["steps"]
+        last, record = evaluations(run)[-1], json.loads((run / "run.json").read_text())
+        metric = {"bert_kd": "eval/loss", "resnet_kd": "eval/accuracy"}[record["recipe"]]
+        unit, scale, digits = shown_as(metric)
+        planned = record["config"]["steps"]
         steps = f"{planned}" if last["step"] == planned else f"{last['step']} of {planned}"
-        lines.append(f"| {run.name} | {steps} | {last['eval/loss']:.3f} |")
-    return lines
+        rows.append(f"| {run.name} | {steps} | {scale * last[metric]:.{digits}f} |")
+    return [f"| run | steps | {unit} |", "|---|---|---|", *rows]
 
 
 def crossings_table(folder: Path, study: Study) -> list[str]:

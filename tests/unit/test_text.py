@@ -426,6 +426,10 @@ def test_missing_special_tokens_are_added(tmp_path):
     assert (pair["input_ids"], pair["token_type_ids"]) == ([2, 1, 3, 1, 3], [0, 0, 0, 1, 1]), (
         "around a text, as in BERT"
     )
+    strict = tokenizers.Tokenizer(tokenizers.models.WordLevel({"b": 0}, unk_token="[UNK]"))
+    strict.save(str(tmp_path / "tokenizer.json"))  # it cannot read any text but "b"
+    tokenizer = text.load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert tokenizer("b")["input_ids"] == [tokenizer.cls_token_id, 0, tokenizer.sep_token_id]
 
 
 def test_a_tokenizer_does_not_cut_or_pad_because_it_was_saved_so(tmp_path):
