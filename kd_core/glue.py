@@ -8,7 +8,6 @@ Source: Wang et al. 2019, GLUE (arXiv 1804.07461). Protocols: `mosaic` is that o
 mosaicml/examples), `sane` GLUE_sane of Geiping and Goldstein 2022 (arXiv 2212.14034).
 """
 
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -239,7 +238,7 @@ def task_settings(protocol: str, tasks: Sequence[str], flags: dict[str, Sequence
             if name:
                 _check_task(name, flag)
                 if name not in tasks:
-                    raise ValueError(f"{flag} {word}: {name} is not evaluated; leave it out, or add it to --tasks")
+                    raise ValueError(f"{flag} {word}: {name} is not evaluated; leave it out")
             for task in [name] if name else tasks:
                 settings[task] = Settings(**settings[task]._asdict() | {field: number})
     return settings
@@ -269,11 +268,15 @@ def _number(flag: str, word: str, value: str, field: str) -> float:
 
 
 class Texts(NamedTuple):
-    """A split: its one or two lists of texts, its labels (-1 in test splits), its numbers in a submission."""
+    """A split: its one or two lists of texts, its labels (-1 in test splits), its numbers in a submission.
+
+    `left_out` counts the rows that lack columns.
+    """
 
     texts: list[list[str]]
     labels: list[float]
     numbers: list[int]
+    left_out: int = 0
 
 
 def missing(task: Task, source: str) -> str | None:
@@ -329,10 +332,6 @@ def _read_tsv(task: Task, split: str, source: str) -> Texts:
     if not whole or broken > (MAX_BROKEN_ROWS * len(rows) if labelled else 0):
         problem = f"{broken} of {len(rows) - first} rows with fewer columns than {max(at) + 1}" if broken else "no rows"
         raise ValueError(f"{file} has {problem}; give {task.name}'s original file")
-    if broken:
-        print(
-            f"{file}: {broken} of {len(rows) - first} rows lack columns and are left out", file=sys.stderr, flush=True
-        )
     labels = [_label(task, row[at[-1]], f"{file}, line {number}") for number, row in whole] if labelled else []
     numbers = list(range(len(whole)))
     if index:
@@ -341,7 +340,7 @@ def _read_tsv(task: Task, split: str, source: str) -> Texts:
             raise ValueError(f"{file}, line {wrong[0][0]}: {index} {wrong[0][1]!r} is no number")
         numbers = [int(row[at[-1]]) for _, row in whole]
     texts = [[row[column] for _, row in whole] for column in at[: len(task.texts)]]
-    return Texts(texts, labels or [-1.0] * len(whole), numbers)
+    return Texts(texts, labels or [-1.0] * len(whole), numbers, broken)
 
 
 def _label(task: Task, text: str, place: str) -> float:
@@ -387,7 +386,7 @@ class Examples:
 
     Args:
         file: one that `tokenise` wrote: tokens [S] of all examples, `ends` [E] where each ends in them, `firsts` [E] how
-            many tokens come before its second text, labels [E], numbers [E].
+            many tokens come before its second text, labels [E], numbers [E]; `left_out` rows that lack columns.
     """
 
     def __init__(self, file: Path) -> None:
@@ -395,6 +394,7 @@ class Examples:
             self.tokens, ends, self.firsts, self.labels, self.numbers = (
                 torch.from_numpy(arrays[name]) for name in ("tokens", "ends", "firsts", "labels", "numbers")
             )
+            self.left_out = int(arrays.get("left_out", 0))
         self.starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])
         self.lengths = ends - self.starts
 
@@ -458,6 +458,7 @@ def _tokens(texts: Texts, tokenizer: "PreTrainedTokenizerFast", max_length: int)
         "firsts": np.array(firsts, dtype=np.int64),
         "labels": np.array(texts.labels, dtype=np.float32),
         "numbers": np.array(texts.numbers, dtype=np.int64),
+        "left_out": texts.left_out,
     }
 
 

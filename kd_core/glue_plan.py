@@ -78,8 +78,8 @@ class TaskJob(Job):
 
 @dataclass(frozen=True)
 class Plan:
-    """An evaluation: its folder and the lock on it, what is evaluated how, what is left out and why, and its jobs, the
-    longest first."""
+    """An evaluation: its folder and the lock on it, what is evaluated how, what is left out and why (tasks, and how many
+    rows of a task's splits), and its jobs, the longest first."""
 
     folder: Path
     lock: int
@@ -88,6 +88,7 @@ class Plan:
     models: Sequence[Model]
     settings: dict[str, glue.Settings]
     skipped: dict[str, str]
+    left_out: dict[str, dict[str, int]]
     control: dict[str, dict[str, float]]
     jobs: Sequence[TaskJob]
 
@@ -122,6 +123,7 @@ def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack, held: contextlib.Ex
     evaluated: list[Model] = []
     all_jobs: list[TaskJob] = []
     control: dict[str, dict[str, float]] = {}
+    left_out: dict[str, dict[str, int]] = {}
     for base in models:
         ours, mine = tokenizers[base.name], [*checkpoints(base, cfg.checkpoints, folder), base]
         digests = {model.name: weights_digest(model.source) for model in mine}
@@ -134,6 +136,7 @@ def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack, held: contextlib.Ex
             after = {"data": data["MNLI"], **_numbers(settings["MNLI"]), "teacher_weights": taught_by.get("MNLI", "")}
         for task, value in settings.items():
             examples = glue.examples(data[task])
+            left_out[task] = {split: part.left_out for split, part in examples.items() if part.left_out}
             control.setdefault(task, glue.majority(glue.TASKS[task], examples))
             after_mnli = "MNLI" in settings and task in protocol.from_mnli
             steps = value.epochs * math.ceil(len(examples["train"]) / value.batch_size)
@@ -162,7 +165,7 @@ def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack, held: contextlib.Ex
                     all_jobs.append(TaskJob(name, folder / name, command, steps, (mnli,) * bool(mnli), False, job))
     # Others may wait for MNLI; then the longest first, so that no long one is left for the end.
     all_jobs.sort(key=lambda job: (job.input.task != "MNLI", -job.steps * job.input.settings["max_length"]))
-    return Plan(folder, lock, cfg.protocol, source, evaluated, settings, skipped, control, all_jobs)
+    return Plan(folder, lock, cfg.protocol, source, evaluated, settings, skipped, left_out, control, all_jobs)
 
 
 def _numbers(settings: glue.Settings) -> dict[str, float]:
@@ -300,7 +303,10 @@ def weights_digest(source: str) -> str:
 
 def require_unchanged(job: FineTuning) -> None:
     """Raises ValueError when the models of `job` are no longer those that it was planned with."""
-    for source, digest in ((job.model, "" if job.after else job.weights), (job.teacher or "", job.teacher_weights)):
+    for source, digest in (
+        (job.model, job.weights if job.after is None else ""),
+        (job.teacher or "", job.teacher_weights),
+    ):
         if digest and weights_digest(source) != digest:
             raise ValueError(f"{source} has changed since this evaluation began; leave it as it is, or start another")
 

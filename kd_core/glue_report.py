@@ -131,6 +131,8 @@ def _average(tasks: dict[str, Any], covered: list[str]) -> float | None:
 def _notes(plan: Plan, covered: list[str]) -> list[str]:
     notes = [f"{name} is skipped: {reason}." for name, reason in plan.skipped.items()]
     protocol = glue.PROTOCOLS[plan.protocol]
+    for name, splits in plan.left_out.items():
+        notes += [f"{name}: rows that lack columns are left out, {rows} of {split}." for split, rows in splits.items()]
     without = [name for name in glue.AVERAGED if name not in covered]
     notes.append(
         f"The average covers {', '.join(covered) or 'no task'}" + f", not {', '.join(without)}." * bool(without)
@@ -141,9 +143,11 @@ def _notes(plan: Plan, covered: list[str]) -> list[str]:
     for name in plan.settings:
         answers = (result(job).get("teacher") for job in plan.jobs if job.input.task == name)
         if taught := next(filter(None, answers), None):
-            poor = all(taught[f"eval/{metric}"] <= value for metric, value in plan.control[name].items())
-            why = ", not above the majority class; its labels may be in another order (id2label)" if poor else ""
-            notes.append(f"The teacher of {name}: {_scores(taught)}{why}.")
+            note = f"The teacher of {name}: {_scores(taught)}"
+            if any(taught[f"eval/{metric}"] <= value for metric, value in plan.control[name].items()):
+                note += ", not above the majority class"
+                note += "; its labels may be in another order (id2label)" if glue.TASKS[name].labels else ""
+            notes.append(f"{note}.")
     return notes
 
 

@@ -130,6 +130,8 @@ def locked(out: Path) -> Iterator[int]:
                 if not waited:
                     print(f"waiting for the runs of another call to leave {out}", file=sys.stderr, flush=True)
                 time.sleep(1)
+        if not os.path.exists(file.name) or not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+            raise ValueError(f"--out {out} was removed by the call that held it; start again")
         yield file.fileno()
 
 

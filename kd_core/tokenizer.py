@@ -252,17 +252,11 @@ def _with_special_tokens(tokenizer: Any) -> "PreTrainedTokenizerFast":
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    around = tokenizer("", "")["input_ids"]
-    if around[:1] + around[-1:] != [tokenizer.cls_token_id, tokenizer.sep_token_id]:  # as of SentencePiece models
-        cls, sep = (tokenizer.cls_token, tokenizer.cls_token_id), (tokenizer.sep_token, tokenizer.sep_token_id)
-        backend.post_processor = _around(cls, sep)
+    cls, sep = (tokenizer.cls_token, tokenizer.cls_token_id), (tokenizer.sep_token, tokenizer.sep_token_id)
+    one, two = backend.encode("").ids, backend.encode("", "").ids
+    if any(ids[:1] + ids[-1:] != [cls[1], sep[1]] for ids in (one, two)) or sep[1] not in two[1:-1]:
+        backend.post_processor = tokenizers.processors.BertProcessing(sep, cls)  # SentencePiece models have none
     return tokenizer
-
-
-def _around(cls: tuple[str, int], sep: tuple[str, int]) -> tokenizers.processors.TemplateProcessing:
-    """[CLS] text [SEP], [CLS] text [SEP] text [SEP], as in BERT; of both tokens the name and the id."""
-    one = f"{cls[0]} $A {sep[0]}"
-    return tokenizers.processors.TemplateProcessing(one, f"{one} $B:1 {sep[0]}:1", [cls, sep])
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -299,7 +293,10 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     trainee.train_from_iterator(texts, trainer)
     trained = _bert_pipeline(tokenizers.models.WordPiece(trainee.get_vocab(), unk_token="[UNK]"))
     trained.add_special_tokens(SPECIAL_TOKENS)
-    trained.post_processor = _around(*((token, SPECIAL_TOKENS.index(token)) for token in ("[CLS]", "[SEP]")))
+    ids = [(token, SPECIAL_TOKENS.index(token)) for token in ("[CLS]", "[SEP]")]
+    trained.post_processor = tokenizers.processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ids
+    )
     return trained
 
 

@@ -1,6 +1,7 @@
 """The GLUE recipe: one command from pretrained runs to a table; killed, resumed, distilled, of checkpoints; bad input."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -268,8 +269,12 @@ def test_the_table_says_what_teachers_know(run_job: Any, evaluate: Any, student:
     )
     assert ", its teacher accuracy 50.0, " in progress
     save_file(weights, wrong / "model.safetensors", {"format": "pt"})
+    done = FineTuning(**json.loads((tmp_path / "out/s/WNLI/19/run.json").read_text())["config"])
     with pytest.raises(ValueError, match="wrong has changed since this evaluation began"):
-        recipe.fine_tune(FineTuning(**json.loads((tmp_path / "out/s/WNLI/19/run.json").read_text())["config"]))
+        recipe.fine_tune(done)
+    with pytest.raises(ValueError, match="hf has changed since this evaluation began"):
+        recipe.fine_tune(dataclasses.replace(done, teacher=None, teacher_weights="", weights="another"))
+    glue_plan.require_unchanged(dataclasses.replace(done, teacher=None, teacher_weights="", weights="other", after={}))
 
 
 def test_what_started_from_mnli_is_of_its_teacher(

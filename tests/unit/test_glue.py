@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from scipy import stats
 from sklearn import metrics
 
-from kd_core import glue, tokenizer
+from kd_core import glue, glue_report, tokenizer
 from tests.conftest import DATA
 
 GLUE = DATA / "glue"
@@ -75,7 +76,7 @@ def test_flags_go_over_the_protocol() -> None:
         ("sane", ["COLA"], {}, "--tasks COLA: no task of GLUE; choose from CoLA, SST-2,"),
         ("mosaic", ["WNLI"], {}, "--tasks WNLI: the mosaic protocol does not have it, only MNLI,"),
         ("sane", ["CoLA"], {"epochs": ["cola=3"]}, "--epochs cola: no task of GLUE"),
-        ("sane", ["CoLA"], {"epochs": ["RTE=3"]}, "--epochs RTE=3: RTE is not evaluated; leave it out, or add it"),
+        ("sane", ["CoLA"], {"epochs": ["RTE=3"]}, "--epochs RTE=3: RTE is not evaluated; leave it out"),
         ("sane", ["CoLA"], {"epochs": ["1.5"]}, "--epochs 1.5 must be a whole number of at least 1"),
         ("sane", ["CoLA"], {"batch_size": ["CoLA=0"]}, "--batch-size CoLA=0 must be a whole number of at least 1"),
         ("sane", ["CoLA"], {"lr": ["0"]}, "--lr 0 must be a number above 0"),
@@ -87,6 +88,19 @@ def test_flags_that_will_not_do(protocol: str, tasks: list[str], flags: Any, mes
     with pytest.raises(ValueError) as error:
         glue.task_settings(protocol, tasks, flags)
     assert message in str(error.value)
+
+
+def test_the_table_says_what_is_left_out_and_who_teaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    job: Any = SimpleNamespace(input=SimpleNamespace(task="QQP"))
+    control = {"QQP": {"accuracy": 0.63, "f1": 0.0}}
+    plan: Any = SimpleNamespace(
+        skipped={}, left_out={"QQP": {"dev": 1}}, protocol="sane", settings={"QQP": None}, control=control, jobs=[job]
+    )
+    swapped = {"eval/accuracy": 0.098, "eval/f1": 0.071}  # a good teacher, its two columns exchanged
+    monkeypatch.setattr(glue_report, "result", lambda job: {"teacher": swapped})
+    first, *_, last = glue_report._notes(plan, ["QQP"])
+    assert first == "QQP: rows that lack columns are left out, 1 of dev."
+    assert last.startswith("The teacher of QQP: accuracy 9.8 f1 7.1, not above the majority class; its labels may")
 
 
 @real
@@ -163,15 +177,15 @@ def test_files_in_the_original_layout(name: str, tmp_path: Path) -> None:
     assert glue.missing(task, str(tmp_path)) is None
 
 
-def test_a_few_broken_rows_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_few_broken_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     header, rows, *_ = ORIGINAL["QQP"]
     (tmp_path / "QQP").mkdir()
     for split in ("train", "dev", "test"):
         lines = [header, *rows * 100, "9\t1\t2\tcut off"]
         (tmp_path / "QQP" / f"{split}.tsv").write_text("\n".join(lines))
     for split in ("train", "dev"):
-        assert len(glue.read_split(glue.TASKS["QQP"], split, str(tmp_path)).labels) == 200
-        assert f"{split}.tsv: 1 of 201 rows lack columns and are left out" in capsys.readouterr().err
+        read = glue.read_split(glue.TASKS["QQP"], split, str(tmp_path))
+        assert (len(read.labels), read.left_out) == (200, 1)
     with pytest.raises(ValueError, match=r"test.tsv has 1 of 201 rows with fewer columns than 5"):
         glue.read_split(glue.TASKS["QQP"], "test", str(tmp_path))  # a submission needs them all
 

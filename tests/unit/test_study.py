@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -370,3 +371,6 @@ def test_a_second_study_in_the_same_folder_waits_then_gives_up(folder: Folder, m
     with jobs.locked(folder.out), pytest.raises(ValueError, match="is in use by another call"):  # noqa: SIM117
         with jobs.locked(folder.out):
             pass
+    monkeypatch.setattr(jobs.fcntl, "flock", lambda *_: shutil.rmtree(folder.out))  # its holder failed at once
+    with pytest.raises(ValueError, match="was removed by the call that held it; start again"), jobs.locked(folder.out):
+        pass

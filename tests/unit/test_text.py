@@ -426,6 +426,10 @@ def test_missing_special_tokens_are_added(tmp_path):
     assert (pair["input_ids"], pair["token_type_ids"]) == ([2, 1, 3, 1, 3], [0, 0, 0, 1, 1]), (
         "around a text, as in BERT"
     )
+    ids = [("<s>", 2), ("</s>", 3)]
+    bare.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", pair=None, special_tokens=ids)
+    bare.save(str(tmp_path / "tokenizer.json"))  # for a text alone
+    assert text.load_tokenizer(str(tmp_path / "tokenizer.json"))("a", "a")["input_ids"] == [2, 1, 3, 1, 3]
     strict = tokenizers.Tokenizer(tokenizers.models.WordLevel({"b": 0}, unk_token="[UNK]"))
     strict.save(str(tmp_path / "tokenizer.json"))  # it cannot read any text but "b"
     tokenizer = text.load_tokenizer(str(tmp_path / "tokenizer.json"))
