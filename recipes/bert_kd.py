@@ -9,6 +9,7 @@ Smoke:   python recipes/bert_kd.py --student tiny --vocab-size 1024 --seq-len 32
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -31,12 +32,18 @@ disable_progress_bar()  # Hugging Face's, for files that load in a moment
 SIZES = dict(tiny=(2, 128), mini=(4, 256), small=(4, 512), medium=(8, 512), base=(12, 768), large=(24, 1024))
 
 
+def size_of(student: str) -> tuple[int, int] | None:
+    """Layers and width of a name in SIZES or of LAYERSxWIDTH; None for a checkpoint."""
+    grid = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", student)
+    return (int(grid[1]), int(grid[2])) if grid else SIZES.get(student)
+
+
 @dataclass(frozen=True)
 class Config(cli.SharedFlags):
     """BERT pretraining with a distillation window. `--load RUN_JSON` starts from a saved run's flags."""
 
     student: str = "base"
-    """tiny, mini, small, medium, base or large (random initialisation), or a BERT checkpoint to start from."""
+    """tiny, mini, small, medium, base, large or LAYERSxWIDTH, as 6x256 (random), or a BERT checkpoint to start from."""
     tokenizer: str | None = None
     """Hub name, folder, tokenizer.json or SentencePiece .model; default: WordPiece trained on the data (c4: BERT's)."""
     vocab_size: int = 8192
@@ -74,6 +81,8 @@ class Config(cli.SharedFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         text.check_flags(self)
+        width = (size_of(self.student) or (0, 0))[1]
+        self.check("student", width % 64 == 0, "LAYERSxWIDTH with a width that 64 divides, heads being 64 wide")
         by_class = self.divergence == "mse" or any(map(cache.folder_of, self.teachers))
         self.check("softmax_axis", self.softmax_axis == "class" or not by_class, "class for mse and cached teachers")
         with_logits = by_class or self.softmax_axis == "sequence" or self.sampler == "all" or self.draws > 1
@@ -116,8 +125,8 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
     padded = math.ceil(vocab_size / 64) * 64
     settings: dict[str, Any] = {"hidden_dropout_prob": cfg.dropout, "attention_probs_dropout_prob": cfg.dropout}
     torch.manual_seed(cfg.seed)
-    if cfg.student in SIZES:
-        layers, width = SIZES[cfg.student]
+    if size := size_of(cfg.student):
+        layers, width = size
         shape: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
         student = MaskedBert(BertConfig(vocab_size=padded, num_attention_heads=width // 64, **shape, **settings))
     else:
@@ -238,7 +247,7 @@ def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus, 
     ds_config = engine.load_config(cfg)
     needed = report.needs_teachers(cfg)
     models = [("--teachers", path) for path in cfg.teachers if needed and not cache.folder_of(path)]
-    models += [("--student", cfg.student)] if cfg.student not in SIZES else []
+    models += [("--student", cfg.student)] if not size_of(cfg.student) else []
     sources = [(flag, teachers.model_source(path, flag)) for flag, path in models]
     folder = report.claim_folder(cfg, RECIPE, undo)
     corpus = build_data(cfg)

@@ -33,6 +33,7 @@ def test_flags(attempt: Attempt) -> None:
     assert "--global-batch-size 6 must be a multiple of --micro-batch-size 4" in attempt("--global-batch-size", 6)
     assert "--mask-fraction must be in (0, 1)" in attempt("--mask-fraction", 0)
     assert "--mask-fraction must be in (0, 1)" in attempt("--mask-fraction", 0.01)
+    assert "--student must be LAYERSxWIDTH with a width that 64 divides" in attempt("--student", "2x100")
 
 
 def test_flags_of_the_pool(attempt: Attempt, teacher: Path, tmp_path: Path) -> None:

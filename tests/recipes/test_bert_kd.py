@@ -102,6 +102,13 @@ def test_export_crops_the_vocabulary_and_nothing_else(train: Train, tmp_path: Pa
     assert model.bert.encoder.layer[0].intermediate.dense.weight.shape == (1024, 256)
 
 
+def test_a_student_of_given_layers_and_width(train: Train, tmp_path: Path) -> None:
+    train("--out", tmp_path / "run", "--student", "3x64", "--steps", 2)
+    config = BertForMaskedLM.from_pretrained(tmp_path / "run" / "hf").config
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (3, 64, 1)
+    assert config.intermediate_size == 256
+
+
 def test_ratio_0_is_bit_identical_to_no_teacher(train: Train, teacher: Path, tmp_path: Path) -> None:
     train("--out", tmp_path / "without")
     train("--out", tmp_path / "ratio0", "--teachers", teacher, "--kd-ratio", 0)
