@@ -76,8 +76,8 @@ class Config:
     """For models that come without one: hub name, folder, tokenizer.json or SentencePiece .model."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the computation; weights are float32. auto: bf16 on a GPU, fp32 on a CPU."""
-    compile: bool = False
-    """torch.compile; pays from some ten minutes a job on."""
+    compile: tuple[str, ...] = ()
+    """Tasks whose jobs run under torch.compile; pays from some ten minutes a job on."""
     keep_models: bool = False
     """Keep each job's fine-tuned model in its folder (hf/)."""
     jobs: int | None = None
