@@ -20,7 +20,7 @@ ENCODER = "bert."  # the part of a masked-language model that is fine-tuned
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
 ONE_JOB = "--run-one-job"  # followed by a FineTuning as JSON, it makes the recipe run that
 # Flags that a job takes as they are.
-SAME_FOR_ALL = ("dropout", "kd_ratio", "temperature", "precision")
+SAME_FOR_ALL = ("dropout", "kd_ratio", "temperature", "precision", "compile")
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,6 @@ def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack, held: contextlib.Ex
     protocol, source = glue.PROTOCOLS[cfg.protocol], glue.check_source(cfg.data)
     flags = {field: getattr(cfg, field) for field in glue.Settings._fields}
     settings = glue.task_settings(cfg.protocol, cfg.tasks or tuple(protocol.settings), flags)
-    for task in cfg.compile:
-        if task not in settings:
-            raise ValueError(f"--compile {task} is not evaluated; choose from {', '.join(settings)}")
     models = named_models(cfg.models)
     reasons = {task: glue.missing(glue.TASKS[task], source) for task in settings}
     skipped = {task: reason for task, reason in reasons.items() if reason}
@@ -160,7 +157,6 @@ def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack, held: contextlib.Ex
                         warmup_fraction=protocol.warmup_fraction,
                         teacher=taught.get(task),
                         teacher_weights=taught_by.get(task, ""),
-                        compile=task in cfg.compile,
                         tokenizer=ours.name_or_path,
                         keep_model=cfg.keep_models or (task == "MNLI" and bool(protocol.from_mnli)),
                         **{field: getattr(cfg, field) for field in SAME_FOR_ALL},

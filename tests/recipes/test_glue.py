@@ -243,6 +243,17 @@ def test_a_job_is_a_function_of_its_seed(run_job: Any) -> None:
     assert not (first / "hf").exists()
 
 
+def test_long_jobs_alone_are_compiled(run_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(options))
+    steps = json.loads((run_job("short", compile=True) / "run.json").read_text())["result"]["step"]
+    assert compiled == []
+    monkeypatch.setattr(recipe, "COMPILED_FROM", steps)
+    run_job("long", compile=True)
+    run_job("eager")
+    assert compiled == [{"dynamic": True}]
+
+
 @pytest.mark.parametrize("task", ["WNLI", "STS-B"])
 def test_a_student_learns_what_its_teacher_says(run_job: Any, task: str) -> None:
     teacher = run_job("teacher", task, keep_model=True, seed=3)
@@ -293,17 +304,6 @@ def test_what_started_from_mnli_is_of_its_teacher(
         return {one.input.task: one.input for one in plan.jobs}
 
     assert planned(taught["MNLI"])["RTE"] == planned(taught["MNLI"])["RTE"] != planned(other)["RTE"]
-
-
-def test_which_jobs_are_compiled(
-    student: Path, glue_folder: Path, cache: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.setenv("KD_CACHE", str(cache))
-    flags: Any = dict(tasks=("CoLA", "WNLI"), compile=("WNLI",), data=str(glue_folder), out=str(tmp_path / "out"))
-    with contextlib.ExitStack() as undo, contextlib.ExitStack() as held:
-        cfg = recipe.Config(models=(str(student),), protocol="sane", **flags)
-        plan = glue_plan.make(cfg, Path(recipe.__file__), undo, held)
-    assert {one.input.task: one.input.compile for one in plan.jobs} == {"CoLA": False, "WNLI": True}
 
 
 def test_teachers_that_will_not_do(run_job: Any, attempt: Callable[..., str], student: Path, tmp_path: Path) -> None:
@@ -447,7 +447,6 @@ def test_bad_input(attempt: Callable[..., str], student: Path, glue_folder: Path
     assert "must be TASK=MODEL" in attempt(student, *kd, student)
     assert "is more than the 512 positions" in attempt(student, "--max-length", 600)
     assert "is no run folder" in attempt(student / "hf", "--checkpoints", "all")
-    assert "--compile RTE is not evaluated; choose from CoLA" in attempt(student, "--tasks", "CoLA", "--compile", "RTE")
     assert "--jobs must be at least 1, got 0" in attempt(student, "--jobs", 0)
     assert "did you mean --jobs?" in attempt(student, "--job", 3)
     assert "has 3, 6, 8 (--save-every, --keep)" in attempt(student, "--checkpoints", 5)
