@@ -41,6 +41,11 @@ python recipes/resnet_kd.py --preset cifar --data runs/data/cifar10 --micro-batc
     --eval-every 500 --log-every 50 --out runs/teachers/resnet20
 python recipes/resnet_kd.py --preset cifar --data runs/data/cifar10_tuning --micro-batch-size 128 --student resnet8 --steps 3000 \
     --eval-every 500 --log-every 50 --seed 1 --save-every 100000 --out runs/teachers/resnet8
+for student in "resnet8 --steps 8000" "resnet20 --steps 3200"; do
+    python recipes/resnet_kd.py --preset cifar --data runs/data/cifar10_tuning --micro-batch-size 128 --train-size 16 \
+        --eval-resize 16 --eval-size 16 --student $student --lr 0.4 --eval-every 800 --log-every 50 --seed 1 \
+        --save-every 100000 --out "runs/teachers/${student%% *}_16"
+done
 python recipes/resnet_kd.py --preset cifar --data runs/data/imagenette224.tar --crop resized --min-scale 0.25 --train-size 48 \
     --eval-resize 48 --eval-size 48 --global-batch-size 64 --micro-batch-size 64 --lr 0.1 --student resnet20 --steps 1200 \
     --eval-every 300 --log-every 50 --out runs/teachers/imagenette20
@@ -51,3 +56,5 @@ python -m kd_core.cache build --kind images --preset cifar --teacher runs/teache
     --micro-batch-size 128 --view-patterns 2 --out runs/caches/resnet20
 python -m kd_core.cache build --kind images --preset cifar --teacher runs/teachers/resnet8 --data runs/data/cifar10 \
     --micro-batch-size 128 --view-patterns 2 --out runs/caches/resnet8
+python -m kd_core.cache build --kind images --preset cifar --teacher runs/teachers/resnet20_16 --data runs/data/cifar10 \
+    --train-size 16 --eval-resize 16 --eval-size 16 --micro-batch-size 128 --view-patterns 4 --out runs/caches/resnet20_16
