@@ -43,7 +43,7 @@ class Config(cli.SharedFlags):
     """BERT pretraining with a distillation window. `--load RUN_JSON` starts from a saved run's flags."""
 
     student: str = "base"
-    """tiny, mini, small, medium, base, large or LAYERSxWIDTH, as 6x256 (random), or a BERT checkpoint to start from."""
+    """tiny, mini, small, medium, base, large or LAYERSxWIDTH, as 6x256 (random), or a BERT checkpoint (./6x256)."""
     tokenizer: str | None = None
     """Hub name, folder, tokenizer.json or SentencePiece .model; default: WordPiece trained on the data (c4: BERT's)."""
     vocab_size: int = 8192
@@ -81,8 +81,8 @@ class Config(cli.SharedFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         text.check_flags(self)
-        width = (size_of(self.student) or (0, 0))[1]
-        self.check("student", width % 64 == 0, "LAYERSxWIDTH with a width that 64 divides, heads being 64 wide")
+        size = size_of(self.student)
+        self.check("student", not size or size[1] % 64 == 0, "LAYERSxWIDTH with a width that 64 divides, a head's")
         by_class = self.divergence == "mse" or any(map(cache.folder_of, self.teachers))
         self.check("softmax_axis", self.softmax_axis == "class" or not by_class, "class for mse and cached teachers")
         with_logits = by_class or self.softmax_axis == "sequence" or self.sampler == "all" or self.draws > 1
@@ -247,7 +247,7 @@ def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus, 
     ds_config = engine.load_config(cfg)
     needed = report.needs_teachers(cfg)
     models = [("--teachers", path) for path in cfg.teachers if needed and not cache.folder_of(path)]
-    models += [("--student", cfg.student)] if not size_of(cfg.student) else []
+    models += [("--student", cfg.student)] if size_of(cfg.student) is None else []
     sources = [(flag, teachers.model_source(path, flag)) for flag, path in models]
     folder = report.claim_folder(cfg, RECIPE, undo)
     corpus = build_data(cfg)

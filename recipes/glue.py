@@ -78,7 +78,7 @@ class Config:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the computation; weights are float32. auto: bf16 on a GPU, fp32 on a CPU."""
     compile: bool = False
-    """torch.compile, in jobs of 10,000 steps or more: shorter ones end before it has paid."""
+    """torch.compile, in jobs of 10,000 steps or more: shorter ones may end before it has paid."""
     keep_models: bool = False
     """Keep each job's fine-tuned model in its folder (hf/)."""
     jobs: int | None = None
