@@ -4,6 +4,7 @@ DeepSpeed is imported inside functions: bad input is refused before those second
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import json
@@ -35,6 +36,9 @@ if not torch.cuda.is_available():
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 # The other ranks wait this long at the door while local rank 0 reads and tokenises.
 PREPARE_TIMEOUT = timedelta(hours=24)
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+LARGEST_MMAP_THRESHOLD = 2**25  # what mallopt takes
 
 OWNED_BY_RECIPE = {
     "train_batch_size": "--global-batch-size",
@@ -104,11 +108,20 @@ def _init_distributed() -> None:
     if not torch.cuda.is_available():
         # This op serves inference only, but would be compiled here: half a minute, and a compiler needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _keep_freed_memory()
     # A rank may wait here for minutes inside C++, where a Python handler cannot run and a signal would end in its trace.
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
     deepspeed.init_distributed(timeout=PREPARE_TIMEOUT, verbose=False)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep what tensors free for the next step's; by default it may give it back, and have it zeroed anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not everywhere
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def leave() -> None:

@@ -5,6 +5,7 @@ its own normalisation and resolution. Shape letters: B images, C classes.
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce  # differentiable
-from torchvision.models.resnet import BasicBlock
+from torch.nn.utils import fuse_conv_bn_eval
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms.v2.functional import resize
 
 from kd_core import cache
@@ -204,6 +206,19 @@ def average_batch_norm(net: nn.Module) -> None:
     torch._foreach_copy_(stats, list(flat.split([buffer.numel() for buffer in stats])))
 
 
+def fold_batch_norm(net: nn.Module) -> None:
+    """Multiplies the batch normalisations of a frozen network into the convolutions before them: one pass less each.
+
+    A convolution's normalisation follows it in nn.Sequential and in the blocks of ResNets; elsewhere nothing changes.
+    """
+    for parent in list(net.modules()):
+        if isinstance(parent, (nn.Sequential, BasicBlock, Bottleneck, ResNet, SmallResNet)):
+            for (name, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+                    setattr(parent, norm_name, nn.Identity())
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -315,14 +330,15 @@ def load_classifier(
 def load_teacher(
     path: str, classes: Sequence[str], *, autocast: bool = False, split: bool = False, **settings: Any
 ) -> nn.Module:
-    """What answers for `path`: the records of `cache:DIR`, or a `load_classifier` in the memory format that is fast.
+    """What answers for `path`: the records of `cache:DIR`, or a `load_classifier` made fast for evaluation.
 
     Args:
         split: for ZeRO-3, which takes only contiguous weights, in the dtype that they compute in.
     """
     if folder := cache.folder_of(path):
         return CachedLogits(folder, len(classes))
-    model = load_classifier(path, classes, autocast=autocast and not split, **settings)
+    model = load_classifier(path, classes, autocast=autocast and not split, **settings).eval()
+    fold_batch_norm(model)
     if not split:
         return model.to(memory_format=torch.channels_last)
     for module in model.modules():

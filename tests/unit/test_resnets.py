@@ -115,8 +115,32 @@ def test_a_teacher_for_zero_3_is_contiguous_and_really_bf16(
         for split in (False, True)
     )
     torch.testing.assert_close(split(pixels).float(), whole(pixels).float(), rtol=0.1, atol=0.05)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in whole.modules())
     assert all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in split.parameters())
     assert all(b.dtype != torch.bfloat16 for b in split.buffers())
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50", "densenet121", "mobilenet_v3_small"])
+@pytest.mark.parametrize("blurpool", [False, True])
+def test_a_folded_network_answers_the_same(name: str, blurpool: bool) -> None:
+    torch.manual_seed(0)
+    ours = name in resnets.NAMES
+    net = resnets.build_net(name, 5) if ours else torchvision.models.get_model(name, num_classes=5)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.normal_(0, 0.5)
+    if blurpool:
+        resnets.add_blurpool(net)
+    net.eval()
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = net(pixels)
+        resnets.fold_batch_norm(net)
+        torch.testing.assert_close(net(pixels), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert not ours or not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
 
 
 def test_torchvisions_classes_in_another_order_are_refused() -> None:
