@@ -37,6 +37,10 @@ bert --student tiny --lr 2e-3 --steps 4000 --global-batch-size 32 --micro-batch-
     --eval-every 200 --out runs/teachers/poor
 bert --student tiny --lr 2e-3 --steps 6400 --deepspeed-config zero0_fp32_cpu.json --eval-every 100 --log-every 100 --seed 1 \
     --out runs/teachers/long
+for seed in 11 12 13; do # of equal quality, for bert_pool
+    bert --student tiny --lr 2e-3 --steps 6400 --deepspeed-config zero0_fp32_cpu.json --eval-every 100 --log-every 100 \
+        --seed $seed --out runs/teachers/equal_$seed
+done
 python recipes/resnet_kd.py --preset cifar --data runs/data/cifar10 --micro-batch-size 128 --student resnet20 --steps 2000 \
     --eval-every 500 --log-every 50 --out runs/teachers/resnet20
 python recipes/resnet_kd.py --preset cifar --data runs/data/cifar10_tuning --micro-batch-size 128 --student resnet8 --steps 3000 \
@@ -56,5 +60,7 @@ python -m kd_core.cache build --kind images --preset cifar --teacher runs/teache
     --micro-batch-size 128 --view-patterns 2 --out runs/caches/resnet20
 python -m kd_core.cache build --kind images --preset cifar --teacher runs/teachers/resnet8 --data runs/data/cifar10 \
     --micro-batch-size 128 --view-patterns 2 --out runs/caches/resnet8
-python -m kd_core.cache build --kind images --preset cifar --teacher runs/teachers/resnet20_16 --data runs/data/cifar10 \
-    --train-size 16 --eval-resize 16 --eval-size 16 --micro-batch-size 128 --view-patterns 4 --out runs/caches/resnet20_16
+for teacher in resnet20_16 resnet8_16; do
+    python -m kd_core.cache build --kind images --preset cifar --teacher runs/teachers/$teacher --data runs/data/cifar10 \
+        --train-size 16 --eval-resize 16 --eval-size 16 --micro-batch-size 128 --view-patterns 4 --out runs/caches/$teacher
+done

@@ -1,15 +1,16 @@
-"""The reports of the studies beside this file from their runs' lines, and README.md from both and from README.md.jinja.
+"""The reports of the studies beside this file from their runs' lines; from both, README.md, and its summary in the project's.
 
     python recipes/results/tables.py
 
-A study lies in a folder of its own as kd_core.study leaves it. The template's numbers are calls of the functions below
-that `FOR_THE_PAGE` names, so that none is written by hand but what a run was set to.
+A study lies in a folder of its own as kd_core.study leaves it. README.md is README.md.jinja with the numbers that the
+functions of `FOR_THE_PAGE` read from the lines, so that none is written by hand but what a run was set to.
 """
 
 import contextlib
 import itertools
 import json
 import math
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -222,7 +223,8 @@ def arms(name: str) -> str:
             apart = [] if arm == study.baseline else [gain(name, steps, arm), slower(name, steps, arm)]
             by_seed = ", ".join(f"{value:.{digits}f}" for value in own.values())
             rows.append([str(steps), arm, by_seed, quality(name, steps, arm), *(apart or ["", ""])])
-    head = ["steps", "arm", f"{unit}, by seed", "mean", "less that without teacher", "seconds, times those without"]
+    other = f"`{study.baseline}`"
+    head = ["steps", "arm", f"{unit}, by seed", "mean", f"less that of {other}", f"seconds, times those of {other}"]
     return table(head, rows)
 
 
@@ -256,10 +258,13 @@ def speedup(name: str) -> str:
 
 
 def verdicts() -> str:
-    """Every arm with teachers of every study: where it paid."""
+    """Every arm with teachers of every study whose baseline has none: where it paid."""
     rows = []
     for name in studies():
-        for arm, flags in study_of(name).arms.items():
+        study = study_of(name)
+        if "--teachers" in study.arms[study.baseline]:
+            continue
+        for arm, flags in study.arms.items():
             for method in METHODS:
                 found = times(name, arm, method)
                 if "--teachers" in flags and found.rows:
@@ -343,8 +348,16 @@ def page() -> str:
     return template.render({function.__name__: function for function in FOR_THE_PAGE})
 
 
+def quoted(readme: str, page: str) -> str:
+    """The project's README with its quotation, the page's section "In short", made anew."""
+    lines = page.split("## In short\n\n")[1].split("\n\n")[0].split("\n")
+    return re.sub(r"(?:^> .*\n)+", "".join(f"> {line}\n" for line in lines), readme, flags=re.MULTILINE)
+
+
 if __name__ == "__main__":
     for name in studies():
         with contextlib.redirect_stdout(None):
             write_all_reports(HERE / name, HERE / name)
     (HERE / "README.md").write_text(page())
+    readme = HERE.parents[1] / "README.md"
+    readme.write_text(quoted(readme.read_text(), page()))

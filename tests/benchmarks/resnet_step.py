@@ -111,8 +111,9 @@ def main() -> int:
     batches: Iterator[images.Step] = images.steps(train, 0, workers=0)
     pools = {}
     for name in args.teachers:
-        model = resnets.Classifier(resnets.build_net(name, len(classes)), autocast=CUDA).to(engine.device())
-        model = model.to(memory_format=torch.channels_last)
+        model = resnets.Classifier(resnets.build_net(name, len(classes)), autocast=CUDA).eval()
+        resnets.fold_batch_norm(model)
+        model = model.to(engine.device(), memory_format=torch.channels_last)
         pools[name] = teachers.TeacherPool([name], [model], compiled=base.compile)
     none = teachers.TeacherPool((), ())
 
