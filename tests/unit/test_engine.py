@@ -30,5 +30,4 @@ def test_on_a_cpu_freed_memory_serves_the_next_step() -> None:
     command = [sys.executable, "-c", STEPS]
     done = subprocess.run(command, cwd=ROOT, env=cpu_environment(), capture_output=True, text=True, check=True)
     plain, kept = map(int, done.stdout.split())
-    assert plain > 10_000  # 160 MiB in pages of 4 KiB are 40,960
-    assert kept < 100
+    assert kept < plain / 10
