@@ -1,14 +1,31 @@
 #!/usr/bin/env bash
-# The studies at larger sizes, for one GPU, teachers included:
-#     WIKI=wikipedia_en CIFAR=cifar10 TINY=tiny_imagenet32 bash recipes/results/gpu.sh
-# The same call continues what was stopped, so it may be cut into pieces: WIKI=... timeout 590 bash recipes/results/gpu.sh
+# The studies at larger sizes, for one GPU, teachers included; all three, or those named:
+#     WIKI=wikipedia_en CIFAR=cifar10 TINY=tiny_imagenet32 bash recipes/results/gpu.sh [bert] [resnet] [tiny_imagenet]
+# They run in runs/gpu/. The same call continues what was stopped, so it may be cut into pieces: timeout 500 bash ...
+# The lines of a study that has finished go beside this file, for tables.py and the page.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-mkdir -p runs/data
-for link in "wikipedia=$WIKI" "cifar10=$CIFAR" "tiny_imagenet32=$TINY"; do
-    ln -sfn "$(realpath "${link#*=}")" "runs/data/${link%%=*}"
+trap 'exit 143' TERM # once what runs has saved
+[ $# -gt 0 ] || set -- bert resnet tiny_imagenet
+root=$(realpath "$(dirname "$0")/../..")
+mkdir -p "$root/runs/data"
+for study in "$@"; do
+    case $study in
+    bert) data=$(realpath "$WIKI") name=wikipedia ;;
+    resnet) data=$(realpath "$CIFAR") name=cifar10 ;;
+    tiny_imagenet) data=$(realpath "$TINY") name=tiny_imagenet32 ;;
+    *) echo "error: no study $study; choose bert, resnet or tiny_imagenet" >&2 && exit 2 ;;
+    esac
+    ln -sfnT "$data" "$root/runs/data/$name"
 done
-for study in bert resnet tiny_imagenet; do
-    bash launch/study.sh "recipes/results/gpu/$study.json" --out "recipes/results/gpu_$study"
+cd "$root"
+for study in "$@"; do
+    out=runs/gpu/$study
+    if [ -e "$out/teacher/run.json" ] && [ ! -e "$out/teacher/hf" ]; then # its lines alone were brought here
+        rm -r "$out/teacher"
+        find "$out" -name run.json -exec grep -L '"stopped": "finished"' {} + | xargs -r dirname | xargs -r rm -r
+    fi
+    bash launch/study.sh "recipes/results/gpu/$study.json" --out "$out"
+    mkdir -p "recipes/results/gpu_$study"
+    (cd "$out" && find . -name study.json -o -name run.json -o -name metrics.jsonl | tar -c -T -) | tar -x -C "recipes/results/gpu_$study"
 done
 bash launch/env.sh python3 recipes/results/tables.py

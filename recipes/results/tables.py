@@ -169,6 +169,16 @@ def times(name: str, arm: str, method: str = "tradeoff") -> Times:
     return Times([row for row in rows if row["method"] == method and row["speedup"] is not None])
 
 
+def equal_speed(name: str, arm: str) -> str:
+    """The median of `longest`, were the baseline's longer runs as fast a step as its runs of the study's longest."""
+    longest = max(int(path.name) for path in (HERE / name / study_of(name).baseline).iterdir())
+    slow, fast = (
+        np.mean([run["train_s"] / steps for run in results(name, study_of(name).baseline, steps).values()])
+        for steps in (longest, max(study_of(name).lengths))
+    )
+    return f"{np.median([row['speedup'] for row in times(name, arm, LONGEST).rows]) * fast / slow:.1f}"
+
+
 def prepared_for(folder: Path) -> Path:
     return folder / PREPARED if (folder / PREPARED).exists() else HERE / PREPARED
 
@@ -180,11 +190,12 @@ def prepared(path: str, entry: str, digits: int = 0, scale: float = 1, study: st
     return f"{scale * record.get('result', record)[entry]:.{digits}f}"
 
 
-def teachers_quality(name: str, arm: str, digits: int | None = None) -> str:
-    """Of the arm's first teacher, on the documents or images that judge the students."""
-    _, scale, own_digits = shown_as(study_of(name).metric)
-    file = next((HERE / name / arm).glob("*/*/run.json"))
-    value = scale * json.loads(file.read_text())["teachers"][0][study_of(name).metric]
+def teachers_quality(name: str, arm: str, digits: int | None = None, index: int = 0) -> str:
+    """Of one of the arm's teachers, on the documents or images that judge the students."""
+    study = study_of(name)
+    _, scale, own_digits = shown_as(study.metric)
+    file = HERE / name / arm / str(study.lengths[0]) / str(study.seeds[0]) / "run.json"
+    value = scale * json.loads(file.read_text())["teachers"][index][study.metric]
     return f"{value:.{own_digits if digits is None else digits}f}"
 
 
@@ -336,7 +347,7 @@ def studies() -> list[str]:
 
 
 FOR_THE_PAGE: tuple[Callable[..., Any], ...] = (
-    arms, compared, crossings, gain, glue, glue_gap, milliseconds, prepared, quality, single_runs, slower, speedup,
+    arms, compared, crossings, equal_speed, gain, glue, glue_gap, milliseconds, prepared, quality, single_runs, slower, speedup,
     teachers_quality, times, verdicts,
 )  # fmt: skip
 
@@ -351,7 +362,8 @@ def page() -> str:
 def quoted(readme: str, page: str) -> str:
     """The project's README with its quotation, the page's section "In short", made anew."""
     lines = page.split("## In short\n\n")[1].split("\n\n")[0].split("\n")
-    return re.sub(r"(?:^> .*\n)+", "".join(f"> {line}\n" for line in lines), readme, flags=re.MULTILINE)
+    quotation = "".join(f"> {line}\n" for line in lines)
+    return re.sub(r"(?:^> .*\n)+", lambda _: quotation, readme, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":
