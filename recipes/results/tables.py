@@ -142,7 +142,7 @@ class Times(NamedTuple):
     @property
     def verdicts(self) -> str:
         counts = Counter(row["verdict"] for row in self.rows)
-        return ", ".join(f"{verdict} {counts[verdict]}" for verdict in counts)
+        return ", ".join(f"{verdict} at {counts[verdict]}" for verdict in counts)
 
     @property
     def payback(self) -> str:
