@@ -18,11 +18,12 @@ for study in "$@"; do
     ln -sfnT "$data" "$root/runs/data/$name"
 done
 cd "$root"
+finished='"stopped": "finished"'
 for study in "$@"; do
     out=runs/gpu/$study
-    if [ -e "$out/teacher/run.json" ] && [ ! -e "$out/teacher/hf" ]; then # its lines alone were brought here
+    if grep -qs "$finished" "$out/teacher/run.json" && [ ! -e "$out/teacher/hf" ]; then # its lines alone were brought here
         rm -r "$out/teacher"
-        find "$out" -name run.json -exec grep -L '"stopped": "finished"' {} + | xargs -r dirname | xargs -r rm -r
+        find "$out" -name run.json ! -exec grep -q "$finished" {} \; -printf '%h\0' | xargs -0r rm -r
     fi
     bash launch/study.sh "recipes/results/gpu/$study.json" --out "$out"
     mkdir -p "recipes/results/gpu_$study"

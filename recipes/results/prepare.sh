@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The data and the teachers of the studies in this folder, into runs/:
 #     WIKI=wikipedia_en CIFAR=cifar10 IMAGENETTE=imagenette.tar bash recipes/results/prepare.sh
-# WIKI is a folder with train.jsonl.xz and validation.jsonl.xz, CIFAR one with train.parquet and test.parquet.
+# The same call continues what was stopped; in all it takes hours. WIKI is a folder with train.jsonl.xz and
+# validation.jsonl.xz, CIFAR one with train.parquet and test.parquet.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -26,8 +27,15 @@ for split, rows in (("train", order[5000:]), ("validation", order[:5000])):
 END
 ln -sfn "$(realpath "$IMAGENETTE")" runs/data/imagenette224.tar
 
+run() { # a recipe's command that ends in its run folder; continues what was stopped
+    [ ! -e "${*: -1}/run.json" ] || set -- "$@" --resume
+    python "$@"
+}
+cache() { # likewise, of kd_core.cache
+    [ -e "${*: -1}/manifest.json" ] || python -m kd_core.cache build "$@"
+}
 bert() {
-    python recipes/bert_kd.py --data runs/data/wikipedia_tuning --vocab-size 2048 --seq-len 32 --mask-fraction 0.3 --clip 1 \
+    run recipes/bert_kd.py --data runs/data/wikipedia_tuning --vocab-size 2048 --seq-len 32 --mask-fraction 0.3 --clip 1 \
         --dropout 0 --global-batch-size 64 --micro-batch-size 64 --log-every 20 --save-every 100000 "$@"
 }
 bert --student mini --lr 1e-3 --steps 3000 --deepspeed-config zero1_bf16.json --eval-every 150 --out runs/teachers/good
@@ -41,26 +49,26 @@ for seed in 11 12 13; do # of equal quality, for bert_pool
     bert --student tiny --lr 2e-3 --steps 6400 --deepspeed-config zero0_fp32_cpu.json --eval-every 100 --log-every 100 \
         --seed $seed --out runs/teachers/equal_$seed
 done
-python recipes/resnet_kd.py --preset cifar --data runs/data/cifar10 --micro-batch-size 128 --student resnet20 --steps 2000 \
+run recipes/resnet_kd.py --preset cifar --data runs/data/cifar10 --micro-batch-size 128 --student resnet20 --steps 2000 \
     --eval-every 500 --log-every 50 --out runs/teachers/resnet20
-python recipes/resnet_kd.py --preset cifar --data runs/data/cifar10_tuning --micro-batch-size 128 --student resnet8 --steps 3000 \
+run recipes/resnet_kd.py --preset cifar --data runs/data/cifar10_tuning --micro-batch-size 128 --student resnet8 --steps 3000 \
     --eval-every 500 --log-every 50 --seed 1 --save-every 100000 --out runs/teachers/resnet8
 for student in "resnet8 --steps 8000" "resnet20 --steps 3200"; do
-    python recipes/resnet_kd.py --preset cifar --data runs/data/cifar10_tuning --micro-batch-size 128 --train-size 16 \
+    run recipes/resnet_kd.py --preset cifar --data runs/data/cifar10_tuning --micro-batch-size 128 --train-size 16 \
         --eval-resize 16 --eval-size 16 --student $student --lr 0.4 --eval-every 800 --log-every 50 --seed 1 \
         --save-every 100000 --out "runs/teachers/${student%% *}_16"
 done
-python recipes/resnet_kd.py --preset cifar --data runs/data/imagenette224.tar --crop resized --min-scale 0.25 --train-size 48 \
+run recipes/resnet_kd.py --preset cifar --data runs/data/imagenette224.tar --crop resized --min-scale 0.25 --train-size 48 \
     --eval-resize 48 --eval-size 48 --global-batch-size 64 --micro-batch-size 64 --lr 0.1 --student resnet20 --steps 1200 \
     --eval-every 300 --log-every 50 --out runs/teachers/imagenette20
 
-python -m kd_core.cache build --teacher runs/teachers/good --data runs/data/wikipedia_report --vocab-size 2048 --seq-len 32 \
+cache --teacher runs/teachers/good --data runs/data/wikipedia_report --vocab-size 2048 --seq-len 32 \
     --mask-fraction 0.3 --mask-patterns 1 --micro-batch-size 64 --out runs/caches/good
-python -m kd_core.cache build --kind images --preset cifar --teacher runs/teachers/resnet20 --data runs/data/cifar10 \
+cache --kind images --preset cifar --teacher runs/teachers/resnet20 --data runs/data/cifar10 \
     --micro-batch-size 128 --view-patterns 2 --out runs/caches/resnet20
-python -m kd_core.cache build --kind images --preset cifar --teacher runs/teachers/resnet8 --data runs/data/cifar10 \
+cache --kind images --preset cifar --teacher runs/teachers/resnet8 --data runs/data/cifar10 \
     --micro-batch-size 128 --view-patterns 2 --out runs/caches/resnet8
 for teacher in resnet20_16 resnet8_16; do
-    python -m kd_core.cache build --kind images --preset cifar --teacher runs/teachers/$teacher --data runs/data/cifar10 \
+    cache --kind images --preset cifar --teacher runs/teachers/$teacher --data runs/data/cifar10 \
         --train-size 16 --eval-resize 16 --eval-size 16 --micro-batch-size 128 --view-patterns 4 --out runs/caches/$teacher
 done

@@ -131,9 +131,19 @@ class Times(NamedTuple):
         return f"{np.median([row['speedup'] for row in self.rows]):.2f}"
 
     @property
-    def median_steps(self) -> str:
-        """As `median`, of steps in place of seconds."""
-        return f"{np.median([row['baseline']['steps'] / row['against']['steps'] for row in self.rows]):.2f}"
+    def share_of_steps(self) -> str:
+        """Median over targets of its steps as a share of the baseline's, %."""
+        return f"{100 * np.median([row['against']['steps'] / row['baseline']['steps'] for row in self.rows]):.0f}"
+
+    @property
+    def range_at_equal_parts(self) -> str:
+        """As `range`, had a step of the student's own part taken what it takes the baseline."""
+        ratios = []
+        for row in self.rows:
+            ours, theirs = row["against"], row["baseline"]
+            student = theirs["seconds"]["student"] / theirs["steps"] * ours["steps"]
+            ratios.append(row["baseline_s"] / (row["against_s"] - ours["seconds"]["student"] + student))
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
     @property
     def targets(self) -> str:
@@ -268,21 +278,32 @@ def speedup(name: str) -> str:
     return table(head, rows)
 
 
+def online_totals() -> str:
+    """At how many targets of all studies in `verdicts` online distillation pays, by the ends of runs."""
+    counts: Counter[str] = Counter()
+    for name, arm in arms_with_teachers():
+        if CACHE_PREFIX not in study_of(name).arms[arm]:
+            counts.update(row["verdict"] for row in times(name, arm).rows)
+    return ", ".join(f"{verdict} at {counts[verdict]}" for verdict in ("pays", "undecided", "does not pay"))
+
+
+def arms_with_teachers() -> list[tuple[str, str]]:
+    """(study, arm) of the studies whose baseline has no teacher."""
+    designs = [(name, study_of(name)) for name in studies()]
+    alone = [(name, study) for name, study in designs if "--teachers" not in study.arms[study.baseline]]
+    return [(name, arm) for name, study in alone for arm, flags in study.arms.items() if "--teachers" in flags]
+
+
 def verdicts() -> str:
     """Every arm with teachers of every study whose baseline has none: where it paid."""
     rows = []
-    for name in studies():
-        study = study_of(name)
-        if "--teachers" in study.arms[study.baseline]:
-            continue
-        for arm, flags in study.arms.items():
-            for method in METHODS:
-                found = times(name, arm, method)
-                if "--teachers" in flags and found.rows:
-                    source = "a cache" if CACHE_PREFIX in flags else "its model"
-                    counts = Counter(row["verdict"] for row in found.rows)
-                    told = [str(counts[verdict] or "") for verdict in ("pays", "undecided", "does not pay")]
-                    rows.append([name, arm, source, METHODS[method], found.targets, found.range, *told])
+    for (name, arm), method in itertools.product(arms_with_teachers(), METHODS):
+        found = times(name, arm, method)
+        if found.rows:
+            source = "a cache" if CACHE_PREFIX in study_of(name).arms[arm] else "its model"
+            counts = Counter(row["verdict"] for row in found.rows)
+            told = [str(counts[verdict] or "") for verdict in ("pays", "undecided", "does not pay")]
+            rows.append([name, arm, source, METHODS[method], found.targets, found.range, *told])
     head = ["study", "arm", "teacher's answers from", "by", "targets", "times as fast"]
     return table([*head, "pays", "undecided", "does not pay"], rows)
 
@@ -330,7 +351,7 @@ def glue(name: str) -> str:
 
 
 def glue_gap(name: str, task: str, metric: str) -> str:
-    """What `distilled` has more than `baseline`, in points; Welch's interval over the seeds of fine-tuning."""
+    """`distilled` less `baseline`, in points; Welch's interval over the seeds of fine-tuning."""
     models = json.loads((HERE / name / "glue.json").read_text())["models"]
     ours, theirs = (
         100 * np.array(models[m]["tasks"][task]["metrics"][metric]["values"]) for m in ("distilled", "baseline")
@@ -347,7 +368,7 @@ def studies() -> list[str]:
 
 
 FOR_THE_PAGE: tuple[Callable[..., Any], ...] = (
-    arms, compared, crossings, equal_speed, gain, glue, glue_gap, milliseconds, prepared, quality, single_runs, slower, speedup,
+    arms, compared, crossings, equal_speed, gain, glue, glue_gap, milliseconds, online_totals, prepared, quality, single_runs, slower, speedup,
     teachers_quality, times, verdicts,
 )  # fmt: skip
 
