@@ -45,7 +45,7 @@ bert --student tiny --lr 2e-3 --steps 4000 --global-batch-size 32 --micro-batch-
     --eval-every 200 --out runs/teachers/poor
 bert --student tiny --lr 2e-3 --steps 6400 --deepspeed-config zero0_fp32_cpu.json --eval-every 100 --log-every 100 --seed 1 \
     --out runs/teachers/long
-for seed in 11 12 13; do # of equal quality, for bert_pool
+for seed in 11 12 13; do # of like quality, for bert_pool
     bert --student tiny --lr 2e-3 --steps 6400 --deepspeed-config zero0_fp32_cpu.json --eval-every 100 --log-every 100 \
         --seed $seed --out runs/teachers/equal_$seed
 done
