@@ -26,7 +26,11 @@ for study in "$@"; do
         find "$out" -name run.json ! -exec grep -q "$finished" {} \; -printf '%h\0' | xargs -0r rm -r
     fi
     bash launch/study.sh "recipes/results/gpu/$study.json" --out "$out"
-    mkdir -p "recipes/results/gpu_$study"
-    (cd "$out" && find . -name study.json -o -name run.json -o -name metrics.jsonl | tar -c -T -) | tar -x -C "recipes/results/gpu_$study"
+    to=recipes/results/gpu_$study
+    mkdir -p "$to"
+    (cd "$out" && find . -name study.json -o -name run.json -o -name metrics.jsonl | tar -c -T -) | tar -x -C "$to"
+    rm -rf "$to/prepared"
+    mkdir -p "$to/prepared/gpu/$study" # where the reports look for what the teacher cost
+    mv "$to/teacher" "$to/prepared/gpu/$study"
 done
 bash launch/env.sh python3 recipes/results/tables.py
