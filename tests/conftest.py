@@ -14,9 +14,25 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def fuse_multiply_add() -> None:
+    """Has Triton's interpreter round a multiply-add once, as GPUs do and as it does itself from 3.9 on."""
+    import triton
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_fma(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data  # of float32 and shorter
+        return TensorHandle((exact + z.data).astype(z.data.dtype), z.dtype.scalar)
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        InterpreterBuilder.create_fma = create_fma
+
+
 # Without a GPU, Triton's kernels run in its interpreter, which has to be known before they are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    fuse_multiply_add()
 
 # Real data sets: $KD_DATA, or shared/data beside the repository.
 DATA = Path(os.environ.get("KD_DATA", ROOT.parent / "shared" / "data"))
