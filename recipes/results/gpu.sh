@@ -6,13 +6,16 @@
 set -euo pipefail
 trap 'exit 143' TERM # once what runs has saved
 [ $# -gt 0 ] || set -- bert resnet tiny_imagenet
+need() { # the variable $1 names a folder
+    [ -d "${!1:-}" ] || { echo "error: $1 must be the folder of ${2}, got '${!1:-}'; set it before this command" >&2 && exit 2; }
+}
 root=$(realpath "$(dirname "$0")/../..")
 mkdir -p "$root/runs/data"
 for study in "$@"; do
     case $study in
-    bert) data=$(realpath "$WIKI") name=wikipedia ;;
-    resnet) data=$(realpath "$CIFAR") name=cifar10 ;;
-    tiny_imagenet) data=$(realpath "$TINY") name=tiny_imagenet32 ;;
+    bert) need WIKI "English Wikipedia" && data=$(realpath "$WIKI") name=wikipedia ;;
+    resnet) need CIFAR "CIFAR-10" && data=$(realpath "$CIFAR") name=cifar10 ;;
+    tiny_imagenet) need TINY "Tiny ImageNet" && data=$(realpath "$TINY") name=tiny_imagenet32 ;;
     *) echo "error: no study $study; choose bert, resnet or tiny_imagenet" >&2 && exit 2 ;;
     esac
     ln -sfnT "$data" "$root/runs/data/$name"

@@ -22,8 +22,9 @@ LIMITS = {
     "_total_kernel": 64,
     "_scale_kernel": 96,
 }
-# Bytes a thread; Triton 3.8 spills 120 in the widest resident kernel (16,383 columns, 128 registers).
-STACK = 64 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 120
+STACK = 64  # bytes a thread
+# Found under Triton 3.8, whose compiler spills in the widest resident kernel, at its 128 registers; no other may.
+WIDEST, STACK_OF_WIDEST = 16383, STACK if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 120
 VOCABULARIES = (1000, 4096, 16383, 30522, 32000, 50257, 128256, 151936)
 
 
@@ -48,7 +49,7 @@ def test_every_kernel_compiles_for_nvidia_and_amd(compiled) -> None:
 def test_nothing_spills_and_registers_leave_room(compiled) -> None:
     for row in compiled:
         if row["target"].startswith("sm_"):
-            assert row["stack"] <= STACK, row
+            assert row["stack"] <= (STACK_OF_WIDEST if row["columns"] == WIDEST else STACK), row
             assert row["registers"] <= LIMITS[row["kernel"]], row
 
 
