@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 import tyro
 
-from kd_core.samplers import Sampler
+from kd_core.teachers.samplers import Sampler
 
 ConfigT = TypeVar("ConfigT", bound="SharedFlags")
 FlagsT = TypeVar("FlagsT", bound=Any)

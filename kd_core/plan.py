@@ -39,10 +39,11 @@ from typing import Any
 
 from safetensors import safe_open
 
-from kd_core import cli, report
-from kd_core.samplers import Sampler
-from kd_core.schedule import first_step
-from kd_core.time_to_quality import METHOD, OF_A_RUN, OPTIMIZER
+from kd_core import cli
+from kd_core.runs import record as report
+from kd_core.teachers.samplers import Sampler
+from kd_core.time_to_quality.comparison import METHOD, OF_A_RUN, OPTIMIZER
+from kd_core.training.schedules import first_step
 
 # What may differ between runs whose step times describe one step: it costs no time, or time in the teacher alone.
 FREE = OF_A_RUN | METHOD | (OPTIMIZER - {"dropout"})

@@ -13,8 +13,10 @@ from typing import Any, NoReturn
 import torch
 from filelock import FileLock
 
-from kd_core import cli, engine, report
+from kd_core import cli
 from kd_core.launch import die_with_parent
+from kd_core.runs import record as report
+from kd_core.training import engine
 
 # What decides how data is read, by student and teacher alike.
 DATA_FIELDS = ("data", "tokenizer", "vocab_size", "seq_len", "decoded_gib", "max_corrupt")

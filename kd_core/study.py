@@ -40,7 +40,11 @@ from typing import Any
 
 import numpy as np
 
-from kd_core import cli, jobs, quality_curves, report, time_to_quality
+from kd_core import cli
+from kd_core.runs import jobs
+from kd_core.runs import record as report
+from kd_core.time_to_quality import comparison as time_to_quality
+from kd_core.time_to_quality import curves
 
 TEACHER, REPORT = "teacher", "report"  # folders of the study beside those of the arms
 NO_ARM = (TEACHER, f"{TEACHER}.log", REPORT, "study.json")
@@ -183,9 +187,9 @@ def design(study: Study, out: Path) -> list[Run]:
     teacher = [run(TEACHER, study.teacher)] if study.teacher is not None else []
     runs = [arm_run(*point) for point in interleaved(study)]
 
-    def planned(arm: str) -> list[quality_curves.Run]:
+    def planned(arm: str) -> list[curves.Run]:
         own = ((run.folder, dataclasses.asdict(run.config)) for run in runs if run.arm == arm)
-        return [quality_curves.Run(*pair, np.empty(0), np.empty((0, 6)), window_s=None) for pair in own]
+        return [curves.Run(*pair, np.empty(0), np.empty((0, 6)), window_s=None) for pair in own]
 
     for arm in study.arms:
         if arm != study.baseline:

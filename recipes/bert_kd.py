@@ -21,10 +21,19 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 from transformers.utils.logging import disable_progress_bar
 
-from kd_core import cache, cache_mlm, cli, engine, report, schedule, teachers, text
+from kd_core import cli
+from kd_core.cache import mlm as cache_mlm
+from kd_core.cache import records as cache
 from kd_core.kernels.linear_softmax_kl import LinearSoftmaxKL
 from kd_core.kernels.softmax_kl import softmax_kl
-from kd_core.losses import distillation_sum
+from kd_core.losses.distillation import distillation_sum
+from kd_core.runs import record as report
+from kd_core.teachers import pool as teachers
+from kd_core.text import masking as text
+from kd_core.text import packing
+from kd_core.text.tokenizer import require_same_tokenizer
+from kd_core.training import engine
+from kd_core.training import schedules as schedule
 
 RECIPE = Path(__file__).stem
 disable_progress_bar()  # Hugging Face's, for files that load in a moment
@@ -254,7 +263,7 @@ def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus, 
     corpus.check_batch(cfg.global_batch_size)
     report.check_data(cfg, corpus.fingerprint)
     for flag, source in sources:
-        text.require_same_tokenizer(corpus.tokenizer, source, flag=flag)
+        require_same_tokenizer(corpus.tokenizer, source, flag=flag)
     return folder, ds_config, corpus, cache_mlm.masking(cfg, corpus)
 
 
@@ -298,7 +307,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         position=text.Position(*state["position"]),
         steps=cfg.steps - first,
     )
-    ahead = text.prefetch(batches, pin_memory=torch.cuda.is_available())
+    ahead = packing.prefetch(batches, pin_memory=torch.cuda.is_available())
     for step in range(first, cfg.steps):
         if len(pool) and schedule.window_closed(cfg, step):
             pool.release()

@@ -2,7 +2,7 @@
 
 Method:  loss = (1 - r) * label_loss + r * kd_loss, r = kd_ratio, 0 without a teacher;
          kd_loss = tau^2 * KL(teacher || student), for STS-B (student - teacher)^2
-Source:  Wang et al. 2019, GLUE, arXiv 1804.07461; protocols: the head of kd_core/glue.py
+Source:  Wang et al. 2019, GLUE, arXiv 1804.07461; protocols: the head of kd_core/glue/tasks.py
 Command: bash launch/glue.sh runs/bert_kd/1 runs/bert_kd/2 --protocol mosaic
 Smoke:   python recipes/glue.py runs/bert_kd/1 --data glue --protocol sane --tasks WNLI CoLA --epochs 1 --seeds 1
 """
@@ -25,9 +25,18 @@ from transformers import BertForSequenceClassification
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from tyro.conf import Positional
 
-from kd_core import cli, engine, glue, glue_plan, glue_report, jobs, report, schedule, teachers, tokenizer
-from kd_core.glue_plan import ONE_JOB, FineTuning
+from kd_core import cli
+from kd_core.glue import plan as glue_plan
+from kd_core.glue import report as glue_report
+from kd_core.glue import tasks as glue
+from kd_core.glue.plan import ONE_JOB, FineTuning
 from kd_core.kernels.softmax_kl import softmax_kl_sum
+from kd_core.runs import jobs
+from kd_core.runs import record as report
+from kd_core.teachers import pool as teachers
+from kd_core.text.tokenizer import load_tokenizer
+from kd_core.training import engine
+from kd_core.training import schedules as schedule
 
 RECIPE = Path(__file__).stem
 disable_progress_bar()
@@ -244,7 +253,7 @@ def fine_tune(job: FineTuning) -> int:
         predicted = glue.predicted(task, predict(job, student, data[split]))
         glue_report.write_predictions(folder, task, split, data[split], predicted)
     if job.keep_model:
-        ours = tokenizer.load_tokenizer(job.tokenizer)
+        ours = load_tokenizer(job.tokenizer)
         report.replace_folder(folder / "hf", student.save_pretrained, ours.save_pretrained)
     log.finish(train_s=train_s, seconds=time.perf_counter() - began, step=steps, **taught_by, **scores)
     return 0

@@ -15,8 +15,17 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from kd_core import cache_images, classification, cli, engine, images, optimizers, report, resnets, schedule, teachers
-from kd_core.losses import distillation_sum
+from kd_core import cli
+from kd_core.cache import images as cache_images
+from kd_core.images import batches as images
+from kd_core.images import evaluation as classification
+from kd_core.images import resnets
+from kd_core.images import sources as image_sources
+from kd_core.losses.distillation import distillation_sum
+from kd_core.runs import record as report
+from kd_core.teachers import pool as teachers
+from kd_core.training import engine, optimizers
+from kd_core.training import schedules as schedule
 
 RECIPE = Path(__file__).stem
 
@@ -130,8 +139,8 @@ class Config(cli.SharedFlags):
         return images.View(self.train_size, self.crop, self.min_scale, self.randaugment, self.resize_from)
 
 
-def build_data(cfg: Config) -> images.ImageSet:
-    return images.prepare(
+def build_data(cfg: Config) -> image_sources.ImageSet:
+    return image_sources.prepare(
         cfg.data, decoded_gib=cfg.decoded_gib, max_corrupt=cfg.max_corrupt, progress=engine.local_rank() == 0
     )
 
@@ -195,7 +204,7 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(cfg: Config, model: Any, data: images.ImageSet) -> dict[str, float]:
+def evaluate(cfg: Config, model: Any, data: image_sources.ImageSet) -> dict[str, float]:
     """Loss (nats), top-1, top-5 and expected calibration error on the validation images, over all ranks."""
     model.eval()
     batches = images.ValidationBatches(
@@ -205,7 +214,7 @@ def evaluate(cfg: Config, model: Any, data: images.ImageSet) -> dict[str, float]
     return classification.classification_metrics(engine.total(sums))
 
 
-def export(cfg: Config, student: Any, data: images.ImageSet, folder: Path) -> None:
+def export(cfg: Config, student: Any, data: image_sources.ImageSet, folder: Path) -> None:
     """Writes `folder`: the student alone as a torchvision state dict, and what it is and sees."""
     state = engine.gathered_state_dict(student)  # every rank takes part
     if engine.rank() == 0:
@@ -213,7 +222,7 @@ def export(cfg: Config, student: Any, data: images.ImageSet, folder: Path) -> No
         report.replace_folder(folder, lambda hidden: resnets.save(hidden, student.module, state, data.classes, **view))
 
 
-def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], images.ImageSet, dict[str, int]]:
+def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], image_sources.ImageSet, dict[str, int]]:
     """What bad input makes fail, cheapest first, before any model is built: config, models, run folder, data."""
     ds_config = engine.load_config(cfg)
     if cfg.ema_half_life and ds_config.get("zero_optimization", {}).get("stage") == 3:

@@ -23,8 +23,13 @@ from typing import Any
 
 import torch
 
-from kd_core import cache_mlm, engine, report, teachers, text
+from kd_core.cache import mlm as cache_mlm
 from kd_core.kernels.softmax_kl import softmax_kl
+from kd_core.runs import record as report
+from kd_core.teachers import pool as teachers
+from kd_core.text import masking as text
+from kd_core.text import packing
+from kd_core.training import engine
 from recipes.bert_kd import RECIPE, SIZES, Config, build_student, train_step
 
 CUDA = torch.cuda.is_available()
@@ -152,7 +157,7 @@ def main() -> int:
         lambda: text.prepare(args.data, tokenizer=None, vocab_size=args.vocab_size, seq_len=args.seq_len)
     )
     cached = dataclasses.replace(base, teachers=(f"cache:{args.cache}",), kd_ratio=0.9) if args.cache else base
-    batches = text.prefetch(
+    batches = packing.prefetch(
         text.MaskedBatches(
             corpus,
             seed=0,

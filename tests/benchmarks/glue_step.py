@@ -23,9 +23,11 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from kd_core import engine, glue, teachers
-from kd_core.glue_plan import FineTuning
-from kd_core.tokenizer import load_tokenizer
+from kd_core.glue import tasks as glue
+from kd_core.glue.plan import FineTuning
+from kd_core.teachers import pool as teachers
+from kd_core.text.tokenizer import load_tokenizer
+from kd_core.training import engine
 from recipes import glue as recipe
 
 SETTINGS = {"lr": 4e-5, "weight_decay": 0.0, "batch_size": 16, "epochs": 99, "max_length": 128}

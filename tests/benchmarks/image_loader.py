@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from kd_core import images, resnets
+from kd_core.images import batches as images
+from kd_core.images import resnets
+from kd_core.images import sources as image_sources
 
 SMALL_SIDE = 64  # up to here the usual crop is a shift, and data is held decoded
 
@@ -35,7 +37,7 @@ def theirs(folder: str, size: int, batch: int) -> Iterator[torch.Tensor]:
 
 def ours(folder: str, size: int, batch: int) -> Iterator[torch.Tensor]:
     small = size <= SMALL_SIDE
-    data = images.prepare(folder, decoded_gib=2 if small else 0, max_corrupt=0)
+    data = image_sources.prepare(folder, decoded_gib=2 if small else 0, max_corrupt=0)
     view = images.View(size, "padded" if small else "resized")
     batches = images.TrainBatches(data.train, view, 10**6, 0, batch, batch, 0, 1)
     model = resnets.Classifier(torch.nn.Identity())

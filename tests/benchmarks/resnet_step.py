@@ -22,7 +22,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kd_core import cache_images, engine, images, optimizers, report, resnets, teachers
+from kd_core.cache import images as cache_images
+from kd_core.images import batches as images
+from kd_core.images import resnets
+from kd_core.images import sources as image_sources
+from kd_core.runs import record as report
+from kd_core.teachers import pool as teachers
+from kd_core.training import engine, optimizers
 from recipes.resnet_kd import Config, build_student, build_teachers, train_step
 from tests.benchmarks.bert_step import CUDA, timed
 
@@ -100,7 +106,7 @@ def main() -> int:
         steps=10**6,
     )
     source = args.data or f"synthetic:{args.classes}x{args.size}"
-    data = engine.join(lambda: images.prepare(source, decoded_gib=2, max_corrupt=0))
+    data = engine.join(lambda: image_sources.prepare(source, decoded_gib=2, max_corrupt=0))
     classes = list(data.classes)
     dtype = "bf16" if CUDA else "fp32"
     cached = dataclasses.replace(base, teachers=(f"cache:{args.cache}",), kd_ratio=0.9, teacher_dtype=dtype)

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from kd_core import engine
+from kd_core.training import engine
 
 ROWS = [[3, 1], [7, 2]]  # rows of [rank][micro-batch]
 

@@ -10,8 +10,8 @@ import deepspeed
 import torch
 from torch import nn
 
-from kd_core import engine
 from kd_core.kernels.linear_softmax_kl import LinearSoftmaxKL, linear_softmax_kl
+from kd_core.training import engine
 
 ROWS, V, STEPS, LR = (23, 9), 101, 2, 0.3
 OPTIONS: Any = {"kd_weight": 0.7, "label_weight": 0.3, "temperature": 2.0, "chunk_rows": 4}

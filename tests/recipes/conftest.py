@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from kd_core.cache import Layout, read_header
+from kd_core.cache.records import Layout, read_header
 from tests.conftest import DATA, ROOT, cpu_environment, deepspeed, free_port
 
 RECIPE = ROOT / "recipes" / "bert_kd.py"

@@ -15,8 +15,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from kd_core import text
 from kd_core.kernels.softmax_kl import softmax_kl
+from kd_core.text import masking as text
+from kd_core.text.tokenizer import load_tokenizer, same_tokenizer
 from recipes.bert_kd import MaskedBert
 from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
 from tests.recipes.conftest import RECIPE, SMALL, metrics, start, trace, wait_for_step
@@ -82,7 +83,7 @@ def test_exported_student_has_the_same_validation_loss(distilled: Path, corpus_f
     corpus = text.prepare(str(corpus_file), tokenizer=None, vocab_size=512, seq_len=32)
     model = BertForMaskedLM.from_pretrained(distilled / "hf").eval()
     assert model.config.vocab_size == len(corpus.tokenizer)
-    assert text.same_tokenizer(text.load_tokenizer(str(distilled / "hf")), corpus.tokenizer)
+    assert same_tokenizer(load_tokenizer(str(distilled / "hf")), corpus.tokenizer)
     loss_sum, tokens = 0.0, 0
     with torch.no_grad():
         for batch in text.validation_batches(corpus, micro_batch_size=16, rank=0, world_size=1):

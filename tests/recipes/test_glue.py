@@ -19,9 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from kd_core import engine, glue, glue_plan, jobs, time_to_quality
-from kd_core.glue_plan import FineTuning
-from kd_core.tokenizer import load_tokenizer
+from kd_core.glue import plan as glue_plan
+from kd_core.glue import tasks as glue
+from kd_core.glue.plan import FineTuning
+from kd_core.runs import jobs
+from kd_core.text.tokenizer import load_tokenizer
+from kd_core.time_to_quality import comparison as time_to_quality
+from kd_core.training import engine
 from recipes import glue as recipe
 from tests.benchmarks import glue_step
 from tests.conftest import ROOT, cpu_environment, deepspeed

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from kd_core import text
 from kd_core.cli import SharedFlags
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_reference
-from kd_core.placement import PinnedTeachers
-from kd_core.report import Stopwatch
-from kd_core.teachers import TeacherPool
+from kd_core.runs.record import Stopwatch
+from kd_core.teachers.placement import PinnedTeachers
+from kd_core.teachers.pool import TeacherPool
+from kd_core.text import masking as text
 from recipes.bert_kd import MaskedBert
 from tests.conftest import ROOT
 from tests.recipes.conftest import RECIPE, SMALL, metrics, trace

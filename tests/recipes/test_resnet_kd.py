@@ -15,7 +15,9 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 
-from kd_core import images, resnets
+from kd_core.images import batches as images
+from kd_core.images import resnets
+from kd_core.images import sources as image_sources
 from recipes.resnet_kd import main
 from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
 from tests.recipes.conftest import Attempt, metrics, start, trace, wait_for_step
@@ -86,7 +88,7 @@ def test_run_folder_and_window(distilled: Path, teacher: Path) -> None:
 
 def test_the_export_is_the_student(distilled: Path, image_folder: Path, cache: Path) -> None:
     os.environ["KD_CACHE"] = str(cache)
-    data = images.prepare(str(image_folder), decoded_gib=2, max_corrupt=0)
+    data = image_sources.prepare(str(image_folder), decoded_gib=2, max_corrupt=0)
     net, config = resnets.load_net(str(distilled), "--teachers")
     model = resnets.Classifier(net).eval()
     correct = loss = 0.0

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from kd_core import cache, cache_mlm
-from kd_core.cache_logits import logits_of_top_k, top_k
+from kd_core.cache import mlm as cache_mlm
+from kd_core.cache import records as cache
+from kd_core.cache.logits import logits_of_top_k, top_k
 from recipes import bert_kd
 
 SETTINGS = {"kind": "test", "seed": 3}

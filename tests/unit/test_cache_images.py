@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from kd_core import cache, cache_images, engine, images, resnets
-from kd_core.cache_logits import CachedLogits
+from kd_core.cache import images as cache_images
+from kd_core.cache import records as cache
+from kd_core.cache.__main__ import main
+from kd_core.cache.logits import CachedLogits
+from kd_core.images import batches as images
+from kd_core.images import resnets
+from kd_core.images import sources as image_sources
+from kd_core.training import engine
 from recipes.resnet_kd import Config
 from tests.conftest import photo_folder
 
@@ -58,7 +64,7 @@ def test_answers_are_the_models_own_on_the_views_of_the_run(
         (folder / "train" / "cat" / "1.jpg").write_bytes(b"damaged")
         flags |= {"decoded_gib": 0, "max_corrupt": 0.1}
     answers = build(teacher, folder, tmp_path / "answers", **flags)
-    data = images.prepare(str(folder), decoded_gib=0 if damaged else 1, max_corrupt=0.1)
+    data = image_sources.prepare(str(folder), decoded_gib=0 if damaged else 1, max_corrupt=0.1)
     views = cache_images.views(run_of(answers, teacher_dtype=dtype), data)
     assert views == {"view_seed": 17, "view_patterns": 3}
     online = resnets.load_teacher(str(teacher), data.classes, flag="", autocast=dtype == "bf16").eval()
@@ -77,7 +83,7 @@ def test_answers_are_the_models_own_on_the_views_of_the_run(
 
 def test_the_score_is_the_models_on_the_validation_images(teacher: Path, folder: Path, tmp_path: Path) -> None:
     cached = CachedLogits(build(teacher, folder, tmp_path / "answers", teacher_dtype="fp32"), 4)
-    data = images.prepare(str(folder), decoded_gib=1, max_corrupt=0)
+    data = image_sources.prepare(str(folder), decoded_gib=1, max_corrupt=0)
     micro = images.ValidationBatches(data.validation, 32, 24, 8, 0, 1)[0]
     with torch.no_grad():
         logits = resnets.load_classifier(str(teacher), CLASSES, flag="").eval()(micro.pixels)
@@ -89,7 +95,7 @@ def test_the_score_is_the_models_on_the_validation_images(teacher: Path, folder:
 def test_the_top_k_is_exact_at_the_temperatures_of_the_build_alone(teacher: Path, folder: Path, tmp_path: Path) -> None:
     whole = build(teacher, folder, tmp_path / "whole", teacher_dtype="fp32")
     top = build(teacher, folder, tmp_path / "top", teacher_dtype="fp32", top_k=2, temperatures=(1.0, 3.0))
-    data = images.prepare(str(folder), decoded_gib=1, max_corrupt=0)
+    data = image_sources.prepare(str(folder), decoded_gib=1, max_corrupt=0)
     keys = torch.arange(16), torch.arange(16) % 3
     exact, kept = ((CachedLogits(answers, 4)(*keys, 3.0) / 3).softmax(-1) for answers in (whole, top))
     best = exact.topk(2).indices
@@ -127,7 +133,7 @@ def test_bad_commands_are_one_line(
 ) -> None:
     def refused(*words: object) -> str:
         with pytest.raises(SystemExit) as end:
-            cache.main(["build", *map(str, words)])
+            main(["build", *map(str, words)])
         assert end.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line

@@ -9,7 +9,7 @@ from tests.conftest import ROOT, cpu_environment
 
 STEPS = """
 import resource, torch
-from kd_core import engine
+from kd_core.training import engine
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

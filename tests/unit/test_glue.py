@@ -11,7 +11,9 @@ import torch
 from scipy import stats
 from sklearn import metrics
 
-from kd_core import glue, glue_report, tokenizer
+from kd_core.glue import report as glue_report
+from kd_core.glue import tasks as glue
+from kd_core.text.tokenizer import load_tokenizer, train_wordpiece
 from tests.conftest import DATA
 
 GLUE = DATA / "glue"
@@ -264,8 +266,8 @@ def test_batches_are_the_tokenizer_s_own(tmp_path: Path, monkeypatch: pytest.Mon
     for split in ("train", "dev"):
         (tmp_path / "WNLI" / f"{split}.tsv").write_text("\n".join(lines))
     file = tmp_path / "tokenizer.json"
-    tokenizer.train_wordpiece(texts[0] + texts[1], 120).save(str(file))
-    ours = tokenizer.load_tokenizer(str(file))
+    train_wordpiece(texts[0] + texts[1], 120).save(str(file))
+    ours = load_tokenizer(str(file))
     name = glue.tokenise(glue.TASKS["WNLI"], str(tmp_path), ours, 12)
     assert glue.tokenise(glue.TASKS["WNLI"], str(tmp_path), ours, 16) != name
     monkeypatch.setattr(glue, "read_split", lambda *_: pytest.fail("tokenised again"))

@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from kd_core import classification, image_sources, images
-from kd_core.hashing import uniforms
-from kd_core.image_sources import prepare
+from kd_core.images import batches as images
+from kd_core.images import evaluation as classification
+from kd_core.images import sources as image_sources
+from kd_core.images.sources import prepare
+from kd_core.system.hashing import uniforms
 from tests.conftest import DATA, photo, photo_folder
 
 
@@ -32,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
     return photo_folder(tmp_path / "data", ("cat", "dog"), train=8, val=3)
 
 
-def batches(data: images.ImageSet, *, rank: int = 0, world_size: int = 1, micro: int = 8, **view: Any) -> Any:
+def batches(data: image_sources.ImageSet, *, rank: int = 0, world_size: int = 1, micro: int = 8, **view: Any) -> Any:
     return images.TrainBatches(data.train, images.View(**{"size": 24} | view), 10, 7, 8, micro, rank, world_size)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from kd_core import plan, schedule
+from kd_core import plan
 from kd_core.cli import SharedFlags
+from kd_core.training import schedules as schedule
 
 # One GPU's step of 64 samples: 300 ms for the student (forward 100), 100 for a teacher of the same size.
 ALONE = plan.Plan(

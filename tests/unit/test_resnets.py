@@ -10,7 +10,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from kd_core import classification, optimizers, resnets
+from kd_core.images import evaluation as classification
+from kd_core.images import resnets
+from kd_core.training import optimizers
 
 
 @pytest.mark.parametrize(("name", "million"), [("resnet8", 0.078), ("resnet20", 0.272), ("resnet56", 0.856)])

@@ -17,7 +17,8 @@ import psutil
 import pytest
 import torch
 
-from kd_core import jobs, study
+from kd_core import study
+from kd_core.runs import jobs
 from tests.conftest import cpu_environment
 
 # A step is a pause, a checkpoint a file with its number. `begun` and `ended` lines go to events in the working folder.
@@ -181,7 +182,7 @@ def test_a_study_file_that_will_not_do(folder: Folder, entries: dict[str, Any], 
     ("entries", "message"),
     [
         ({"recipe": "nowhere.py"}, '"recipe" nowhere.py does not exist'),
-        ({"recipe": "kd_core/losses.py"}, '"recipe" kd_core/losses.py has no Config'),
+        ({"recipe": "kd_core/losses/distillation.py"}, '"recipe" kd_core/losses/distillation.py has no Config'),
         ({"flags": "--sedd 3"}, "unknown flag --sedd; did you mean --seed?"),
         ({"flags": "--seed=3"}, 'arm "plain": the study itself sets --seed=3; remove it'),
         ({"arms": {"plain": "", "kd": "--out x"}}, 'arm "kd": the study itself sets --out; remove it'),

@@ -18,12 +18,13 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 from transformers.utils import logging
 
-from kd_core import cache_logits, engine
-from kd_core.cache import CachedTeacher
+from kd_core.cache import logits as cache_logits
+from kd_core.cache.records import CachedTeacher
 from kd_core.cli import SharedFlags
-from kd_core.placement import PinnedTeachers, teachers_of_rank
-from kd_core.report import Run, Stopwatch, needs_teachers
-from kd_core.teachers import TeacherPool, build_pool, load_pretrained, model_source
+from kd_core.runs.record import Run, Stopwatch, needs_teachers
+from kd_core.teachers.placement import PinnedTeachers, teachers_of_rank
+from kd_core.teachers.pool import TeacherPool, build_pool, load_pretrained, model_source
+from kd_core.training import engine
 
 
 def test_teachers_are_frozen_and_answer_without_gradients() -> None:

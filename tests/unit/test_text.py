@@ -17,8 +17,10 @@ import tokenizers
 import torch
 from huggingface_hub import constants as hub_constants
 
-from kd_core import c4, documents, packing, text
-from kd_core import tokenizer as tok
+from kd_core.system import hashing
+from kd_core.text import c4, documents, packing
+from kd_core.text import masking as text
+from kd_core.text.tokenizer import SPECIAL_TOKENS, load_tokenizer, same_tokenizer, tokenizer_digest
 
 PROJECT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("KD_DATA") or PROJECT.parent / "shared" / "data")
@@ -237,11 +239,11 @@ def test_rows_are_the_stream_of_documents_without_padding(tmp_path, monkeypatch)
     assert rows.dtype == np.uint16 and rows.shape == (len(stream) // body, SEQ_LEN)
     assert (rows[:, 0] == tokenizer.cls_token_id).all() and (rows[:, -1] == sep).all()
     assert rows[:, 1:-1].reshape(-1).tolist() == stream[: rows.shape[0] * body]
-    assert 1 <= len(corpus.validation) <= text.VALIDATION_ROWS
+    assert 1 <= len(corpus.validation) <= packing.VALIDATION_ROWS
 
 
 def test_special_tokens_in_a_text_are_text(tmp_path):
-    packer = text.Packer.of(make_corpus(tmp_path).tokenizer, 8)
+    packer = packing.Packer.of(make_corpus(tmp_path).tokenizer, 8)
     packer.write(tmp_path / "rows", ["[MASK] abc [SEP] " * 20])
     body = packer.open(tmp_path / "rows")[:, 1:-1]
     assert packer.tokenizer.token_to_id("[MASK]") not in body and packer.sep_id not in body
@@ -250,7 +252,7 @@ def test_special_tokens_in_a_text_are_text(tmp_path):
 def test_long_documents_are_cut_at_spaces_only(tmp_path, monkeypatch):
     corpus = make_corpus(tmp_path)
     long = " ".join(make_texts(50))
-    write = lambda name: text.Packer.of(corpus.tokenizer, 8).write(tmp_path / name, [long])
+    write = lambda name: packing.Packer.of(corpus.tokenizer, 8).write(tmp_path / name, [long])
     write("whole")
     monkeypatch.setattr(packing, "MAX_PIECE_CHARS", 100)
     assert "".join(packing._pieces(long)) == long and len(packing._pieces(long)) > 100
@@ -260,7 +262,7 @@ def test_long_documents_are_cut_at_spaces_only(tmp_path, monkeypatch):
 
 def test_many_tokens_need_uint32(tmp_path):
     corpus = make_corpus(tmp_path)
-    packer = text.Packer.of(corpus.tokenizer, SEQ_LEN)
+    packer = packing.Packer.of(corpus.tokenizer, SEQ_LEN)
     assert [text.replace(packer, vocab_size=size).dtype for size in (65_535, 65_536)] == [np.uint16, np.uint32]
 
 
@@ -287,7 +289,8 @@ def test_held_out_text_stays_bounded():
 # --------------------------------------------------------------------------------------------------------------- cache
 
 PREPARE = """
-import sys, time, kd_core.text as text
+import sys, time
+from kd_core.text import masking as text
 build, starts = text._build_corpus, []
 def counted(*args):
     starts.append(1)
@@ -309,14 +312,14 @@ def test_two_processes_at_once_build_once(tmp_path, cache):
 
 
 def test_an_interrupted_build_is_repaired(tmp_path, cache, monkeypatch):
-    write = text.Packer.write
+    write = packing.Packer.write
 
     def killed(packer, path, *args, **kwargs):
         write(packer, path, *args, **kwargs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(text.Packer, "write", killed)
+        patch.setattr(packing.Packer, "write", killed)
         with pytest.raises(KeyboardInterrupt):
             make_corpus(tmp_path)
     assert not list(cache.glob("corpus-*[!k]")), "what is incomplete is not visible"
@@ -368,7 +371,7 @@ def test_reports(tmp_path, capsys):
 
 TRAIN = """
 import hashlib, json, sys
-from kd_core.tokenizer import train_wordpiece
+from kd_core.text.tokenizer import train_wordpiece
 print(hashlib.sha256(train_wordpiece(json.load(open(sys.argv[1])), 600).to_str().encode()).hexdigest())
 """
 
@@ -382,7 +385,7 @@ def test_training_gives_the_same_tokenizer_in_every_process(tmp_path):
 
 def test_a_trained_tokenizer_is_bert_like(tmp_path):
     tokenizer = make_corpus(tmp_path).tokenizer
-    assert [tokenizer.convert_tokens_to_ids(t) for t in tok.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+    assert [tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
     assert len(tokenizer) <= VOCAB_SIZE and len(tokenizer) == len(tokenizer.get_vocab())
     assert tokenizer.tokenize("ABC\u00e9 \u4e2d")[0].islower() and "[UNK]" in tokenizer.tokenize("ABC \u4e2d")
     encoded = tokenizer("abc")["input_ids"]
@@ -400,18 +403,18 @@ def test_saved_tokenizers_load_as_the_same(tmp_path):
     words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     (tmp_path / "words" / "vocab.txt").write_text("\n".join(words) + "\n")
     for name in ("hf", "bare", "bare/tokenizer.json", "words", "words/vocab.txt"):
-        loaded = text.load_tokenizer(str(tmp_path / name))
-        assert text.same_tokenizer(loaded, tokenizer), name
+        loaded = load_tokenizer(str(tmp_path / name))
+        assert same_tokenizer(loaded, tokenizer), name
         assert loaded.tokenize("Number 5") == tokenizer.tokenize("Number 5")
     other = make_corpus(tmp_path, vocab_size=200).tokenizer
-    assert not text.same_tokenizer(other, tokenizer)
+    assert not same_tokenizer(other, tokenizer)
 
 
 def test_local_tokenizers_do_not_touch_the_network(tmp_path, monkeypatch):
     make_corpus(tmp_path).tokenizer.save_pretrained(tmp_path / "hf")
     monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("network"))
     monkeypatch.setattr("socket.getaddrinfo", lambda *args: pytest.fail("network"))
-    text.load_tokenizer(str(tmp_path / "hf"))
+    load_tokenizer(str(tmp_path / "hf"))
 
 
 def test_missing_special_tokens_are_added(tmp_path):
@@ -419,7 +422,7 @@ def test_missing_special_tokens_are_added(tmp_path):
         tokenizers.models.WordLevel({"<unk>": 0, "a": 1, "<s>": 2, "</s>": 3}, unk_token="<unk>")
     )
     bare.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = text.load_tokenizer(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert (tokenizer.cls_token_id, tokenizer.sep_token_id) == (2, 3)
     assert {tokenizer.pad_token_id, tokenizer.mask_token_id} == {4, 5} and len(tokenizer) == 6
     pair = tokenizer("a", "a", return_token_type_ids=True)
@@ -429,10 +432,10 @@ def test_missing_special_tokens_are_added(tmp_path):
     ids = [("<s>", 2), ("</s>", 3)]
     bare.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", pair=None, special_tokens=ids)
     bare.save(str(tmp_path / "tokenizer.json"))  # for a text alone
-    assert text.load_tokenizer(str(tmp_path / "tokenizer.json"))("a", "a")["input_ids"] == [2, 1, 3, 1, 3]
+    assert load_tokenizer(str(tmp_path / "tokenizer.json"))("a", "a")["input_ids"] == [2, 1, 3, 1, 3]
     strict = tokenizers.Tokenizer(tokenizers.models.WordLevel({"b": 0}, unk_token="[UNK]"))
     strict.save(str(tmp_path / "tokenizer.json"))  # it cannot read any text but "b"
-    tokenizer = text.load_tokenizer(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert tokenizer("b")["input_ids"] == [tokenizer.cls_token_id, 0, tokenizer.sep_token_id]
 
 
@@ -442,8 +445,8 @@ def test_a_tokenizer_does_not_cut_or_pad_because_it_was_saved_so(tmp_path):
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=40)
     tokenizer.save_pretrained(tmp_path / "hf")
-    plain, loaded = (text.load_tokenizer(str(tmp_path / name)) for name in ("plain", "hf"))
-    assert tok.tokenizer_digest(loaded) == tok.tokenizer_digest(plain)
+    plain, loaded = (load_tokenizer(str(tmp_path / name)) for name in ("plain", "hf"))
+    assert tokenizer_digest(loaded) == tokenizer_digest(plain)
     assert len(loaded("Number 5 " * 20)["input_ids"]) > 40
 
 
@@ -461,7 +464,7 @@ def test_sentencepiece(tmp_path, kind):
         minloglevel=2,
     )
     original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
-    tokenizer = text.load_tokenizer(str(tmp_path / "spm.model"))
+    tokenizer = load_tokenizer(str(tmp_path / "spm.model"))
     for t in [*texts[:20], "a  b", "unknown: \u4e2d."]:
         assert tokenizer(t, add_special_tokens=False)["input_ids"] == original.encode(t), t
     assert [tokenizer.convert_ids_to_tokens(i) for i in range(120)] == [original.id_to_piece(i) for i in range(120)]
@@ -470,8 +473,8 @@ def test_sentencepiece(tmp_path, kind):
     corpus = make_corpus(tmp_path, tokenizer=str(tmp_path / "spm.model"))
     assert next(make_batches(corpus)).tokens == 12 * round(0.15 * SEQ_LEN)
     tokenizer.save_pretrained(tmp_path / "hf")
-    saved = text.load_tokenizer(str(tmp_path / "hf"))
-    assert text.same_tokenizer(saved, tokenizer)
+    saved = load_tokenizer(str(tmp_path / "hf"))
+    assert same_tokenizer(saved, tokenizer)
     first, second = (original.encode(t) for t in texts[:2])
     cls, sep = [original.bos_id()], [original.eos_id()]
     assert saved(*texts[:2])["input_ids"] == cls + first + sep + second + sep
@@ -506,7 +509,7 @@ def test_tokenizer_errors(tmp_path, monkeypatch, case):
     (tmp_path / "broken.model").write_bytes(b"\xff\xff\xff")
     start = time.monotonic()
     with pytest.raises(kind) as error:
-        text.load_tokenizer(name)
+        load_tokenizer(name)
     assert f"--tokenizer {name}" in error_line(error) and words in error_line(error)
     assert time.monotonic() - start < 8, "no minute of retries"
 
@@ -704,7 +707,7 @@ def test_rows_with_few_ordinary_tokens_keep_the_shape(masked):
 def test_splitmix64_is_the_published_one():
     # The first outputs of the reference generator with state 1234567.
     state = np.uint64(1234567) + np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    assert text._hash(state).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert hashing.splitmix64(state).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -806,19 +809,19 @@ def test_validation_shares_are_disjoint_complete_and_of_equal_shapes(tmp_path, w
 
 
 def test_prefetch():
-    assert list(text.prefetch(iter(range(100)))) == list(range(100))
+    assert list(packing.prefetch(iter(range(100)))) == list(range(100))
 
     def failing():
         yield 1
         raise ValueError("from the thread")
 
-    items = text.prefetch(failing())
+    items = packing.prefetch(failing())
     assert next(items) == 1
     with pytest.raises(ValueError, match="from the thread"):
         next(items)
 
     taken = []
-    endless = text.prefetch((taken.append(i) or i for i in itertools.count()), depth=3)
+    endless = packing.prefetch((taken.append(i) or i for i in itertools.count()), depth=3)
     assert [next(endless), next(endless)] == [0, 1]
     time.sleep(0.3)
     assert len(taken) <= 2 + 3 + 1, "bounded"
@@ -901,7 +904,7 @@ def test_c4_from_end_to_end(tmp_path, hub, cache):
     resumed = make_batches(corpus, position=steps[-2].position, steps=1)
     assert torch.equal(columns(resumed)[1], columns(steps[-1:])[1])
     # A validation document is not trained on.
-    packer = text.Packer.of(corpus.tokenizer, SEQ_LEN)
+    packer = packing.Packer.of(corpus.tokenizer, SEQ_LEN)
     expected = packer.write(tmp_path / "expected", make_texts(20, seed=shards[0]))
     assert num_rows[0] == expected
     assert corpus.rows(shards[0]).tobytes() == (tmp_path / "expected").read_bytes()

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kd_core.quality_curves import (
+from kd_core.time_to_quality.comparison import main, report
+from kd_core.time_to_quality.curves import (
     Run,
     block_means,
     falling_blocks,
@@ -21,7 +22,6 @@ from kd_core.quality_curves import (
     student_t,
     tradeoff_curve,
 )
-from kd_core.time_to_quality import main, report
 from tests.conftest import ROOT, cpu_environment
 
 LENGTHS = (200, 400, 800)

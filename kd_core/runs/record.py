@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from kd_core import engine
 from kd_core.cli import FREE_ON_RESUME, SharedFlags
-from kd_core.schedule import window_closed
+from kd_core.training import engine
+from kd_core.training.schedules import window_closed
 
 if TYPE_CHECKING:
-    from kd_core.teachers import TeacherPool
+    from kd_core.teachers.pool import TeacherPool
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers", "torchvision")
 

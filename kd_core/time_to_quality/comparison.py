@@ -3,7 +3,7 @@
     python -m kd_core.time_to_quality BASELINE_RUN... --against KD_RUN... [--metric eval/loss] [--out DIR]
 
 For several target qualities: seconds, steps and samples of both arms, the speed-up with its interval over seeds, where
-the time went, what the teachers' training cost apart, and a verdict. kd_core/quality_curves.py says how it is measured.
+the time went, what the teachers' training cost apart, and a verdict. kd_core/time_to_quality/curves.py says how it is measured.
 """
 
 import json
@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from kd_core import cli, time_to_quality_report
+from kd_core import cli
 from kd_core.cli import CACHE_PREFIX
-from kd_core.quality_curves import (
+from kd_core.time_to_quality import report as time_to_quality_report
+from kd_core.time_to_quality.curves import (
     CONFIDENCE,
     Curve,
     Reached,
@@ -410,7 +411,3 @@ def main() -> None:
     parser.add_argument("--may-differ", nargs="+", default=(), help="fields of config in which runs may differ besides")
     with cli.one_line_errors():
         report(**vars(parser.parse_args()))
-
-
-if __name__ == "__main__":
-    main()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_core import documents
-from kd_core.packing import VALIDATION_ROWS, Packer, Report, say
+from kd_core.text import documents
+from kd_core.text.packing import VALIDATION_ROWS, Packer, Report, say
 
 REPOSITORY = "allenai/c4"
 NUM_SHARDS = 1024
@@ -103,9 +103,9 @@ class Shards:
 
     def _start_worker(self, shard: int, lock: int) -> None:
         self._message(shard).unlink(missing_ok=True)
-        import_path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        import_path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         worker = subprocess.Popen(
-            [sys.executable, "-P", "-m", "kd_core.c4", str(self.folder), str(shard), str(self._message(shard))],
+            [sys.executable, "-P", "-m", "kd_core.text.c4", str(self.folder), str(shard), str(self._message(shard))],
             env=os.environ | {"PYTHONPATH": import_path},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -136,7 +136,7 @@ class Shards:
 
 
 def _worker(folder: str, shard: str, message: str) -> int:
-    """The background process: python -m kd_core.c4 FOLDER SHARD MESSAGE-FILE. Training goes first on a busy machine."""
+    """The background process: python -m kd_core.text.c4 FOLDER SHARD MESSAGE-FILE. Training goes first on a busy machine."""
     os.nice(10)
     try:
         build_shard(Path(folder), int(shard))

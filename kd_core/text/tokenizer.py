@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from huggingface_hub.errors import StrictDataclassError
 
-from kd_core.documents import one_line, require_hub
+from kd_core.text.documents import one_line, require_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from kd_core import documents
+from kd_core.text import documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_core import engine, glue, report, teachers, tokenizer
-from kd_core.documents import one_line
-from kd_core.jobs import Job, locked
+from kd_core.glue import tasks as glue
+from kd_core.runs import record as report
+from kd_core.runs.jobs import Job, locked
+from kd_core.teachers import pool as teachers
+from kd_core.text.documents import one_line
+from kd_core.text.tokenizer import load_tokenizer, require_same_tokenizer
+from kd_core.training import engine
 
 ENCODER = "bert."  # the part of a masked-language model that is fine-tuned
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
@@ -116,7 +120,7 @@ def make(cfg: Any, recipe: Path, undo: contextlib.ExitStack, held: contextlib.Ex
     tokenizers = {model.name: check_model(model, cfg.tokenizer, longest) for model in models}
     for task, teacher in taught.items():
         for ours in tokenizers.values():
-            tokenizer.require_same_tokenizer(ours, teacher, flag=f"--teachers {task}=")
+            require_same_tokenizer(ours, teacher, flag=f"--teachers {task}=")
         check_teacher(glue.TASKS[task], teacher, settings[task].max_length)
     folder = claim(cfg, undo)
     lock = held.enter_context(locked(folder))
@@ -245,11 +249,11 @@ def check_model(model: Model, given: str | None, max_length: int) -> Any:
     """
     config = _bert_config(model.source, max_length)
     try:
-        ours = tokenizer.load_tokenizer(model.source)
+        ours = load_tokenizer(model.source)
     except (ValueError, OSError) as error:
         if given is None:
             raise ValueError(f"{model.source} comes without a tokenizer ({error}); give --tokenizer") from error
-        ours = tokenizer.load_tokenizer(given)
+        ours = load_tokenizer(given)
     if config.vocab_size < len(ours):
         raise ValueError(f"{model.source} knows {config.vocab_size} tokens, its tokenizer has {len(ours)}")
     return ours
@@ -374,7 +378,7 @@ def _export(model: Model, checkpoint: Path, folder: Path) -> Model:
     state[name] = state[name][: config.vocab_size]  # training pads the vocabulary
     encoder.to(next(iter(state.values())).dtype).load_state_dict(state)
     target.parent.mkdir(parents=True, exist_ok=True)  # what an earlier call has put there may be of another run
-    report.replace_folder(target, encoder.save_pretrained, tokenizer.load_tokenizer(model.source).save_pretrained)
+    report.replace_folder(target, encoder.save_pretrained, load_tokenizer(model.source).save_pretrained)
     seconds, _ = client_state["clocks"][0]  # rank 0's, as in the log
     seconds = {f"{part}_s": value for part, value in seconds.items()}
     return Model(f"{model.name}@{step}", str(target), model.run, step, seconds)

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from kd_core import c4, documents
 from kd_core.cli import check_flag
-from kd_core.hashing import splitmix64 as _hash
-from kd_core.packing import (
+from kd_core.system.hashing import splitmix64 as _hash
+from kd_core.text import c4, documents
+from kd_core.text.packing import (
     VALIDATION_ROWS,
     HeldOut,
     Packer,
@@ -36,10 +36,7 @@ from kd_core.packing import (
     say,
     write_json,
 )
-from kd_core.packing import prefetch as prefetch
-from kd_core.tokenizer import load_tokenizer, tokenizer_digest, train_wordpiece
-from kd_core.tokenizer import require_same_tokenizer as require_same_tokenizer
-from kd_core.tokenizer import same_tokenizer as same_tokenizer
+from kd_core.text.tokenizer import load_tokenizer, tokenizer_digest, train_wordpiece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

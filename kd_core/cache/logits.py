@@ -17,7 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd_core import cache, cli, engine, report
+from kd_core import cli
+from kd_core.cache import records as cache
+from kd_core.runs import record as report
+from kd_core.training import engine
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STORED = {"bf16": "<i2", "fp32": "<f4"}  # NumPy has no bfloat16: its bits

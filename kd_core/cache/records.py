@@ -11,9 +11,9 @@ A cache is a folder of records of one size, one for each sample and pattern of i
     part-00000.bin   records in their order; while building, part-00000.json says that it is whole
     manifest.json    checksums of all files; it is written last, so a cache without it is not complete
     build.json       seconds that the build took, summed over ranks
-    ...              what the task needs besides, such as the teacher's head (kd_core/cache_mlm.py)
+    ...              what the task needs besides, such as the teacher's head (kd_core/cache/mlm.py)
 
-Nothing here knows a task (kd_core/cache_mlm.py, cache_images.py). Record `pattern * num_samples + sample` is the same for
+Nothing here knows a task (mlm.py, images.py beside it do). Record `pattern * num_samples + sample` is the same for
 any number of ranks, and its bytes follow from the header alone.
 """
 
@@ -36,10 +36,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kd_core import cli, engine
 from kd_core.cli import CACHE_PREFIX as PREFIX
-from kd_core.packing import UNWRITABLE, file_digest, say
-from kd_core.report import require_finite, write_atomic
+from kd_core.runs.record import require_finite, write_atomic
+from kd_core.text.packing import UNWRITABLE, file_digest, say
+from kd_core.training import engine
 
 FORMAT = 1
 NUM_PARTS, PART_BYTES = 64, 64 * 2**20
@@ -358,32 +358,3 @@ class Records:
             here = part_B == part
             records_B[here] = self._parts[part][offset_B[here]]
         return records_B
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
-
-
-def main(typed: Sequence[str] | None = None) -> int:
-    """`build` with its flags; returns the exit code."""
-    from kd_core import cache_images, cache_mlm
-
-    with cli.one_line_errors():
-        words = [word for word in (sys.argv[1:] if typed is None else typed) if not word.startswith("--local")]
-        if words[:1] not in (["build"], ["--help"]):
-            raise ValueError(f"python -m kd_core.cache knows one command, build; got {' '.join(words[:1]) or 'none'}")
-        kinds: dict[str, Any] = {"images": cache_images, "mlm": cache_mlm}
-        kind, words = cli.take(words[1:] or ["--help"], "--kind")
-        if (kind or "mlm") not in kinds:
-            raise ValueError(f"--kind must be one of {sorted(kinds)}, got {kind}")
-        task = kinds[kind or "mlm"]
-        preset, words = cli.take_preset(task.BuildFlags, words)
-        flags = cli.read_flags(task.BuildFlags, words, task.BuildFlags(**preset))
-        cli.check_flag(flags, "teacher", bool(flags.teacher) and not folder_of(flags.teacher), "given, and a model")
-        cli.check_flag(flags, "out", bool(flags.out), "given")
-        task.build(flags)
-    engine.leave()
-    return 0
-
-
-if __name__ == "__main__":
-    engine.end_process(main)

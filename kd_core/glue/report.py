@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from kd_core import glue, report
-from kd_core.glue_plan import SAME_FOR_ALL, Model, Plan, TaskJob
+from kd_core.glue import tasks as glue
+from kd_core.glue.plan import SAME_FOR_ALL, Model, Plan, TaskJob
+from kd_core.runs import record as report
 
 METRIC = "glue/average"
 

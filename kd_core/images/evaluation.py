@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_core import engine, images
-from kd_core.packing import say
+from kd_core.images import batches as images
+from kd_core.text.packing import say
+from kd_core.training import engine
 
 CALIBRATION_BINS = 15
 NUM_SUMS = 4 + 2 * CALIBRATION_BINS

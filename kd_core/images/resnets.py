@@ -23,9 +23,9 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms.v2.functional import resize
 
-from kd_core import cache
-from kd_core.cache_logits import CachedLogits
-from kd_core.teachers import model_source
+from kd_core.cache import records as cache
+from kd_core.cache.logits import CachedLogits
+from kd_core.teachers.pool import model_source
 
 SMALL_DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)  # 6n + 2, He et al. 2015, section 4.2
 SMALL = tuple(f"resnet{depth}" for depth in SMALL_DEPTHS)

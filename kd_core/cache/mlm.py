@@ -23,9 +23,14 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 from transformers.utils.logging import disable_progress_bar
 
-from kd_core import cache, cache_logits, cli, engine, teachers, text
+from kd_core import cli
+from kd_core.cache import logits as cache_logits
+from kd_core.cache import records as cache
 from kd_core.kernels.softmax_kl import softmax_kl
-from kd_core.tokenizer import tokenizer_digest
+from kd_core.teachers import pool as teachers
+from kd_core.text import masking as text
+from kd_core.text.tokenizer import require_same_tokenizer, tokenizer_digest
+from kd_core.training import engine
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def build(flags: BuildFlags) -> None:
         )
     )  # fmt: skip
     source = teachers.model_source(flags.teacher, "--teacher")
-    text.require_same_tokenizer(corpus.tokenizer, source, flag="--teacher")
+    require_same_tokenizer(corpus.tokenizer, source, flag="--teacher")
     columns, dtype = len(corpus.tokenizer), cache_logits.DTYPES[flags.teacher_dtype]
     cli.check_flag(flags, "top_k", flags.top_k < columns, f"below the size of the vocabulary, {columns}")
     model = teachers.load_pretrained(

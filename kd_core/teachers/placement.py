@@ -1,5 +1,5 @@
 """Where the weights of a pool live, so that many teachers fit: pinned CPU memory behind two slots on the GPU, or a share
-of the pool on each rank. (kd_core/engine.py splits one large teacher by ZeRO-3.)"""
+of the pool on each rank. (kd_core/training/engine.py splits one large teacher by ZeRO-3.)"""
 
 import contextlib
 from collections.abc import Iterator, Sequence

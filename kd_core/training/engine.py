@@ -168,7 +168,7 @@ def gathered(value: T) -> list[T]:
 
 def find_config(path: str, flag: str = "--deepspeed-config") -> Path:
     """The DeepSpeed JSON `path`: as given, or in `ds_configs/` beside `kd_core/`."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     for candidate in (Path(path), root / path, root / "ds_configs" / path):
         if candidate.is_file():
             return candidate

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from transformers import TorchAoConfig
 from transformers.utils import logging
 
-from kd_core import cache, engine, report
-from kd_core.cache import CachedTeacher
+from kd_core.cache import records as cache
+from kd_core.cache.records import CachedTeacher
 from kd_core.cli import SharedFlags
-from kd_core.losses import Ensemble, mean_teacher_logits
-from kd_core.placement import PinnedTeachers, teachers_of_rank
-from kd_core.samplers import draw_teachers
-from kd_core.schedule import distillation
+from kd_core.losses.distillation import Ensemble, mean_teacher_logits
+from kd_core.runs import record as report
+from kd_core.teachers.placement import PinnedTeachers, teachers_of_rank
+from kd_core.teachers.samplers import draw_teachers
+from kd_core.training import engine
+from kd_core.training.schedules import distillation
 
 # Files that from_pretrained reads without running code: safetensors, or pickles restricted to tensors.
 WEIGHT_FILES = (

@@ -28,11 +28,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from kd_core.cli import check_flag
-from kd_core.hashing import uniforms
-from kd_core.image_sources import DAMAGE, Split, decode, say_corrupt
-from kd_core.image_sources import ImageSet as ImageSet
-from kd_core.image_sources import prepare as prepare
-from kd_core.packing import prefetch
+from kd_core.images.sources import DAMAGE, Split, decode, say_corrupt
+from kd_core.system.hashing import uniforms
+from kd_core.text.packing import prefetch
 
 # Progressive resizing as in Mosaic ResNet's recipes: fractions of training, and the multiple of all sizes before the last.
 GROW_FROM, GROWN_AT, SIZE_STEP = 0.4, 0.8, 4

@@ -1,7 +1,7 @@
 """Cached answers for image classification: a teacher's logits of every training image under a few views of it.
 
 A record holds one image under one pattern of crop, flip and RandAugment: all C logits, as the model gives them, or the top
-k (kd_core/cache_logits.py). The views follow from the cache's own seed, and epoch e of a run uses pattern e mod M: so every
+k (kd_core/cache/logits.py). The views follow from the cache's own seed, and epoch e of a run uses pattern e mod M: so every
 --seed can share them, and teacher and student see the same pixels.
 
 Shapes: B images, C classes.
@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kd_core import cache, cache_logits, classification, cli, engine, image_sources, images, resnets, teachers
+from kd_core import cli
+from kd_core.cache import logits as cache_logits
+from kd_core.cache import records as cache
+from kd_core.images import batches as images
+from kd_core.images import evaluation as classification
+from kd_core.images import resnets
+from kd_core.images import sources as image_sources
+from kd_core.teachers import pool as teachers
+from kd_core.training import engine
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ def build(flags: BuildFlags) -> None:
     resnets.check_source(flags.teacher, "--teacher")
     progress = engine.local_rank() == 0
     data = engine.join(
-        lambda: images.prepare(
+        lambda: image_sources.prepare(
             flags.data, decoded_gib=flags.decoded_gib, max_corrupt=flags.max_corrupt, progress=progress
         )
     )
@@ -122,7 +130,7 @@ class _Views(Dataset[images.MicroBatch]):
     """Micro-batches of given images under given patterns."""
 
     flags: BuildFlags
-    split: images.Split
+    split: image_sources.Split
     batches: Sequence[tuple[np.ndarray, np.ndarray]]
 
     def __getitem__(self, number: int) -> images.MicroBatch:
@@ -135,7 +143,7 @@ class _Views(Dataset[images.MicroBatch]):
 @torch.no_grad()
 def _answers(
     flags: BuildFlags,
-    data: images.ImageSet,
+    data: image_sources.ImageSet,
     model: Any,
     batches: Sequence[tuple[np.ndarray, np.ndarray]],
     unreadable: set[int],
@@ -153,7 +161,7 @@ def _answers(
             yield {"logits": logits_BC}
 
 
-def _score(flags: BuildFlags, data: images.ImageSet, model: Any) -> dict[str, float]:
+def _score(flags: BuildFlags, data: image_sources.ImageSet, model: Any) -> dict[str, float]:
     """The teacher on the validation images, as the recipe measures it."""
     batches = images.ValidationBatches(
         data.validation, flags.eval_resize, flags.eval_size, flags.micro_batch_size, rank=0, world_size=1
@@ -165,7 +173,7 @@ def _score(flags: BuildFlags, data: images.ImageSet, model: Any) -> dict[str, fl
 # --- using ------------------------------------------------------------------------------------------------------------
 
 
-def views(cfg: Any, data: images.ImageSet) -> dict[str, int]:
+def views(cfg: Any, data: image_sources.ImageSet) -> dict[str, int]:
     """Checks the caches of `--teachers` against the run, as `cache_logits.check`.
 
     Returns:
@@ -174,6 +182,6 @@ def views(cfg: Any, data: images.ImageSet) -> dict[str, int]:
     return cache_logits.check(cfg, BuildFlags, {"kind": "images", **_source(data)})
 
 
-def _source(data: images.ImageSet) -> dict[str, str]:
+def _source(data: image_sources.ImageSet) -> dict[str, str]:
     names = hashlib.sha256(json.dumps(data.classes).encode()).hexdigest()[:16]
     return {"data": data.fingerprint, "classes": names}

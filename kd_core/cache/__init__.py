@@ -1,0 +1,1 @@
+"""Teachers' answers, computed once."""

@@ -1,0 +1,1 @@
+"""Losses: per row, gradients to the student only."""

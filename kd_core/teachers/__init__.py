@@ -1,0 +1,1 @@
+"""Teachers: what they are, who answers, when, and where their weights are."""

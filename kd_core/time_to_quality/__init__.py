@@ -1,0 +1,1 @@
+"""Does distillation pay: runs against runs."""

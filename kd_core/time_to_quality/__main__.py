@@ -1,0 +1,5 @@
+"""The command line: python -m kd_core.time_to_quality; the head of comparison.py has its forms."""
+
+from kd_core.time_to_quality.comparison import main
+
+main()
