@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import glob
 import io
 import json
 import math
@@ -21,12 +20,10 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 import tyro
 
 from kd_core.teachers.samplers import Sampler
+from kd_core.teachers.sources import CACHE_PREFIX, matched
 
 ConfigT = TypeVar("ConfigT", bound="SharedFlags")
 FlagsT = TypeVar("FlagsT", bound=Any)
-
-
-CACHE_PREFIX = "cache:"  # of a source of --teachers that holds answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +102,7 @@ class SharedFlags:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # flags by the name that --preset takes
 
     def __post_init__(self) -> None:
-        teachers = (found for path in self.teachers for found in _matched(path, self.out))
+        teachers = (found for path in self.teachers for found in matched(path, self.out))
         object.__setattr__(self, "teachers", tuple(teachers))
         whole = "steps save_every keep eval_every log_every global_batch_size micro_batch_size kd_every draws"
         for name in whole.split():
@@ -234,31 +231,6 @@ def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset
     # A loaded run is a starting point, not the same run: its folder is not taken over.
     saved |= {"out": None, "resume": False} | flags
     return read_flags(config_type, words, dataclasses.replace(config_type(), **saved))
-
-
-def _matched(path: str, out: str | None) -> list[str]:
-    """What a source of --teachers stands for: itself or, of a pattern, the paths that it matches in their order by name.
-
-    Every rank asks at a moment of its own: so neither the run in `out` nor one that has not finished is matched.
-    """
-    if not glob.has_magic(path) or Path(path.removeprefix(CACHE_PREFIX)).exists():
-        return [path]
-    if path.startswith(CACHE_PREFIX):
-        raise ValueError(f"--teachers {path}: patterns are for models; name each cache by itself")
-    own = Path(out).resolve() if out else None
-    found = [name for name in sorted(glob.glob(path)) if not _is_unfinished_run(name)]
-    found = [name for name in found if own is None or not Path(name).resolve().is_relative_to(own)]
-    if not found:
-        raise FileNotFoundError(
-            f"--teachers {path} matches nothing that has finished; give paths, names or a pattern such as 'runs/*'"
-        )
-    return found
-
-
-def _is_unfinished_run(path: str) -> bool:
-    """A folder without `hf/` that has a run.json, or is empty because it is about to get one."""
-    names = {name for name in os.listdir(path) if not name.startswith(".")} if os.path.isdir(path) else {"a file"}
-    return not names or ("run.json" in names and "hf" not in names)
 
 
 def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:

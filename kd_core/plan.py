@@ -40,10 +40,11 @@ from typing import Any
 from safetensors import safe_open
 
 from kd_core import cli
-from kd_core.runs import record as report
+from kd_core.runs import folders
+from kd_core.system import files
 from kd_core.teachers.samplers import Sampler
+from kd_core.teachers.window import first_step
 from kd_core.time_to_quality.comparison import METHOD, OF_A_RUN, OPTIMIZER
-from kd_core.training.schedules import first_step
 
 # What may differ between runs whose step times describe one step: it costs no time, or time in the teacher alone.
 FREE = OF_A_RUN | METHOD | (OPTIMIZER - {"dropout"})
@@ -268,7 +269,7 @@ def _load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         record = json.loads((folder / "run.json").read_text())
         fields = record["config"] | {"GPUs": record["world_size"], "hardware": record.get("hardware")}
-        lines = [{name: line[name] for name in LOGGED} for line in report.read_metrics(folder)]
+        lines = [{name: line[name] for name in LOGGED} for line in folders.read_metrics(folder)]
         return fields | {name: fields[name] for name in NEEDED}, lines
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--measured {folder} holds no run (no {Path(error.filename).name})") from None
@@ -334,7 +335,7 @@ def main() -> None:
         rows = [predict(plan, gpus) for gpus in plan.gpus]
         print(table(plan, rows))
         if plan.json:
-            report.write_atomic(Path(plan.json), json.dumps({"plan": dataclasses.asdict(plan), "rows": rows}, indent=2))
+            files.write_atomic(Path(plan.json), json.dumps({"plan": dataclasses.asdict(plan), "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from filelock import FileLock
 
 from kd_core import cli
 from kd_core.launch import die_with_parent
-from kd_core.runs import record as report
+from kd_core.runs import folders
+from kd_core.system import ranks
 from kd_core.training import engine
+from kd_core.training.processes import end_process
 
 # What decides how data is read, by student and teacher alike.
 DATA_FIELDS = ("data", "tokenizer", "vocab_size", "seq_len", "decoded_gib", "max_corrupt")
@@ -61,17 +63,17 @@ def launch(
                 cfg = cli.parse(config_type, typed, f"{small} --teachers {shlex.quote(UNSET)}")
                 if cfg.distils and cfg.teachers == (UNSET,):
                     engine.load_config(cfg)  # what is wrong with the run shows before minutes go into its teacher
-                    report.check_folder(cfg)
+                    folders.check_folder(cfg)
                     folder = _teacher_folder(teacher, cfg, build_data)
                     _train_once(folder, main, teacher, cfg)
                     flags += f" --teachers {shlex.quote(str(folder))}"
         return main(typed, flags)
 
-    engine.end_process(run)
+    end_process(run)
 
 
 def _say(text: str) -> None:
-    if engine.rank() == 0:
+    if ranks.rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -83,7 +85,7 @@ def _teacher_folder(flags: str, cfg: cli.SharedFlags, build_data: Callable[[Any]
 
 def _train_once(folder: Path, main: Callable[..., int], flags: str, cfg: cli.SharedFlags) -> None:
     """Trains the teacher unless it is there; local rank 0 does it, under a lock, and the other ranks and runs wait."""
-    while engine.local_rank() != 0 and not (folder / "hf").exists():
+    while ranks.local_rank() != 0 and not (folder / "hf").exists():
         time.sleep(0.5)  # should the training fail, the launcher ends this rank
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):

@@ -42,7 +42,7 @@ import numpy as np
 
 from kd_core import cli
 from kd_core.runs import jobs
-from kd_core.runs import record as report
+from kd_core.system import files
 from kd_core.time_to_quality import comparison as time_to_quality
 from kd_core.time_to_quality import curves
 
@@ -238,7 +238,7 @@ def main() -> None:
             for run in runs:
                 recipe, config = Path(study.recipe).stem, dataclasses.asdict(run.config)
                 jobs.check_unchanged(run, config, recipe=recipe, ranks=study.ranks)
-            report.write_atomic(out / "study.json", args.study.read_text())
+            files.write_atomic(out / "study.json", args.study.read_text())
             jobs.run_all(runs, at_once, lock, lambda run: summary(run, study.metric), out)
             write_reports(study, out, out / REPORT)
 

@@ -23,17 +23,29 @@ from transformers.utils.logging import disable_progress_bar
 
 from kd_core import cli
 from kd_core.cache import mlm as cache_mlm
-from kd_core.cache import records as cache
 from kd_core.kernels.linear_softmax_kl import LinearSoftmaxKL
 from kd_core.kernels.softmax_kl import softmax_kl
 from kd_core.losses.distillation import distillation_sum
+from kd_core.runs import folders
 from kd_core.runs import record as report
+from kd_core.runs.sources import model_source
+from kd_core.system import files, ranks
+from kd_core.system.ahead import prefetch
+from kd_core.system.clock import resumed_clock
+from kd_core.system.hashing import seed_step
 from kd_core.teachers import pool as teachers
+from kd_core.teachers import window
+from kd_core.teachers.sources import cache_folder
+from kd_core.text import flags as text_flags
 from kd_core.text import masking as text
-from kd_core.text import packing
+from kd_core.text.corpus import IGNORE_INDEX, Corpus, prepare
+from kd_core.text.order import Position
+from kd_core.text.pretrained import int8_weights, load_pretrained
 from kd_core.text.tokenizer import require_same_tokenizer
-from kd_core.training import engine
+from kd_core.training import checkpoints, engine
 from kd_core.training import schedules as schedule
+from kd_core.training.processes import end_process, join
+from kd_core.training.stop import StopSignal
 
 RECIPE = Path(__file__).stem
 disable_progress_bar()  # Hugging Face's, for files that load in a moment
@@ -89,10 +101,10 @@ class Config(cli.SharedFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        text.check_flags(self)
+        text_flags.check_flags(self)
         size = size_of(self.student)
         self.check("student", not size or size[1] % 64 == 0, "LAYERSxWIDTH with a width that 64 divides, a head's")
-        by_class = self.divergence == "mse" or any(map(cache.folder_of, self.teachers))
+        by_class = self.divergence == "mse" or any(map(cache_folder, self.teachers))
         self.check("softmax_axis", self.softmax_axis == "class" or not by_class, "class for mse and cached teachers")
         with_logits = by_class or self.softmax_axis == "sequence" or self.sampler == "all" or self.draws > 1
         with_logits |= self.teacher_placement != "device" or self.teacher_ahead
@@ -123,9 +135,9 @@ class MaskedBert(BertForMaskedLM):
         return self.cls.predictions.decoder(hidden_ND, *teacher_and_labels, **options) if head else hidden_ND
 
 
-def build_data(cfg: Config) -> text.Corpus:
-    return text.prepare(
-        cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len, progress=engine.rank() == 0
+def build_data(cfg: Config) -> Corpus:
+    return prepare(
+        cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len, progress=ranks.rank() == 0
     )
 
 
@@ -139,7 +151,7 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
         shape: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
         student = MaskedBert(BertConfig(vocab_size=padded, num_attention_heads=width // 64, **shape, **settings))
     else:
-        student = teachers.load_pretrained(
+        student = load_pretrained(
             MaskedBert, cfg.student, vocab_size, flag="--student", seq_len=cfg.seq_len, dtype=torch.float32, **settings
         )
         student.resize_token_embeddings(padded, mean_resizing=False)
@@ -152,12 +164,12 @@ def build_student(cfg: Config, vocab_size: int) -> MaskedBert:
 def build_teachers(cfg: Config, vocab_size: int) -> teachers.TeacherPool:
     settings: dict[str, Any] = {"dtype": torch.float32 if cfg.teacher_dtype == "fp32" else torch.bfloat16}
     if cfg.teacher_dtype == "int8":
-        settings["quantization_config"] = teachers.int8_weights(keep=["cls"])
+        settings["quantization_config"] = int8_weights(keep=["cls"])
 
     def load(path: str) -> torch.nn.Module:
-        if folder := cache.folder_of(path):
+        if folder := cache_folder(path):
             return cache_mlm.CachedBert(folder, vocab_size)
-        return teachers.load_pretrained(MaskedBert, path, vocab_size, seq_len=cfg.seq_len, **settings)
+        return load_pretrained(MaskedBert, path, vocab_size, seq_len=cfg.seq_len, **settings)
 
     return teachers.build_pool(cfg, load, columns=vocab_size)
 
@@ -169,19 +181,19 @@ def micro_losses(
     """Of each micro-batch, sums over its supervised positions: the loss, its teacher term and its label term."""
     if not cfg.fused_head:
         for micro, teacher_logits in pool.answers(cfg, step, micro_batches, clock):
-            logits, weight_N = student(*micro.inputs), (micro.labels != text.IGNORE_INDEX).float()
+            logits, weight_N = student(*micro.inputs), (micro.labels != IGNORE_INDEX).float()
             yield distillation_sum(logits, teacher_logits(), micro.labels, row_weight_N=weight_N, **method)
         return
     method["direction"] = "reverse" if method.pop("divergence") == "reverse_kl" else "forward"
     for micro in micro_batches:
-        micro = micro.to(engine.device())
+        micro = micro.to(ranks.device())
         hidden = weight = bias = None
         for index in pool.draw(cfg, step):  # one, or none
             teacher: Any = pool.models[index]
             with clock.part("teacher"), clock.part(f"teacher/{index}"), torch.no_grad():
                 hidden = teacher(*micro.inputs, head=False)
             weight, bias = teacher.cls.predictions.decoder.weight, teacher.cls.predictions.decoder.bias
-        weight_N = (micro.labels != text.IGNORE_INDEX).float()
+        weight_N = (micro.labels != IGNORE_INDEX).float()
         method |= {"row_weight_N": weight_N, "teacher_bias_V": bias}
         yield student(*micro.inputs, hidden, weight, micro.labels, **method)
 
@@ -190,10 +202,10 @@ def train_step(
     cfg: Config, student: Any, pool: teachers.TeacherPool, batch: text.Step, step: int, clock: Any, stop: Any
 ) -> dict[str, Any]:
     """The method: one optimizer step on `batch`. Returns the step's line of the log, over all ranks."""
-    now = schedule.distillation(cfg, step)
+    now = window.distillation(cfg, step)
     lr = cfg.lr * schedule.linear_warmup_decay(step, cfg.steps, warmup_fraction=cfg.warmup_fraction, floor=0.02)
-    step_tokens = engine.total(batch.tokens)
-    engine.seed_step(cfg.seed, step)
+    step_tokens = ranks.total(batch.tokens)
+    seed_step(cfg.seed, step)
     method: dict[str, Any] = {
         "divergence": cfg.divergence,
         "temperature": now.temperature,
@@ -225,43 +237,43 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(cfg: Config, model: Any, corpus: text.Corpus) -> dict[str, float]:
+def evaluate(cfg: Config, model: Any, corpus: Corpus) -> dict[str, float]:
     """Loss (nats), perplexity and accuracy at the validation set's fixed masked positions, over all ranks."""
     model.eval()
-    sums = torch.zeros(3, device=engine.device())
+    sums = torch.zeros(3, device=ranks.device())
     for batch in text.validation_batches(
-        corpus, micro_batch_size=cfg.micro_batch_size, rank=engine.rank(), world_size=engine.world_size()
+        corpus, micro_batch_size=cfg.micro_batch_size, rank=ranks.rank(), world_size=ranks.world_size()
     ):
-        input_ids, positions, labels = engine.to_device(batch.input_ids, batch.positions, batch.labels)
+        input_ids, positions, labels = ranks.to_device(batch.input_ids, batch.positions, batch.labels)
         logits = model(input_ids, positions)[:, : len(corpus.tokenizer)]
         _, label_N = softmax_kl(logits, None, labels)
-        sums += torch.stack([label_N.sum(), (logits.argmax(-1) == labels).sum(), (labels != text.IGNORE_INDEX).sum()])
-    loss_sum, correct, tokens = engine.total(sums).tolist()
+        sums += torch.stack([label_N.sum(), (logits.argmax(-1) == labels).sum(), (labels != IGNORE_INDEX).sum()])
+    loss_sum, correct, tokens = ranks.total(sums).tolist()
     loss = loss_sum / tokens
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 80.0)), "eval/accuracy": correct / tokens}
 
 
-def export(student: Any, corpus: text.Corpus, folder: Path) -> None:
+def export(student: Any, corpus: Corpus, folder: Path) -> None:
     """Writes `hf/`: the student alone, cropped to the tokenizer's vocabulary, and the tokenizer."""
     state = engine.gathered_state_dict(student)  # every rank takes part
-    if engine.rank() == 0:
+    if ranks.rank() == 0:
         plain: Any = BertForMaskedLM(copy.deepcopy(student.module.config))
         plain.to(next(iter(state.values())).dtype).load_state_dict(state)
         plain.resize_token_embeddings(len(corpus.tokenizer), mean_resizing=False)
-        report.replace_folder(folder / "hf", plain.save_pretrained, corpus.tokenizer.save_pretrained)
+        files.replace_folder(folder / "hf", plain.save_pretrained, corpus.tokenizer.save_pretrained)
 
 
-def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], text.Corpus, dict[str, int]]:
+def checked(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], Corpus, dict[str, int]]:
     """What bad input makes fail, cheapest first, before any model is built: config, models, run folder, data."""
     ds_config = engine.load_config(cfg)
-    needed = report.needs_teachers(cfg)
-    models = [("--teachers", path) for path in cfg.teachers if needed and not cache.folder_of(path)]
+    needed = window.needs_teachers(cfg)
+    models = [("--teachers", path) for path in cfg.teachers if needed and not cache_folder(path)]
     models += [("--student", cfg.student)] if size_of(cfg.student) is None else []
-    sources = [(flag, teachers.model_source(path, flag)) for flag, path in models]
-    folder = report.claim_folder(cfg, RECIPE, undo)
+    sources = [(flag, model_source(path, flag)) for flag, path in models]
+    folder = folders.claim_folder(cfg, RECIPE, undo)
     corpus = build_data(cfg)
     corpus.check_batch(cfg.global_batch_size)
-    report.check_data(cfg, corpus.fingerprint)
+    folders.check_data(cfg, corpus.fingerprint)
     for flag, source in sources:
         require_same_tokenizer(corpus.tokenizer, source, flag=flag)
     return folder, ds_config, corpus, cache_mlm.masking(cfg, corpus)
@@ -271,13 +283,13 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
     """Runs the recipe with the command line `typed` over a launch file's `preset`; returns the exit code."""
     with cli.one_line_errors() as undo:
         cfg = cli.parse(Config, typed, preset)
-        if report.says_finished(cfg):
+        if folders.says_finished(cfg):
             return 0
-        folder, ds_config, corpus, masking = engine.join(lambda: prepare(cfg, undo))
-        folder, vocab_size = engine.broadcast(folder), len(corpus.tokenizer)
-        checkpoint = engine.newest_checkpoint(folder / "checkpoints") if cfg.resume else None
-        first = engine.step_of(checkpoint)
-        closed = schedule.window_closed(cfg, first)
+        folder, ds_config, corpus, masking = join(lambda: checked(cfg, undo))
+        folder, vocab_size = ranks.broadcast(folder), len(corpus.tokenizer)
+        checkpoint = checkpoints.newest_checkpoint(folder / "checkpoints") if cfg.resume else None
+        first = checkpoints.step_of(checkpoint)
+        closed = window.window_closed(cfg, first)
         pool = teachers.TeacherPool(cfg.teachers, (), columns=vocab_size) if closed else build_teachers(cfg, vocab_size)
         model = build_student(cfg, vocab_size)
         # torch multiplies the decay by the learning rate, the authors' decoupled AdamW only by its share of the peak.
@@ -290,26 +302,26 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         student = engine.initialize(model, optimizer, ds_config)
         state: dict[str, Any] = {"position": (0, 0, 0)}
         if checkpoint:
-            state = engine.load_checkpoint(student, folder / "checkpoints", checkpoint)
+            state = checkpoints.load_checkpoint(student, folder / "checkpoints", checkpoint)
         run = report.Run(folder, cfg, first=first, data=corpus.fingerprint)
-        stop = engine.StopSignal(cfg.max_minutes)
-        clock = report.resumed_clock(state, compiling=cfg.compile)
+        stop = StopSignal(cfg.max_minutes)
+        clock = resumed_clock(state, compiling=cfg.compile)
         run.teachers(pool, lambda teacher: evaluate(cfg, teacher, corpus), clock, chance_loss=math.log(vocab_size))
     batches = text.MaskedBatches(
         corpus,
         seed=cfg.seed,
         global_batch_size=cfg.global_batch_size,
         micro_batch_size=cfg.micro_batch_size,
-        rank=engine.rank(),
-        world_size=engine.world_size(),
+        rank=ranks.rank(),
+        world_size=ranks.world_size(),
         mask_fraction=cfg.mask_fraction,
         **masking,
-        position=text.Position(*state["position"]),
+        position=Position(*state["position"]),
         steps=cfg.steps - first,
     )
-    ahead = packing.prefetch(batches, pin_memory=torch.cuda.is_available())
+    ahead = prefetch(batches, pin_memory=torch.cuda.is_available())
     for step in range(first, cfg.steps):
-        if len(pool) and schedule.window_closed(cfg, step):
+        if len(pool) and window.window_closed(cfg, step):
             pool.release()
             run.say(f"step {step}: the window has closed, the teachers are released")
         with clock.part("train"):
@@ -325,8 +337,8 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
             line |= evaluate(cfg, student, corpus)
         run.log(line, clock, write=last or bool(stop.agreed) or (step + 1) % cfg.log_every == 0)
         if last or stop.agreed or (step + 1) % cfg.save_every == 0:
-            state = {"position": tuple(batch.position), "clocks": engine.gathered((clock.read(wait=True), clock.calls))}
-            engine.save_checkpoint(student, folder / "checkpoints", step + 1, state, cfg.keep)
+            state = {"position": tuple(batch.position), "clocks": ranks.gathered((clock.read(wait=True), clock.calls))}
+            checkpoints.save_checkpoint(student, folder / "checkpoints", step + 1, state, cfg.keep)
         if stop.agreed and not last:
             return run.finish(stop.agreed, step=step + 1)
     pool.release()
@@ -335,4 +347,4 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
 
 
 if __name__ == "__main__":
-    engine.end_process(main)
+    end_process(main)

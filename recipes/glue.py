@@ -31,12 +31,12 @@ from kd_core.glue import report as glue_report
 from kd_core.glue import tasks as glue
 from kd_core.glue.plan import ONE_JOB, FineTuning
 from kd_core.kernels.softmax_kl import softmax_kl_sum
-from kd_core.runs import jobs
-from kd_core.runs import record as report
-from kd_core.teachers import pool as teachers
+from kd_core.runs import folders, jobs
+from kd_core.system import files, ranks
+from kd_core.text.pretrained import load_pretrained
 from kd_core.text.tokenizer import load_tokenizer
-from kd_core.training import engine
 from kd_core.training import schedules as schedule
+from kd_core.training.processes import end_process
 
 RECIPE = Path(__file__).stem
 disable_progress_bar()
@@ -135,20 +135,20 @@ def build_student(job: FineTuning, task: glue.Task) -> Any:
     if task.labels:
         model.config.id2label = dict(enumerate(task.labels))
         model.config.label2id = {label: column for column, label in enumerate(task.labels)}
-    return model.to(engine.device())
+    return model.to(ranks.device())
 
 
 def build_teacher(job: FineTuning, task: glue.Task) -> Any:
     """The task's fine-tuned teacher, frozen."""
-    model = teachers.load_pretrained(BertForSequenceClassification, str(job.teacher), 0, dtype=torch.float32)
-    return model.eval().requires_grad_(False).to(engine.device())
+    model = load_pretrained(BertForSequenceClassification, str(job.teacher), 0, dtype=torch.float32)
+    return model.eval().requires_grad_(False).to(ranks.device())
 
 
 def forward(job: FineTuning, model: Any, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Logits [B, V] of input_ids, token_type_ids and attention_mask, each [B, T]."""
-    input_ids, types, mask = engine.to_device(*batch)
+    input_ids, types, mask = ranks.to_device(*batch)
     bf16 = job.precision == "bf16" or (job.precision == "auto" and torch.cuda.is_available())
-    with torch.autocast(engine.device().type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(ranks.device().type, torch.bfloat16, enabled=bf16):
         return model(input_ids=input_ids, token_type_ids=types, attention_mask=mask).logits.float()
 
 
@@ -174,8 +174,8 @@ def batch_losses(
     pieces = [rows] if on_gpu else train.pieces(rows, PIECE * torch.get_num_threads())
     rows = torch.cat(pieces)
     logits_BV = torch.cat([forward(job, model, train.batch(piece, multiple=8 if on_gpu else 1)) for piece in pieces])
-    labels_B = train.labels[rows].to(engine.device(), non_blocking=True)
-    teacher_BV = None if teacher_EV is None else teacher_EV[rows.to(engine.device())]
+    labels_B = train.labels[rows].to(ranks.device(), non_blocking=True)
+    teacher_BV = None if teacher_EV is None else teacher_EV[rows.to(ranks.device())]
     return losses(job, task, logits_BV, labels_B, teacher_BV)
 
 
@@ -202,7 +202,7 @@ def evaluate(job: FineTuning, task: glue.Task, model: Any, data: dict[str, glue.
 def ask_teacher(job: FineTuning, task: glue.Task, data: dict[str, glue.Examples]) -> tuple[Tensor, dict[str, Any]]:
     """The teacher's logits [E, V] of the training set, for all epochs as it has no dropout; seconds, and its own scores."""
     began, teacher = time.perf_counter(), build_teacher(job, task)
-    teacher_EV = predict(job, teacher, data["train"]).to(engine.device())
+    teacher_EV = predict(job, teacher, data["train"]).to(ranks.device())
     return teacher_EV, {"teacher_s": time.perf_counter() - began, "teacher": evaluate(job, task, teacher, data)}
 
 
@@ -229,7 +229,7 @@ def fine_tune(job: FineTuning) -> int:
     factor = {"linear": schedule.linear_warmup_decay, "cosine": schedule.linear_warmup_cosine}[job.schedule]
     if job.compile and steps >= COMPILED_FROM:
         student.compile(dynamic=True)
-    log = glue_report.Log(folder, report.describe(RECIPE, job))
+    log = glue_report.Log(folder, folders.describe(RECIPE, job))
     train_s, resumed = 0.0, time.perf_counter()
     for step, rows in enumerate(batches(job, train), 1):
         student.train()
@@ -254,7 +254,7 @@ def fine_tune(job: FineTuning) -> int:
         glue_report.write_predictions(folder, task, split, data[split], predicted)
     if job.keep_model:
         ours = load_tokenizer(job.tokenizer)
-        report.replace_folder(folder / "hf", student.save_pretrained, ours.save_pretrained)
+        files.replace_folder(folder / "hf", student.save_pretrained, ours.save_pretrained)
     log.finish(train_s=train_s, seconds=time.perf_counter() - began, step=steps, **taught_by, **scores)
     return 0
 
@@ -274,7 +274,7 @@ def main(typed: Sequence[str] | None = None) -> int:
         with cli.one_line_errors():
             for one in plan.jobs:
                 jobs.check_unchanged(one, dataclasses.asdict(one.input), recipe=RECIPE)
-            report.write_atomic(plan.folder / "run.json", json.dumps(report.describe(RECIPE, cfg), indent=2) + "\n")
+            files.write_atomic(plan.folder / "run.json", json.dumps(folders.describe(RECIPE, cfg), indent=2) + "\n")
             places = jobs.places(cfg.jobs, per_core=True)
             jobs.run_all(plan.jobs, places, plan.lock, glue_report.summary, plan.folder, "jobs")
             glue_report.write(plan)
@@ -282,4 +282,4 @@ def main(typed: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    engine.end_process(main)
+    end_process(main)

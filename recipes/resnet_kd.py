@@ -18,14 +18,25 @@ import torch
 from kd_core import cli
 from kd_core.cache import images as cache_images
 from kd_core.images import batches as images
+from kd_core.images import classifiers, resnets
 from kd_core.images import evaluation as classification
-from kd_core.images import resnets
+from kd_core.images import flags as image_flags
 from kd_core.images import sources as image_sources
+from kd_core.images.views import View
+from kd_core.losses import labels
 from kd_core.losses.distillation import distillation_sum
+from kd_core.runs import folders
 from kd_core.runs import record as report
+from kd_core.system import files, ranks
+from kd_core.system.clock import resumed_clock
+from kd_core.system.hashing import seed_step
 from kd_core.teachers import pool as teachers
-from kd_core.training import engine, optimizers
+from kd_core.teachers import window
+from kd_core.training import checkpoints, engine, optimizers
 from kd_core.training import schedules as schedule
+from kd_core.training.kept import Ema
+from kd_core.training.processes import end_process, join
+from kd_core.training.stop import StopSignal
 
 RECIPE = Path(__file__).stem
 
@@ -115,7 +126,7 @@ class Config(cli.SharedFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        images.check_flags(self)
+        image_flags.check_flags(self)
         for name in ("momentum", "weight_decay", "label_smoothing"):
             self.check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self.check("resize_from", 0 < self.resize_from <= 1, "in (0, 1]")
@@ -135,13 +146,13 @@ class Config(cli.SharedFlags):
         return self.lr * self.global_batch_size / (self.lr_batch_size or self.global_batch_size)
 
     @property
-    def view(self) -> images.View:
-        return images.View(self.train_size, self.crop, self.min_scale, self.randaugment, self.resize_from)
+    def view(self) -> View:
+        return View(self.train_size, self.crop, self.min_scale, self.randaugment, self.resize_from)
 
 
 def build_data(cfg: Config) -> image_sources.ImageSet:
     return image_sources.prepare(
-        cfg.data, decoded_gib=cfg.decoded_gib, max_corrupt=cfg.max_corrupt, progress=engine.local_rank() == 0
+        cfg.data, decoded_gib=cfg.decoded_gib, max_corrupt=cfg.max_corrupt, progress=ranks.local_rank() == 0
     )
 
 
@@ -153,7 +164,7 @@ def build_student(cfg: Config, classes: Sequence[str]) -> resnets.Classifier:
         net = resnets.build_net(cfg.student, len(classes), blurpool=cfg.blurpool, last_bias=bias)
         student = resnets.Classifier(net)
     else:
-        student = resnets.load_classifier(cfg.student, classes, flag="--student", size=0)
+        student = classifiers.load_classifier(cfg.student, classes, flag="--student", size=0)
     if cfg.sync_bn:
         resnets.synchronize_batch_norm(student)
     return student
@@ -162,22 +173,24 @@ def build_student(cfg: Config, classes: Sequence[str]) -> resnets.Classifier:
 def build_teachers(cfg: Config, classes: Sequence[str]) -> teachers.TeacherPool:
     settings: dict[str, Any] = {"flag": "--teachers", "size": cfg.teacher_size, "autocast": cfg.teacher_dtype == "bf16"}
     settings["split"] = cfg.teacher_placement == "zero3"
-    return teachers.build_pool(cfg, lambda path: resnets.load_teacher(path, classes, **settings), columns=len(classes))
+    return teachers.build_pool(
+        cfg, lambda path: classifiers.load_teacher(path, classes, **settings), columns=len(classes)
+    )
 
 
 def train_step(
     cfg: Config, student: Any, pool: teachers.TeacherPool, batch: images.Step, step: int, clock: Any, stop: Any
 ) -> dict[str, Any]:
     """The method: one optimizer step on `batch`. Returns the step's line of the log, over all ranks."""
-    now = schedule.distillation(cfg, step)
+    now = window.distillation(cfg, step)
     lr = cfg.peak_lr * schedule.linear_warmup_cosine(step, cfg.steps, warmup_fraction=cfg.warmup_fraction)
-    step_images = torch.full((), float(cfg.global_batch_size), device=engine.device())
-    engine.seed_step(cfg.seed, step)
+    step_images = torch.full((), float(cfg.global_batch_size), device=ranks.device())
+    seed_step(cfg.seed, step)
     losses = []
     micro_batches = [micro.mixed(cfg.mixup, cfg.cutmix, pool.columns) for micro in batch.micro_batches]
     for micro, teacher_logits in pool.answers(cfg, step, micro_batches, clock):
-        logits, kd_loss = student(micro.pixels), torch.zeros((), device=engine.device())
-        loss_N = classification.label_loss(logits, micro.labels, kind=cfg.loss, smoothing=cfg.label_smoothing)
+        logits, kd_loss = student(micro.pixels), torch.zeros((), device=ranks.device())
+        loss_N = labels.label_loss(logits, micro.labels, kind=cfg.loss, smoothing=cfg.label_smoothing)
         label_loss = loss_N.sum()
         loss_sum = now.label_weight * label_loss
         if (taught := teacher_logits()) is not None:
@@ -208,18 +221,20 @@ def evaluate(cfg: Config, model: Any, data: image_sources.ImageSet) -> dict[str,
     """Loss (nats), top-1, top-5 and expected calibration error on the validation images, over all ranks."""
     model.eval()
     batches = images.ValidationBatches(
-        data.validation, cfg.eval_resize, cfg.eval_size, cfg.micro_batch_size, engine.rank(), engine.world_size()
+        data.validation, cfg.eval_resize, cfg.eval_size, cfg.micro_batch_size, ranks.rank(), ranks.world_size()
     )
     sums = classification.validation_sums(model, batches, workers=images.num_workers(cfg.workers, data.validation))
-    return classification.classification_metrics(engine.total(sums))
+    return classification.classification_metrics(ranks.total(sums))
 
 
 def export(cfg: Config, student: Any, data: image_sources.ImageSet, folder: Path) -> None:
     """Writes `folder`: the student alone as a torchvision state dict, and what it is and sees."""
     state = engine.gathered_state_dict(student)  # every rank takes part
-    if engine.rank() == 0:
+    if ranks.rank() == 0:
         view = {"image_size": cfg.train_size, "eval_resize": cfg.eval_resize, "eval_size": cfg.eval_size}
-        report.replace_folder(folder, lambda hidden: resnets.save(hidden, student.module, state, data.classes, **view))
+        files.replace_folder(
+            folder, lambda hidden: classifiers.save(hidden, student.module, state, data.classes, **view)
+        )
 
 
 def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], image_sources.ImageSet, dict[str, int]]:
@@ -227,14 +242,14 @@ def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], image_sources
     ds_config = engine.load_config(cfg)
     if cfg.ema_half_life and ds_config.get("zero_optimization", {}).get("stage") == 3:
         raise ValueError("--ema-half-life must be 0 with ZeRO stage 3, which splits the weights; use stage 0 to 2")
-    for path in cfg.teachers if report.needs_teachers(cfg) else ():
-        resnets.check_source(path, "--teachers")
+    for path in cfg.teachers if window.needs_teachers(cfg) else ():
+        classifiers.check_source(path, "--teachers")
     if cfg.student not in resnets.NAMES:
-        resnets.check_student(cfg.student)
-    folder = report.claim_folder(cfg, RECIPE, undo)
+        classifiers.check_student(cfg.student)
+    folder = folders.claim_folder(cfg, RECIPE, undo)
     data = build_data(cfg)
     data.check_batch(cfg.global_batch_size)
-    report.check_data(cfg, data.fingerprint)
+    folders.check_data(cfg, data.fingerprint)
     # DeepSpeed's list of optimizers tested with ZeRO has no SGD; the project's tests do.
     ds_config |= {"zero_allow_untested_optimizer": True}
     return folder, ds_config, data, cache_images.views(cfg, data)
@@ -244,37 +259,37 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
     """Runs the recipe with the command line `typed` over a launch file's `preset`; returns the exit code."""
     with cli.one_line_errors() as undo:
         cfg = cli.parse(Config, typed, preset)
-        if report.says_finished(cfg):
+        if folders.says_finished(cfg):
             return 0
-        folder, ds_config, data, views = engine.join(lambda: prepare(cfg, undo))
-        folder = engine.broadcast(folder)
-        checkpoint = engine.newest_checkpoint(folder / "checkpoints") if cfg.resume else None
-        first = engine.step_of(checkpoint)
+        folder, ds_config, data, views = join(lambda: prepare(cfg, undo))
+        folder = ranks.broadcast(folder)
+        checkpoint = checkpoints.newest_checkpoint(folder / "checkpoints") if cfg.resume else None
+        first = checkpoints.step_of(checkpoint)
         released = teachers.TeacherPool(cfg.teachers, (), columns=len(data.classes))
-        pool = released if schedule.window_closed(cfg, first) else build_teachers(cfg, data.classes)
+        pool = released if window.window_closed(cfg, first) else build_teachers(cfg, data.classes)
         model = build_student(cfg, data.classes)
         if cfg.compile:
             model.compile()
         sgd = optimizers.DecoupledSGD if cfg.decoupled else torch.optim.SGD
         optimizer = sgd(optimizers.decay_groups(model, cfg.weight_decay), lr=cfg.peak_lr, momentum=cfg.momentum)
         student = engine.initialize(model, optimizer, ds_config)
-        ema = optimizers.Ema(student.module, cfg.ema_half_life)
+        ema = Ema(student.module, cfg.ema_half_life)
         state: dict[str, Any] = {"best": -1.0}
         if checkpoint:
-            state = engine.load_checkpoint(student, folder / "checkpoints", checkpoint)
+            state = checkpoints.load_checkpoint(student, folder / "checkpoints", checkpoint)
             ema.load(state["ema"])
         run = report.Run(folder, cfg, first=first, data=data.fingerprint)
-        stop = engine.StopSignal(cfg.max_minutes)
-        clock = report.resumed_clock(state, compiling=cfg.compile)
+        stop = StopSignal(cfg.max_minutes)
+        clock = resumed_clock(state, compiling=cfg.compile)
         run.teachers(pool, lambda teacher: evaluate(cfg, teacher, data), clock, chance_loss=math.log(len(data.classes)))
     batches = images.TrainBatches(
         data.train, cfg.view, cfg.steps, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size,
-        engine.rank(), engine.world_size(), nvjpeg=cfg.decoder == "nvjpeg" and data.train.encoded is not None, **views,
+        ranks.rank(), ranks.world_size(), nvjpeg=cfg.decoder == "nvjpeg" and data.train.encoded is not None, **views,
     )  # fmt: skip
     ahead = images.steps(batches, first, workers=images.num_workers(cfg.workers, data.train, cfg.randaugment))
     best, corrupt = state["best"], 0
     for step in range(first, cfg.steps):
-        if len(pool) and schedule.window_closed(cfg, step):
+        if len(pool) and window.window_closed(cfg, step):
             pool.release()
             run.say(f"step {step}: the window has closed, the teachers are released")
         with clock.part("train"):
@@ -298,9 +313,9 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
                     export(cfg, student, data, folder / "best")
         run.log(line, clock, write=last or bool(stop.agreed) or (step + 1) % cfg.log_every == 0)
         if last or stop.agreed or (step + 1) % cfg.save_every == 0:
-            clocks = engine.gathered((clock.read(wait=True), clock.calls))
+            clocks = ranks.gathered((clock.read(wait=True), clock.calls))
             state = {"clocks": clocks, "best": best, "ema": ema.average}
-            engine.save_checkpoint(student, folder / "checkpoints", step + 1, state, cfg.keep)
+            checkpoints.save_checkpoint(student, folder / "checkpoints", step + 1, state, cfg.keep)
         if stop.agreed and not last:
             return run.finish(stop.agreed, step=step + 1)
     pool.release()
@@ -310,4 +325,4 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
 
 
 if __name__ == "__main__":
-    engine.end_process(main)
+    end_process(main)

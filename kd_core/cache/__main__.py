@@ -6,8 +6,8 @@ from typing import Any
 
 from kd_core import cli
 from kd_core.cache import images, mlm
-from kd_core.cache.records import folder_of
-from kd_core.training.engine import end_process, leave
+from kd_core.teachers.sources import cache_folder
+from kd_core.training.processes import end_process, leave
 
 
 def main(typed: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(typed: Sequence[str] | None = None) -> int:
         task = kinds[kind or "mlm"]
         preset, words = cli.take_preset(task.BuildFlags, words)
         flags = cli.read_flags(task.BuildFlags, words, task.BuildFlags(**preset))
-        cli.check_flag(flags, "teacher", bool(flags.teacher) and not folder_of(flags.teacher), "given, and a model")
+        cli.check_flag(flags, "teacher", bool(flags.teacher) and not cache_folder(flags.teacher), "given, and a model")
         cli.check_flag(flags, "out", bool(flags.out), "given")
         task.build(flags)
     leave()

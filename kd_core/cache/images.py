@@ -24,11 +24,14 @@ from kd_core import cli
 from kd_core.cache import logits as cache_logits
 from kd_core.cache import records as cache
 from kd_core.images import batches as images
+from kd_core.images import classifiers
 from kd_core.images import evaluation as classification
-from kd_core.images import resnets
+from kd_core.images import flags as image_flags
 from kd_core.images import sources as image_sources
-from kd_core.teachers import pool as teachers
-from kd_core.training import engine
+from kd_core.images.views import View
+from kd_core.system import ranks
+from kd_core.system.digests import weights_digest
+from kd_core.training.processes import join
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class BuildFlags(cache_logits.BuildFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        images.check_flags(self)
+        image_flags.check_flags(self)
         cli.check_flag(self, "view_patterns", self.view_patterns >= 1, "at least 1")
         cli.check_flag(self, "view_seed", self.view_seed >= 0, "at least 0")
 
@@ -92,23 +95,23 @@ def build(flags: BuildFlags) -> None:
     Raises:
         FileNotFoundError, ValueError: as `images.prepare`, `resnets.load_classifier` and `cache.build`.
     """
-    resnets.check_source(flags.teacher, "--teacher")
-    progress = engine.local_rank() == 0
-    data = engine.join(
+    classifiers.check_source(flags.teacher, "--teacher")
+    progress = ranks.local_rank() == 0
+    data = join(
         lambda: image_sources.prepare(
             flags.data, decoded_gib=flags.decoded_gib, max_corrupt=flags.max_corrupt, progress=progress
         )
     )
     columns = len(data.classes)
     cli.check_flag(flags, "top_k", flags.top_k < columns, f"below the number of classes, {columns}")
-    model = resnets.load_teacher(
+    model = classifiers.load_teacher(
         flags.teacher, data.classes, flag="--teacher", size=flags.teacher_size, autocast=flags.teacher_dtype == "bf16"
     )
-    model.eval().requires_grad_(False).to(engine.device())
+    model.eval().requires_grad_(False).to(ranks.device())
     settings = {
         "kind": "images",
         "teacher": flags.teacher,
-        "weights": teachers.weights_digest(model),
+        "weights": weights_digest(model),
         **_source(data),
         **flags.settings,
     }
@@ -135,7 +138,7 @@ class _Views(Dataset[images.MicroBatch]):
 
     def __getitem__(self, number: int) -> images.MicroBatch:
         flags = self.flags
-        view = images.View(flags.train_size, flags.crop, flags.min_scale, flags.randaugment)
+        view = View(flags.train_size, flags.crop, flags.min_scale, flags.randaugment)
         nvjpeg = flags.decoder == "nvjpeg" and self.split.encoded is not None
         return images.training_batch(self.split, view, view.size, flags.view_seed, *self.batches[number], nvjpeg=nvjpeg)
 
@@ -154,7 +157,7 @@ def _answers(
     for (ids_B, _), micro in zip(batches, made, strict=True):
         unreadable.update(ids_B[ids_B != micro.sample_ids.numpy()].tolist())
         image_sources.check_corrupt(len(unreadable), len(data.train), flags.max_corrupt, flags.data)
-        logits_BC = model(images.on_device(micro, engine.device()))
+        logits_BC = model(images.on_device(micro, ranks.device()))
         if flags.top_k:
             yield cache_logits.top_k(logits_BC, flags.top_k, flags.temperatures)
         else:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from kd_core import cli
 from kd_core.cache import records as cache
-from kd_core.runs import record as report
-from kd_core.training import engine
+from kd_core.runs import folders
+from kd_core.system import ranks
+from kd_core.teachers import window
+from kd_core.teachers.sources import CachedTeacher, cache_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STORED = {"bf16": "<i2", "fp32": "<f4"}  # NumPy has no bfloat16: its bits
@@ -103,10 +105,10 @@ def check(cfg: Any, flags: type[BuildFlags], expected: Mapping[str, Any]) -> dic
     """
     ours = {**expected, **{name: getattr(cfg, name) for name in flags.AGREE}}
     shared: dict[str, int] = {}
-    if cfg.resume and not report.needs_teachers(cfg):
-        answered = [one.get("fingerprint") for one in report.check_folder(cfg).get("teachers", ())]
+    if cfg.resume and not window.needs_teachers(cfg):
+        answered = [one.get("fingerprint") for one in folders.check_folder(cfg).get("teachers", ())]
         return {name: one[name] for one in answered if isinstance(one, dict) for name in flags.SHARED}
-    for folder in filter(None, map(cache.folder_of, cfg.teachers if cfg.distils else ())):
+    for folder in filter(None, map(cache_folder, cfg.teachers if cfg.distils else ())):
         header = cache.require(folder, ours | shared)
         shared = {name: header[name] for name in flags.SHARED}
         used = {cfg.temperature, cfg.temperature if cfg.temperature_stop is None else cfg.temperature_stop}
@@ -123,7 +125,7 @@ def check(cfg: Any, flags: type[BuildFlags], expected: Mapping[str, Any]) -> dic
     return shared
 
 
-class CachedLogits(cache.CachedTeacher):
+class CachedLogits(CachedTeacher):
     """A teacher whose answers come from a cache that `check` has seen."""
 
     def __init__(self, folder: Path, columns: int) -> None:
@@ -149,4 +151,4 @@ class CachedLogits(cache.CachedTeacher):
 def _on_device(values: np.ndarray) -> Tensor:
     """[B, rows, ...] as [N, ...] on this rank's device, copied while it computes."""
     tensor = torch.from_numpy(np.ascontiguousarray(values)).flatten(0, 1)
-    return engine.to_device(tensor.pin_memory() if torch.cuda.is_available() else tensor)[0]
+    return ranks.to_device(tensor.pin_memory() if torch.cuda.is_available() else tensor)[0]

@@ -27,10 +27,16 @@ from kd_core import cli
 from kd_core.cache import logits as cache_logits
 from kd_core.cache import records as cache
 from kd_core.kernels.softmax_kl import softmax_kl
-from kd_core.teachers import pool as teachers
+from kd_core.runs.sources import model_source
+from kd_core.system import ranks
+from kd_core.system.digests import weights_digest
+from kd_core.text import flags as text_flags
 from kd_core.text import masking as text
+from kd_core.text.corpus import IGNORE_INDEX, Corpus, prepare
+from kd_core.text.order import sample_id
+from kd_core.text.pretrained import load_pretrained
 from kd_core.text.tokenizer import require_same_tokenizer, tokenizer_digest
-from kd_core.training import engine
+from kd_core.training.processes import join
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class BuildFlags(cache_logits.BuildFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        text.check_flags(self)
+        text_flags.check_flags(self)
         for name in ("vocab_size", "mask_patterns"):
             cli.check_flag(self, name, getattr(self, name) >= 1, "at least 1")
         cli.check_flag(self, "mask_seed", self.mask_seed >= 0, "at least 0")
@@ -74,31 +80,31 @@ def build(flags: BuildFlags) -> None:
         FileNotFoundError, ValueError: as `text.prepare`, `teachers.load_pretrained` and `cache.build`.
     """
     disable_progress_bar()  # Hugging Face's, for files that load in a moment
-    corpus = engine.join(
-        lambda: text.prepare(
+    corpus = join(
+        lambda: prepare(
             flags.data, tokenizer=flags.tokenizer, vocab_size=flags.vocab_size, seq_len=flags.seq_len,
-            progress=engine.rank() == 0,
+            progress=ranks.rank() == 0,
         )
     )  # fmt: skip
-    source = teachers.model_source(flags.teacher, "--teacher")
+    source = model_source(flags.teacher, "--teacher")
     require_same_tokenizer(corpus.tokenizer, source, flag="--teacher")
     columns, dtype = len(corpus.tokenizer), cache_logits.DTYPES[flags.teacher_dtype]
     cli.check_flag(flags, "top_k", flags.top_k < columns, f"below the size of the vocabulary, {columns}")
-    model = teachers.load_pretrained(
+    model = load_pretrained(
         BertForMaskedLM, flags.teacher, columns, flag="--teacher", seq_len=flags.seq_len, dtype=dtype
     )
     model.eval().requires_grad_(False)
     settings = {
         "kind": "mlm",
         "teacher": flags.teacher,
-        "weights": teachers.weights_digest(model),
+        "weights": weights_digest(model),
         "tokenizer": tokenizer_digest(corpus.tokenizer),
         "data": corpus.fingerprint,
         **flags.settings,
     }
     fields = flags.fields("hidden", round(flags.mask_fraction * flags.seq_len), model.config.hidden_size)
     layout = cache.Layout(fields, len(corpus.rows(0)), flags.mask_patterns, flags.micro_batch_size)
-    model.to(engine.device())
+    model.to(ranks.device())
 
     def companions(folder: Path) -> None:
         model.config.save_pretrained(folder)
@@ -113,14 +119,14 @@ def build(flags: BuildFlags) -> None:
 
 @torch.no_grad()
 def _answers(
-    flags: BuildFlags, corpus: text.Corpus, model: Any, batches: Sequence[tuple[np.ndarray, np.ndarray]]
+    flags: BuildFlags, corpus: Corpus, model: Any, batches: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> Iterator[dict[str, Tensor]]:
     for rows_B, patterns_B in batches:
         (micro,) = text.masked_micro_batches(
-            corpus.rows(0)[rows_B], text.sample_id(np.zeros_like(rows_B), rows_B), micro_batch_size=len(rows_B),
+            corpus.rows(0)[rows_B], sample_id(np.zeros_like(rows_B), rows_B), micro_batch_size=len(rows_B),
             seed=flags.mask_seed, epoch=patterns_B, fraction=flags.mask_fraction, tokenizer=corpus.tokenizer,
         )  # fmt: skip
-        hidden_ND = _hidden(model, micro.to(engine.device()))
+        hidden_ND = _hidden(model, micro.to(ranks.device()))
         if flags.top_k:
             logits_NV = model.cls(hidden_ND)[:, : len(corpus.tokenizer)]
             yield cache_logits.top_k(logits_NV, flags.top_k, flags.temperatures)
@@ -133,13 +139,13 @@ def _hidden(model: Any, micro: text.MicroBatch) -> Tensor:
 
 
 @torch.no_grad()
-def _score(flags: BuildFlags, corpus: text.Corpus, model: Any) -> dict[str, float]:
+def _score(flags: BuildFlags, corpus: Corpus, model: Any) -> dict[str, float]:
     """The teacher's validation loss, as the recipe measures it."""
-    sums = torch.zeros(2, device=engine.device())
+    sums = torch.zeros(2, device=ranks.device())
     for micro in text.validation_batches(corpus, micro_batch_size=flags.micro_batch_size, rank=0, world_size=1):
-        micro = micro.to(engine.device())
+        micro = micro.to(ranks.device())
         _, label_N = softmax_kl(model.cls(_hidden(model, micro))[:, : len(corpus.tokenizer)], None, micro.labels)
-        sums += torch.stack([label_N.sum(), (micro.labels != text.IGNORE_INDEX).sum()])
+        sums += torch.stack([label_N.sum(), (micro.labels != IGNORE_INDEX).sum()])
     loss_sum, tokens = sums.tolist()
     return {"eval/loss": loss_sum / tokens}
 
@@ -147,7 +153,7 @@ def _score(flags: BuildFlags, corpus: text.Corpus, model: Any) -> dict[str, floa
 # --- using ------------------------------------------------------------------------------------------------------------
 
 
-def masking(cfg: Any, corpus: text.Corpus) -> dict[str, int]:
+def masking(cfg: Any, corpus: Corpus) -> dict[str, int]:
     """Checks the caches of `--teachers` against the run, as `cache_logits.check`.
 
     Returns:

@@ -33,28 +33,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from kd_core.cli import CACHE_PREFIX as PREFIX
-from kd_core.runs.record import require_finite, write_atomic
-from kd_core.text.packing import UNWRITABLE, file_digest, say
-from kd_core.training import engine
+from kd_core.system import ranks
+from kd_core.system.files import UNWRITABLE, file_digest, write_atomic
+from kd_core.system.terminal import say
+from kd_core.teachers.pool import require_finite
+from kd_core.teachers.sources import CACHE_PREFIX as PREFIX
 
 FORMAT = 1
 NUM_PARTS, PART_BYTES = 64, 64 * 2**20
-
-
-class CachedTeacher(nn.Module):
-    """A teacher that is called with the keys of samples and the temperature, instead of the samples."""
-
-    score: dict[str, float]  # its model's evaluation, which the manifest recorded
-    fingerprint: dict[str, Any]  # the header, without the name that the teacher went by
-
-
-def folder_of(source: str) -> Path | None:
-    """The folder of a source of --teachers that is a cache, else None."""
-    return Path(source.removeprefix(PREFIX)) if source.startswith(PREFIX) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +123,8 @@ def build(
             or cannot be written, or the teacher's score is not finite.
     """
     header = json.loads(json.dumps({"format": FORMAT, **settings, "layout": dataclasses.asdict(layout)}))
-    with _one_line_when_full(folder), _held(folder) if engine.rank() == 0 else contextlib.nullcontext():
-        if engine.rank() == 0:
+    with _one_line_when_full(folder), _held(folder) if ranks.rank() == 0 else contextlib.nullcontext():
+        if ranks.rank() == 0:
             _require_room(folder, layout)
             _require_ours(folder, header)
             scored = score()
@@ -145,16 +134,16 @@ def build(
             companions(folder)
         dist.barrier()
         todo = _missing(folder, layout)
-        mine = todo[engine.rank() :: engine.world_size()]
+        mine = todo[ranks.rank() :: ranks.world_size()]
         dist.barrier()
-        if engine.rank() == 0:
+        if ranks.rank() == 0:
             left, size = sum(len(layout.parts[number]) for number in todo), layout.dtype.itemsize
-            minutes = left * _seconds_a_record(answer, layout) / engine.world_size() / 60
+            minutes = left * _seconds_a_record(answer, layout) / ranks.world_size() / 60
             say(
                 f"{folder}: {layout.num_records} records of {size} bytes, {_size(layout.num_records * size)}; "
-                f"{left} to compute on {engine.world_size()} rank(s), about {minutes:.1f} min"
+                f"{left} to compute on {ranks.world_size()} rank(s), about {minutes:.1f} min"
             )
-        with tqdm(total=len(mine), unit="part", disable=engine.rank() != 0 or not sys.stderr.isatty()) as bar:
+        with tqdm(total=len(mine), unit="part", disable=ranks.rank() != 0 or not sys.stderr.isatty()) as bar:
             for number in mine:
                 began = time.perf_counter()
                 file = _part(folder, number)
@@ -167,7 +156,7 @@ def build(
                 _write_json(_side(folder, number), [file_digest(file), time.perf_counter() - began])
                 bar.update()
         dist.barrier()
-        if engine.rank() == 0:
+        if ranks.rank() == 0:
             _complete(folder, layout, scored)
 
 
@@ -332,7 +321,7 @@ def require(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
                 f"--teachers {PREFIX}{folder} has {name} {header.get(name)!r}, the run {value!r}; "
                 "choose the run's flags as those of the cache, or build another"
             )
-    if engine.local_rank() == 0:
+    if ranks.local_rank() == 0:
         sums = read_manifest(folder)["sha256"]
         for name in ("header.json", *sums):  # it says what else there must be
             if not (folder / name).is_file() or file_digest(folder / name) != sums.get(name):

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from kd_core.glue import tasks as glue
-from kd_core.runs import record as report
+from kd_core.runs import folders
 from kd_core.runs.jobs import Job, locked
-from kd_core.teachers import pool as teachers
-from kd_core.text.documents import one_line
+from kd_core.runs.sources import model_source
+from kd_core.system import files
+from kd_core.system.terminal import one_line
+from kd_core.text.pretrained import UNLOADABLE
 from kd_core.text.tokenizer import load_tokenizer, require_same_tokenizer
-from kd_core.training import engine
+from kd_core.training.checkpoints import read_checkpoint, step_of
 
 ENCODER = "bert."  # the part of a masked-language model that is fine-tuned
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
@@ -193,7 +195,7 @@ def named_models(words: Sequence[str]) -> list[Model]:
         name, path = _split(word)
         there = Path(path) if path.strip("./") else Path(path).absolute()
         name = name or "-".join(there.parts[-3:]).strip("/.-")
-        source = teachers.model_source(path, "model")
+        source = model_source(path, "model")
         result = _pretraining(Path(path).resolve(), source)
         if result is None:
             models.append(Model(name, source))
@@ -234,7 +236,7 @@ def named_teachers(words: Sequence[str], tasks: Sequence[str]) -> dict[str, str]
         task, path = _split(word)
         if task not in glue.TASKS:
             raise ValueError(f"--teachers {word} must be TASK=MODEL, the task one of {', '.join(glue.TASKS)}")
-        taught[task] = teachers.model_source(path, f"--teachers {task}=")
+        taught[task] = model_source(path, f"--teachers {task}=")
     lacking = [task for task in tasks if words and task not in taught]
     if lacking:
         raise ValueError(f"--teachers names none for {lacking[0]}; add {lacking[0]}=MODEL, or leave it out of --tasks")
@@ -264,7 +266,7 @@ def _bert_config(source: str, max_length: int) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except teachers.UNLOADABLE as error:
+    except UNLOADABLE as error:
         raise ValueError(f"{source} cannot be loaded: {one_line(error)}") from error
     if config.model_type != "bert":
         raise ValueError(f"{source} is a model of type {config.model_type}; only bert can be fine-tuned here")
@@ -326,7 +328,7 @@ def claim(cfg: Any, undo: contextlib.ExitStack) -> Path:
     """
     file = Path(cfg.out or "") / "run.json"
     if not (cfg.out and file.exists()):
-        return report.claim_folder(cfg, "glue", undo).resolve()
+        return folders.claim_folder(cfg, "glue", undo).resolve()
     there = _record(file)
     if there["recipe"] != "glue" or "models" not in there["config"]:
         raise ValueError(f"--out {cfg.out} holds a run that is no evaluation; choose another folder")
@@ -352,7 +354,7 @@ def checkpoints(model: Model, wanted: Sequence[str], folder: Path) -> list[Model
         return []
     if model.run is None:
         raise ValueError(f"--checkpoints: {model.source} is no run folder; leave the flag or the model out")
-    there = {engine.step_of(path.name): path for path in sorted((Path(model.run) / "checkpoints").glob("step*"))}
+    there = {step_of(path.name): path for path in sorted((Path(model.run) / "checkpoints").glob("step*"))}
     steps = list(there) if list(wanted) == ["all"] else [int(word) if word.isdecimal() else word for word in wanted]
     steps = list(dict.fromkeys(steps))
     absent = [step for step in steps if step not in there]
@@ -368,9 +370,9 @@ def _export(model: Model, checkpoint: Path, folder: Path) -> Model:
     """Writes a checkpoint's encoder as a Hugging Face model, with the run's own config and tokenizer."""
     from transformers import BertConfig, BertModel
 
-    step = engine.step_of(checkpoint.name)
+    step = step_of(checkpoint.name)
     target = folder / f"{model.name}@{step}" / "hf"
-    state, client_state = engine.read_checkpoint(checkpoint)
+    state, client_state = read_checkpoint(checkpoint)
     config = BertConfig.from_pretrained(model.source)
     encoder: Any = BertModel(config, add_pooling_layer=False)
     state = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
@@ -378,7 +380,7 @@ def _export(model: Model, checkpoint: Path, folder: Path) -> Model:
     state[name] = state[name][: config.vocab_size]  # training pads the vocabulary
     encoder.to(next(iter(state.values())).dtype).load_state_dict(state)
     target.parent.mkdir(parents=True, exist_ok=True)  # what an earlier call has put there may be of another run
-    report.replace_folder(target, encoder.save_pretrained, load_tokenizer(model.source).save_pretrained)
+    files.replace_folder(target, encoder.save_pretrained, load_tokenizer(model.source).save_pretrained)
     seconds, _ = client_state["clocks"][0]  # rank 0's, as in the log
     seconds = {f"{part}_s": value for part, value in seconds.items()}
     return Model(f"{model.name}@{step}", str(target), model.run, step, seconds)

@@ -18,7 +18,8 @@ import numpy as np
 
 from kd_core.glue import tasks as glue
 from kd_core.glue.plan import SAME_FOR_ALL, Model, Plan, TaskJob
-from kd_core.runs import record as report
+from kd_core.runs import folders
+from kd_core.system import files
 
 METRIC = "glue/average"
 
@@ -34,7 +35,7 @@ class Log:
 
         self._file, self._head = folder / "run.json", head
         folder.mkdir(parents=True, exist_ok=True)
-        report.write_atomic(self._file, json.dumps(head, indent=2) + "\n")
+        files.write_atomic(self._file, json.dumps(head, indent=2) + "\n")
         self._metrics = (folder / "metrics.jsonl").open("w")
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
@@ -50,7 +51,7 @@ class Log:
         self._metrics.close()
         self._tensorboard.close()
         record = self._head | {"result": {"stopped": "finished", **result}}
-        report.write_atomic(self._file, json.dumps(record, indent=2) + "\n")
+        files.write_atomic(self._file, json.dumps(record, indent=2) + "\n")
 
 
 def write_predictions(
@@ -106,9 +107,9 @@ def write(plan: Plan) -> None:
         "models": {model.name: _model(plan, model, covered, scored) for model in plan.models},
     }
     record["majority"]["average"] = _average(record["majority"]["tasks"], covered)
-    report.write_atomic(plan.folder / "glue.json", json.dumps(record, indent=2) + "\n")
+    files.write_atomic(plan.folder / "glue.json", json.dumps(record, indent=2) + "\n")
     text = markdown(record)
-    report.write_atomic(plan.folder / "glue.md", text)
+    files.write_atomic(plan.folder / "glue.md", text)
     print(text)
     print(f"evaluation: {plan.folder / 'glue.md'}")
     for model in plan.models:
@@ -234,7 +235,7 @@ def write_run(folder: Path, model: Model, record: dict[str, Any]) -> None:
     run = json.loads((Path(str(model.run)) / "run.json").read_text())
     how = ("protocol", "data", "settings", "flags", "teachers", "average_covers")
     run["config"] |= {f"glue_{name}": record[name] for name in how}
-    lines = {line["step"]: line for line in report.read_metrics(Path(str(model.run)))}
+    lines = {line["step"]: line for line in folders.read_metrics(Path(str(model.run)))}
     for spent, average in points:
         step = spent["step"]
         samples = {"samples": step * run["config"]["global_batch_size"]}
@@ -244,5 +245,5 @@ def write_run(folder: Path, model: Model, record: dict[str, Any]) -> None:
             run["result"][METRIC] = average
     folder.mkdir(parents=True, exist_ok=True)
     ordered = "".join(json.dumps(lines[step]) + "\n" for step in sorted(lines))
-    report.write_atomic(folder / "metrics.jsonl", ordered)
-    report.write_atomic(folder / "run.json", json.dumps(run, indent=2) + "\n")
+    files.write_atomic(folder / "metrics.jsonl", ordered)
+    files.write_atomic(folder / "run.json", json.dumps(run, indent=2) + "\n")

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_core.text.documents import one_line, require_hub
-from kd_core.text.packing import build_once, cache_key, cache_root, file_digest
+from kd_core.system.files import build_once, cache_key, cache_root, file_digest
+from kd_core.system.hub import require_hub
+from kd_core.system.terminal import one_line
 from kd_core.text.tokenizer import tokenizer_digest
 
 if TYPE_CHECKING:

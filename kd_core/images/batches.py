@@ -10,92 +10,25 @@ Shapes: B images, S the side of a view.
 """
 
 import functools
-import io
 import itertools
-import math
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from kd_core.cli import check_flag
 from kd_core.images.sources import DAMAGE, Split, decode, say_corrupt
+from kd_core.images.views import JpegView, View, jpeg_view, mix, training_view, validation_view
+from kd_core.system.ahead import prefetch
 from kd_core.system.hashing import uniforms
-from kd_core.text.packing import prefetch
 
-# Progressive resizing as in Mosaic ResNet's recipes: fractions of training, and the multiple of all sizes before the last.
-GROW_FROM, GROWN_AT, SIZE_STEP = 0.4, 0.8, 4
-MIN_SIZE = 8  # pixels
 BATCHES_AHEAD = 2  # per worker
-# Of torchvision's RandomResizedCrop.
-RATIOS, ATTEMPTS = (3 / 4, 4 / 3), 10
-# Columns of the random numbers of a view.
-FLIP, AUGMENT, BOX = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class View:
-    """How a training view is made.
-
-    Args:
-        size: S at the end of training, pixels.
-        crop: "resized": a random part of the image, of at least `min_scale` of its area, stretched to S x S
-            (Szegedy et al. 2015); "padded": a shift by up to an eighth of the side, black outside (He et al. 2015).
-        randaugment: magnitude of RandAugment's two operations in 0 to 30 (Cubuk et al. 2019), 0 for none.
-        initial_scale: progressive resizing, Composer's: `initial_scale * size` for the first GROW_FROM of training, then
-            growing linearly, and `size` from GROWN_AT on.
-    """
-
-    size: int
-    crop: str = "resized"
-    min_scale: float = 0.08
-    randaugment: int = 0
-    initial_scale: float = 1.0
-
-    @property
-    def numbers(self) -> int:
-        """How many random numbers make a view."""
-        return BOX + (2 if self.crop == "padded" else 4 * ATTEMPTS)
-
-    def size_at(self, step: int, steps: int) -> int:
-        """S of a step, a multiple of SIZE_STEP until it has grown to `size`."""
-        grown = (step / steps - GROW_FROM) / (GROWN_AT - GROW_FROM)
-        scale = self.initial_scale + (1 - self.initial_scale) * min(1.0, max(0.0, grown))
-        size = max(MIN_SIZE, round(self.size * scale / SIZE_STEP) * SIZE_STEP)
-        return self.size if scale >= 1 else min(self.size, size)
-
-
-def check_flags(flags: Any) -> None:
-    """Raises ValueError when what a recipe's or a cache's flags say of data and views is impossible."""
-    for name in ("train_size", "eval_size", "eval_resize"):
-        check_flag(flags, name, getattr(flags, name) >= MIN_SIZE, f"at least {MIN_SIZE}")
-    check_flag(flags, "eval_size", flags.eval_size <= flags.eval_resize, f"at most --eval-resize, {flags.eval_resize}")
-    check_flag(flags, "max_corrupt", 0 <= flags.max_corrupt < 1, "in [0, 1)")
-    check_flag(flags, "min_scale", 0 < flags.min_scale <= 1, "in (0, 1]")
-    check_flag(flags, "decoded_gib", 0 <= flags.decoded_gib < math.inf, "a finite number, at least 0")
-    check_flag(flags, "randaugment", 0 <= flags.randaugment <= 30, "in 0 to 30")
-    check_flag(flags, "teacher_size", (flags.teacher_size or MIN_SIZE) >= MIN_SIZE, f"0, or at least {MIN_SIZE}")
-    possible = torch.cuda.is_available() and flags.crop == "resized" and not flags.randaugment
-    check_flag(
-        flags, "decoder", flags.decoder == "cpu" or possible, "cpu without a GPU, or for padded crop or RandAugment"
-    )
-
-
-class JpegView(NamedTuple):
-    """A view that is decoded and cut on the device."""
-
-    file: torch.Tensor  # uint8 [bytes], a JPEG file in RGB or grey
-    box: tuple[int, int, int, int]  # left, top, width, height
-    flip: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,84 +85,6 @@ class Step:
     micro_batches: list[MicroBatch]
 
 
-# --- views ------------------------------------------------------------------------------------------------------------
-
-
-def resized_box(width: int, height: int, numbers: Sequence[float], min_scale: float) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a random part, as torchvision's RandomResizedCrop draws it.
-
-    Args:
-        numbers: in [0, 1), 4 for each of ATTEMPTS attempts: area, aspect ratio, left, top.
-    """
-    for area, ratio, left, top in zip(*(numbers[column::4] for column in range(4)), strict=True):
-        target = width * height * (min_scale + (1 - min_scale) * area)
-        aspect = math.exp(math.log(RATIOS[0]) + ratio * (math.log(RATIOS[1]) - math.log(RATIOS[0])))
-        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return int(left * (width - w + 1)), int(top * (height - h + 1)), w, h
-    w, h = min(width, round(height * RATIOS[1])), min(height, round(width / RATIOS[0]))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-def shift(image_HWC: np.ndarray, down: float, right: float) -> np.ndarray:
-    """The image moved by up to an eighth of its sides, black outside; `down` and `right` are in [0, 1), 1/2 the middle."""
-    h, w, _ = image_HWC.shape
-    dy, dx = int(down * (2 * (h // 8) + 1)) - h // 8, int(right * (2 * (w // 8) + 1)) - w // 8
-    out = np.zeros_like(image_HWC)
-    out[max(0, dy) : h + dy, max(0, dx) : w + dx] = image_HWC[max(0, -dy) : h - dy, max(0, -dx) : w - dx]
-    return out
-
-
-def _stretch(image_HWC: np.ndarray, size: int | tuple[int, int]) -> torch.Tensor:
-    """Bilinear with antialiasing; uint8 [3, h, w]."""
-    tensor = torch.from_numpy(image_HWC).permute(2, 0, 1)
-    return F.resize(tensor, [size] if isinstance(size, int) else list(size), antialias=True)
-
-
-def training_view(image: Image.Image | np.ndarray, view: View, size: int, numbers: Sequence[float]) -> np.ndarray:
-    """The view of one image: uint8 [size, size, 3]. An encoded image is decoded here, no finer than the view needs."""
-    if view.crop == "padded":
-        whole = image if isinstance(image, np.ndarray) else np.array(image.convert("RGB"))
-        if whole.shape[:2] != (view.size, view.size):
-            whole = np.ascontiguousarray(_stretch(whole, (view.size, view.size)).permute(1, 2, 0).numpy())
-        pixels = shift(whole, *numbers[BOX : BOX + 2])
-        if size != view.size:
-            pixels = _stretch(pixels, (size, size)).permute(1, 2, 0).numpy()
-    else:
-        width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
-        left, top, w, h = resized_box(width, height, numbers[BOX:], view.min_scale)
-        if isinstance(image, Image.Image):
-            # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size at a fraction of the cost.
-            image.draft("RGB", (math.ceil(width * size / w), math.ceil(height * size / h)))
-            part = np.array(image.convert("RGB"))
-            scale_x, scale_y = part.shape[1] / width, part.shape[0] / height
-            left, w = round(left * scale_x), max(1, round(w * scale_x))
-            top, h = round(top * scale_y), max(1, round(h * scale_y))
-        else:
-            part = image
-        pixels = _stretch(part[top : top + h, left : left + w], (size, size)).permute(1, 2, 0).numpy()
-    if numbers[FLIP] < 0.5:  # whole pixels are moved, several times as fast as their bytes
-        pixels = np.ascontiguousarray(pixels).view("V3")[:, ::-1].copy().view(np.uint8)
-    if view.randaugment:
-        torch.manual_seed(int(numbers[AUGMENT] * 2**53))  # of a worker process, where nothing else draws
-        operations = _randaugment(view.randaugment)
-        pixels = operations(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)).permute(1, 2, 0).numpy()
-    return pixels
-
-
-def jpeg_view(data: bytes, view: View, numbers: Sequence[float]) -> JpegView:
-    """The view of one image, for `on_device` to make; images in other formats are encoded again. Raises one of DAMAGE."""
-    image = decode(data)
-    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
-        file = io.BytesIO()
-        image.convert("RGB").save(file, "jpeg", quality=95)
-        data = file.getvalue()
-    elif b"\xff\xd9" not in data[-64:]:
-        raise ValueError("the JPEG file is cut off")
-    box = resized_box(*image.size, numbers[BOX:], view.min_scale)
-    return JpegView(torch.frombuffer(bytearray(data), dtype=torch.uint8), box, numbers[FLIP] < 0.5)
-
-
 def on_device(micro: MicroBatch, device: torch.device) -> torch.Tensor:
     """The pixels of a micro-batch on the device, uint8 [B, 3, S, S]; decodes there what `jpeg_view` made."""
     if not micro.jpegs:
@@ -242,19 +97,6 @@ def on_device(micro: MicroBatch, device: torch.device) -> torch.Tensor:
         view = F.resized_crop(image, top, left, height, width, side, antialias=True)
         views.append(F.horizontal_flip(view) if flip else view)
     return torch.stack(views).contiguous(memory_format=torch.channels_last)
-
-
-@functools.cache
-def _randaugment(magnitude: int) -> v2.RandAugment:
-    return v2.RandAugment(num_ops=2, magnitude=magnitude)
-
-
-def validation_view(image: Image.Image | np.ndarray, resize: int, size: int) -> np.ndarray:
-    """The centre [size, size, 3] of the image with its shorter side resized to `resize`, uint8: torchvision's."""
-    whole = image if isinstance(image, np.ndarray) else np.array(image.convert("RGB"))
-    if min(whole.shape[:2]) == resize == size and whole.shape[0] == whole.shape[1]:
-        return whole
-    return F.center_crop(_stretch(whole, resize), [size]).permute(1, 2, 0).numpy()
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -412,20 +254,6 @@ def _micro_batch(
         corrupt=torch.tensor(float(corrupt)),
         jpegs=jpegs,
     )
-
-
-def mix(
-    pixels: torch.Tensor, labels: torch.Tensor, mixup: float, cutmix: float, *, num_classes: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each image of a batch mixed with its neighbour, and the shares of its classes, float [B, C]; torch's generator draws.
-
-    Args:
-        mixup, cutmix: alpha of MixUp (Zhang et al. 2017) and CutMix (Yun et al. 2019), 0 for none; of both, one is drawn.
-            Without either, pixels and labels are returned as they are.
-    """
-    kinds: list[v2.Transform] = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
-    kinds += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
-    return v2.RandomChoice(kinds)(pixels.float(), labels) if kinds else (pixels, labels)
 
 
 def num_workers(asked: int | None, split: Split, randaugment: int = 0) -> int:

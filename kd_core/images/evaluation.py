@@ -1,15 +1,15 @@
-"""Losses on labels and the metrics of image classification. Shape letters: B images, C classes."""
+"""Metrics of image classification. Shape letters: B images, C classes."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kd_core.images import batches as images
-from kd_core.text.packing import say
-from kd_core.training import engine
+from kd_core.system import ranks
+from kd_core.system.terminal import say
 
 CALIBRATION_BINS = 15
 NUM_SUMS = 4 + 2 * CALIBRATION_BINS
@@ -41,13 +41,13 @@ def classification_sums(logits_BC: Tensor, labels_B: Tensor, counted_B: Tensor) 
 @torch.no_grad()
 def validation_sums(model: Any, batches: images.ValidationBatches, *, workers: int) -> Tensor:
     """`classification_sums` of this rank's share of the validation images, by a model in evaluation."""
-    sums, left_out = torch.zeros(NUM_SUMS, device=engine.device()), 0
+    sums, left_out = torch.zeros(NUM_SUMS, device=ranks.device()), 0
     for micro in images.load(batches, range(len(batches)), workers=workers):
-        pixels, labels, counted = engine.to_device(micro.pixels, micro.labels, micro.counted)
+        pixels, labels, counted = ranks.to_device(micro.pixels, micro.labels, micro.counted)
         sums += classification_sums(model(pixels), labels, counted)
         left_out += int(micro.corrupt)
     if left_out:
-        say(f"rank {engine.rank()}: {left_out} of {len(batches.split)} validation images are corrupt and left out")
+        say(f"rank {ranks.rank()}: {left_out} of {len(batches.split)} validation images are corrupt and left out")
     return sums
 
 
@@ -66,28 +66,3 @@ def classification_metrics(sums: Tensor) -> dict[str, float]:
         "eval/top5": top5 / images,
         "eval/calibration_error": math.fsum(abs(confidence - hits) for confidence, hits in gaps) / images,
     }
-
-
-def label_loss(
-    logits_BC: Tensor, targets: Tensor, *, kind: Literal["ce", "bce"] = "ce", smoothing: float = 0.0
-) -> Tensor:
-    """Cross-entropy, or the sum over classes of binary cross-entropies, per image.
-
-    Args:
-        logits_BC: any float dtype; computed in float32.
-        targets: int64 [B] classes, or float [B, C] shares of classes, as MixUp and CutMix make them.
-        smoothing: share of the target that is spread evenly over all classes, in [0, 1).
-
-    Returns:
-        float32 [B], nats.
-
-    Source: smoothing Szegedy et al. 2015, arXiv 1512.00567; bce as in Wightman et al. 2021, arXiv 2110.00476, summed over
-    classes as in Composer.
-    """
-    logits_BC = logits_BC.float()
-    if kind == "ce":
-        return F.cross_entropy(logits_BC, targets, reduction="none", label_smoothing=smoothing)
-    if targets.ndim == 1:
-        targets = F.one_hot(targets, logits_BC.shape[1])
-    target_BC = targets * (1 - smoothing) + smoothing / logits_BC.shape[1]
-    return F.binary_cross_entropy_with_logits(logits_BC, target_BC, reduction="none").sum(-1)

@@ -24,8 +24,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from kd_core.text.documents import HUB_NAME, VALIDATION_ONE_IN, named_split, one_line, require_hub
-from kd_core.text.packing import build_once, cache_key, cache_root, say, write_json
+from kd_core.system.files import build_once, cache_key, cache_root, write_json
+from kd_core.system.hub import HUB_NAME, require_hub
+from kd_core.system.splits import VALIDATION_ONE_IN, named_split
+from kd_core.system.terminal import one_line, say
 
 FORMAT = 3  # raise it when the same source would be split, numbered or decoded otherwise
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's

@@ -1,6 +1,11 @@
 """Random numbers as a pure function of what they are for: no generator to save, none to share between processes."""
 
+import hashlib
+
 import numpy as np
+import torch
+
+from kd_core.system.ranks import rank
 
 
 def splitmix64(x: np.ndarray | np.uint64) -> np.ndarray:
@@ -15,3 +20,9 @@ def uniforms(seed: int, epochs_B: np.ndarray, ids_B: np.ndarray, count: int) -> 
     """`count` numbers in [0, 1) for each sample, float64 [B, count]: a function of (seed, epoch, id) alone."""
     state_B = splitmix64(splitmix64(splitmix64(np.uint64(seed)) + epochs_B.astype(np.uint64)) + ids_B.astype(np.uint64))
     return (splitmix64(state_B[:, None] + np.arange(count, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seeds dropout as a pure function of (seed, step, rank): a resumed run needs no saved generator."""
+    mixed = hashlib.blake2b(f"{seed},{step},{rank()}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(mixed, "little"))

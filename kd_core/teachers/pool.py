@@ -3,122 +3,31 @@
 import contextlib
 import ctypes
 import gc
-import hashlib
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from pickle import UnpicklingError
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import TorchAoConfig
-from transformers.utils import logging
 
-from kd_core.cache import records as cache
-from kd_core.cache.records import CachedTeacher
 from kd_core.cli import SharedFlags
 from kd_core.losses.distillation import Ensemble, mean_teacher_logits
-from kd_core.runs import record as report
+from kd_core.runs.folders import check_folder
+from kd_core.system import ranks
+from kd_core.system.digests import stored, tensor_digest, weights_digest
 from kd_core.teachers.placement import PinnedTeachers, teachers_of_rank
 from kd_core.teachers.samplers import draw_teachers
+from kd_core.teachers.sources import CachedTeacher, source_of
+from kd_core.teachers.window import distillation
 from kd_core.training import engine
-from kd_core.training.schedules import distillation
-
-# Files that from_pretrained reads without running code: safetensors, or pickles restricted to tensors.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-
-# What from_pretrained raises for files that are damaged or of something else.
-UNLOADABLE = (
-    OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, EOFError, UnpicklingError,
-    SafetensorError, StrictDataclassError,
-)  # fmt: skip
-
-
-def model_source(path: str, flag: str = "--teachers") -> str:
-    """What `from_pretrained` takes for `path`: a run folder's `hf/`, a Hugging Face folder, or a hub name; of a cache, `path`.
-
-    Raises:
-        FileNotFoundError: `path` looks like a path and nothing is there.
-        ValueError: a folder that is neither a finished run nor a Hugging Face model.
-    """
-    folder = Path(path)
-    if cache.folder_of(path):
-        return path
-    if folder.is_dir():
-        if (folder / "run.json").exists():
-            if not (folder / "hf" / "config.json").exists():
-                raise ValueError(f"{flag} {path} is a run without hf/: it has not finished; continue it with --resume")
-            folder = folder / "hf"
-        if not (folder / "config.json").exists() or not any((folder / name).exists() for name in WEIGHT_FILES):
-            raise ValueError(f"{flag} {path} is no model: expected a run folder, or config.json with model.safetensors")
-        return str(folder.resolve())
-    if folder.exists() or path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1:
-        raise FileNotFoundError(
-            f"{flag} {path}: no model folder there; give a run folder, a model folder or a hub name"
-        )
-    return path
-
-
-def load_pretrained(
-    model_class: Any, path: str, vocab_size: int, *, flag: str = "--teachers", seq_len: int = 0, **settings: Any
-) -> Any:
-    """`model_class.from_pretrained`, refusing what would silently be half a model or would run code.
-
-    Args:
-        vocab_size: tokens of the run's tokenizer, which the model must know.
-        seq_len: positions of the run's samples, which it must have.
-        settings: passed on; they become part of the model's config.
-
-    Raises:
-        ValueError: another architecture, missing weights, too few tokens or positions, an unreadable or unsafe file.
-    """
-    source = model_source(path, flag)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what its table of weights says is said below in one line
-    try:
-        model, info = model_class.from_pretrained(
-            source, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True, **settings
-        )
-    except UNLOADABLE as error:
-        reason = " ".join((str(error) or repr(error)).split())[:200]
-        raise ValueError(f"{flag} {path} cannot be loaded: {reason}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    tied = set(getattr(model, "_tied_weights_keys", None) or {})
-    wrong = sorted(set(info["missing_keys"]) - tied) or sorted(name for name, *_ in info["mismatched_keys"])
-    if wrong:
-        raise ValueError(
-            f"{flag} {path} lacks {len(wrong)} weights of {model_class.__name__}, or has them in other shapes: {wrong[0]}"
-        )
-    if model.config.vocab_size < vocab_size:
-        raise ValueError(f"{flag} {path} knows {model.config.vocab_size} tokens, the run's tokenizer has {vocab_size}")
-    if model.config.max_position_embeddings < seq_len:
-        positions = model.config.max_position_embeddings
-        raise ValueError(f"{flag} {path} has {positions} positions, fewer than --seq-len {seq_len}; lower --seq-len")
-    return model
-
-
-def int8_weights(*, keep: Sequence[str]) -> TorchAoConfig:
-    """For `load_pretrained`'s `quantization_config`: weights of linear layers in 8 bits, but for the modules `keep`."""
-    from torchao.quantization import Int8WeightOnlyConfig  # here, because only int8 teachers need it
-
-    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(keep))
 
 
 def held_by(cfg: SharedFlags, rank: int) -> Sequence[int]:
     """Indices of the teachers that `rank` holds: all, unless --teacher-placement is sharded."""
     if cfg.teacher_placement == "sharded":
-        return teachers_of_rank(len(cfg.teachers), rank, engine.world_size())
+        return teachers_of_rank(len(cfg.teachers), rank, ranks.world_size())
     return range(len(cfg.teachers))
 
 
@@ -131,16 +40,16 @@ def build_pool(cfg: SharedFlags, load: Callable[[str], nn.Module], *, columns: i
     Raises:
         ValueError: what `load` refuses, a placement that does not fit, or a resumed run's teacher that has changed.
     """
-    device, placement = engine.device(), cfg.teacher_placement
+    device, placement = ranks.device(), cfg.teacher_placement
     for flag, chosen in (("--teacher-placement host", placement == "host"), ("--teacher-ahead", cfg.teacher_ahead)):
-        if chosen and device.type == "cpu" and engine.rank() == 0:
+        if chosen and device.type == "cpu" and ranks.rank() == 0:
             print(f"{flag} has no effect without a GPU", file=sys.stderr, flush=True)
-    held = held_by(cfg, engine.rank())
-    named = {model_source(path): path for path in cfg.teachers}
+    held = held_by(cfg, ranks.rank())
+    named = {source_of(path): path for path in cfg.teachers}
     models = {source: load(path).eval().requires_grad_(False) for source, path in named.items()}
     known = {source: _fingerprint(model) for source, model in models.items()}
-    fingerprints = [known[model_source(path)] for path in cfg.teachers]
-    report.check_teachers(cfg, fingerprints)
+    fingerprints = [known[source_of(path)] for path in cfg.teachers]
+    check_teachers(cfg, fingerprints)
     pinned = None
     if placement == "host" and device.type == "cuda":
         pinned = PinnedTeachers(list(models.values()), device)
@@ -150,10 +59,10 @@ def build_pool(cfg: SharedFlags, load: Callable[[str], nn.Module], *, columns: i
         }
     else:
         for index in held:
-            models[model_source(cfg.teachers[index])].to(device)
+            models[source_of(cfg.teachers[index])].to(device)
     return TeacherPool(
         cfg.teachers,
-        [models[model_source(path)] for path in cfg.teachers],
+        [models[source_of(path)] for path in cfg.teachers],
         fingerprints=fingerprints,
         columns=columns,
         compiled=cfg.compile,
@@ -237,7 +146,7 @@ class TeacherPool:
                 scores[model] = model.score
                 continue
             if model not in held:  # it visits
-                model.to(engine.device())
+                model.to(ranks.device())
             with self._on_device(model):
                 scores[model] = evaluate(model)
             if model not in held:
@@ -263,13 +172,13 @@ class TeacherPool:
         for index, model in self.models.items():
             for tensor in (*model.parameters(), *model.buffers()):
                 here = getattr(tensor, "ds_tensor", tensor)  # this rank's share under ZeRO-3
-                if here.device.type == engine.device().type:
-                    sizes[index] += sum(part.nbytes for part in _stored(here))
+                if here.device.type == ranks.device().type:
+                    sizes[index] += sum(part.nbytes for part in stored(here))
         return sizes
 
     def draw(self, cfg: SharedFlags, step: int, rank: int | None = None) -> tuple[int, ...]:
         """Indices of the teachers that answer `rank`, by default this one, at `step`; none outside the window."""
-        now, rank = distillation(cfg, step), engine.rank() if rank is None else rank
+        now, rank = distillation(cfg, step), ranks.rank() if rank is None else rank
         if not now.kd_ratio:
             return ()
         held = held_by(cfg, rank)
@@ -281,8 +190,8 @@ class TeacherPool:
 
     def drawn_names(self, cfg: SharedFlags, step: int) -> list[str]:
         """Names of the teachers that answer at `step`; of `per_rank`, those of all ranks, in their order."""
-        ranks = range(engine.world_size()) if cfg.sampler == "per_rank" else [engine.rank()]
-        return [self.names[index] for rank in ranks for index in self.draw(cfg, step, rank)]
+        asked = range(ranks.world_size()) if cfg.sampler == "per_rank" else [ranks.rank()]
+        return [self.names[index] for rank in asked for index in self.draw(cfg, step, rank)]
 
     def answers(
         self, cfg: SharedFlags, step: int, micro_batches: Sequence[Micro], clock: Any
@@ -298,7 +207,7 @@ class TeacherPool:
         for number, micro in enumerate(micro_batches, 1):
             last = number == len(micro_batches) or len(drawn) == 1
             with clock.part("data"):
-                moved = micro.to(engine.device())
+                moved = micro.to(ranks.device())
             asked.append((moved, self._ask(moved, drawn, temperature, clock, upcoming if last else drawn)))
             if len(asked) > (self._stream is not None):
                 yield asked.popleft()
@@ -384,27 +293,23 @@ class TeacherPool:
                 trim(0)
 
 
-def _stored(tensor: Tensor) -> list[Tensor]:
-    """The tensors that a quantised one consists of; another is its own."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
-
-
 def _fingerprint(model: nn.Module) -> Any:
     """What a teacher's answers follow from: of a cache its settings, else a digest of the weights."""
     return model.fingerprint if isinstance(model, CachedTeacher) else weights_digest(model)
 
 
-def weights_digest(model: nn.Module) -> str:
-    return tensor_digest(sorted(model.state_dict().items()))
+def check_teachers(cfg: SharedFlags, fingerprints: Sequence[Any]) -> None:
+    """Raises ValueError when a run is resumed with a teacher that is not what it began with."""
+    before = check_folder(cfg).get("teachers", ()) if cfg.resume else ()
+    for one, now in zip(before, fingerprints, strict=False):  # none before the first step
+        if one.get("fingerprint", now) != now:
+            raise ValueError(
+                f"--resume: --teachers {one['name']} is not what the run began with; restore it, or start a new run"
+            )
 
 
-def tensor_digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Of names and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in named:
-        digest.update(name.encode())
-        for part in _stored(tensor):
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def require_finite(teacher: str, score: dict[str, float]) -> None:
+    """Raises ValueError naming `teacher` when its evaluation is not numbers."""
+    if not all(map(math.isfinite, score.values())):
+        shown = " ".join(f"{name} {value}" for name, value in score.items())
+        raise ValueError(f"{teacher} answers with no finite numbers ({shown}); check its weights, or choose another")

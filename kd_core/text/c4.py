@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from kd_core.system.hub import hub_file
+from kd_core.system.terminal import one_line, say
 from kd_core.text import documents
-from kd_core.text.packing import VALIDATION_ROWS, Packer, Report, say
+from kd_core.text.packing import VALIDATION_ROWS, Packer, Report
 
 REPOSITORY = "allenai/c4"
 NUM_SHARDS = 1024
@@ -33,7 +35,7 @@ def train_file(shard: int) -> str:
 def build_validation(folder: Path, packer: Packer, progress: bool) -> None:
     """Downloads the first validation file into `folder` as packed rows, with what the workers need beside it."""
     report = Report("tokenising c4 validation", progress)
-    path = documents.hub_file(REPOSITORY, VALIDATION_FILE)
+    path = hub_file(REPOSITORY, VALIDATION_FILE)
     digests = np.fromiter((documents.text_digest(text) for text in documents.read_file(path)), dtype=np.uint64)
     np.save(folder / "validation_digests.npy", digests)
     packer.save(folder)
@@ -50,7 +52,7 @@ def build_shard(folder: Path, shard: int) -> None:
     """
     packer = Packer.load(folder)
     held_out = set(np.load(folder / "validation_digests.npy").tolist())
-    path = documents.hub_file(REPOSITORY, train_file(shard))
+    path = hub_file(REPOSITORY, train_file(shard))
     texts = (text for text in documents.read_file(path) if documents.text_digest(text) not in held_out)
     new = Shards(folder, packer).path(shard).with_suffix(".new")
     if not packer.write(new, texts):
@@ -141,7 +143,7 @@ def _worker(folder: str, shard: str, message: str) -> int:
     try:
         build_shard(Path(folder), int(shard))
     except (OSError, ValueError) as error:
-        Path(message).write_text(f"{documents.one_line(error)}\n")
+        Path(message).write_text(f"{one_line(error)}\n")
         return 1
     return 0
 

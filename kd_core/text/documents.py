@@ -19,24 +19,19 @@ import lzma
 import platform
 import re
 import sysconfig
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-VALIDATION_ONE_IN = 50
+from kd_core.system.hub import require_hub
+from kd_core.system.splits import VALIDATION_ONE_IN, named_split
+from kd_core.system.terminal import one_line
+
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".xz")
 ALLOWED = f"{', '.join(KINDS)} (each also {' or '.join(COMPRESSIONS)})"
-
-# "training", "valid-00001" and "test_set" are splits; "value", "devices" and "testament" are words.
-SPLIT_NAME = re.compile(
-    r"(?P<train>train(?:ing)?)|(?P<validation>val(?:id(?:ation)?)?|dev(?:elopment)?)|(?P<test>test(?:ing)?)", re.I
-)
-SPLIT_NAME_END = re.compile(r"(?:[ _-]?(?:set|data|split))?(?![a-z])", re.I)
 
 
 @dataclass
@@ -55,9 +50,9 @@ class Documents:
     def __iter__(self) -> Iterator[tuple[str, str]]:
         self.duplicates = 0
         held_out: set[int] = set()
-        for named_split, text in self.read():
+        for named, text in self.read():
             digest = text_digest(text)
-            split = named_split or ("train" if digest % VALIDATION_ONE_IN else "validation")
+            split = named or ("train" if digest % VALIDATION_ONE_IN else "validation")
             if split == "validation":
                 held_out.add(digest)
             elif digest in held_out:
@@ -122,13 +117,6 @@ def find_files(source: Path) -> list[tuple[str | None, Path]]:
 def path_split(path: Path) -> str | None:
     """The split named by a file, else by the nearest folder above it."""
     return next((split for part in reversed(path.parts) if (split := named_split(part))), None)
-
-
-def named_split(name: str) -> str | None:
-    match = SPLIT_NAME.match(name)
-    if match is None or not SPLIT_NAME_END.match(name, match.end()):
-        return None
-    return match.lastgroup
 
 
 def file_kind(path: Path) -> str | None:
@@ -255,11 +243,6 @@ def record_text(record: Any, place: str) -> str:
     return text
 
 
-def one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 # ------------------------------------------------------------------------------------- text of the Python installation
 
 # The standard library, and what this project's dependencies bring: prose of many authors, about 15 MB.
@@ -329,12 +312,6 @@ def _is_prose(paragraph: str) -> bool:
     return prose_chars >= MIN_PROSE_SHARE * len(paragraph)
 
 
-# ---------------------------------------------------------------------------------------------------- Hugging Face hub
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-HUB_TIMEOUT_S = 5
-
-
 def hub_documents(source: str) -> Documents:
     """The column "text" of the hub's data set "owner/name" or "owner/name:config".
 
@@ -366,46 +343,3 @@ def _text_column(rows: Any, source: str) -> Iterable[Any]:
     if "text" not in rows.column_names:
         raise ValueError(f"--data {source} has no column 'text', only {rows.column_names}; choose another data set")
     return rows.select_columns(["text"])
-
-
-def hub_file(repository: str, filename: str) -> Path:
-    """A data set's file from the local Hugging Face cache, else from the hub.
-
-    Raises:
-        ValueError: it is in neither, or the hub cannot be reached.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repository, filename, repo_type="dataset", local_files_only=True))
-    except LocalEntryNotFoundError:
-        require_hub(f"--data: {filename} of {repository}")
-    try:
-        return Path(hf_hub_download(repository, filename, repo_type="dataset"))
-    except OSError as error:
-        raise ValueError(f"--data: {filename} of {repository} cannot be downloaded ({one_line(error)})") from error
-
-
-def require_hub(what: str) -> None:
-    """Fails within seconds when the hub cannot be reached; its own libraries would retry for most of a minute.
-
-    With HF_HUB_OFFLINE set there is nothing to wait for: the libraries look into their caches only.
-
-    Raises:
-        ValueError: in one line that begins with `what`.
-    """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return
-    try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
-    except urllib.error.HTTPError:
-        return  # an answer, whatever it says
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise ValueError(
-            f"{what} needs {constants.ENDPOINT}, which cannot be reached ({reason}); connect this machine, give a local "
-            "path, or set HF_HUB_OFFLINE=1 if it lies in the Hugging Face cache"
-        ) from error

@@ -1,248 +1,30 @@
-"""Text for masked-language modelling: a source becomes packed rows of tokens once, and then batches for ever.
+"""Batches for masked language modelling, from the rows of a corpus.
 
-    source -> source -> tokens -> rows of [CLS] tokens [SEP], without padding -> cache (memory-mapped)
     (seed, epoch) -> order of rows -> global batch -> this rank's share -> masked micro-batches
 
-Everything below the cache is a pure function: the rows of a global batch follow from the seed and a position, the masks of
-a row from the seed, the epoch and the row. So neither the number of ranks nor the micro-batch size changes what a step
-learns from, and a resumed run needs its position only.
+All of it is a pure function: the rows of a global batch follow from the seed and a position, the masks of a row from the
+seed, the epoch and the row. So neither the number of ranks nor the micro-batch size changes what a step learns from, and a
+resumed run needs its position only.
 
 Shapes: B sequences, T positions, N supervised positions (B times K a sequence), G sequences of a global batch.
 """
 
 import functools
-import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from kd_core.cli import check_flag
 from kd_core.system.hashing import splitmix64 as _hash
-from kd_core.text import c4, documents
-from kd_core.text.packing import (
-    VALIDATION_ROWS,
-    HeldOut,
-    Packer,
-    Report,
-    build_once,
-    cache_key,
-    cache_root,
-    file_digest,
-    say,
-    write_json,
-)
-from kd_core.text.tokenizer import load_tokenizer, tokenizer_digest, train_wordpiece
+from kd_core.text.corpus import IGNORE_INDEX, Corpus
+from kd_core.text.order import START, Position, row_order, sample_id, shard_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-IGNORE_INDEX = -100
 VALIDATION_MASK_SEED = 20221100683  # any constant: validation masks are the same for every run
-MIN_SEQ_LEN, MAX_SEQ_LEN = 8, 65_536
 C4_SHARDS_AHEAD = 2
-TOKENIZER_TRAINING_CHARS = 100_000_000
-
-# -------------------------------------------------------------------------------------------------------------- corpus
-
-
-class Rows(Protocol):
-    """Packed training rows in shards."""
-
-    @property
-    def num_shards(self) -> int: ...
-
-    def open(self, shard: int) -> np.ndarray: ...
-
-    def request(self, shard: int) -> None: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Corpus:
-    """A tokenised source, opened from the cache; made by `prepare`."""
-
-    name: str
-    fingerprint: str  # of the content, the tokenizer and the settings: equal fingerprints give equal batches
-    tokenizer: "PreTrainedTokenizerFast"
-    seq_len: int
-    validation: np.ndarray  # uint16 or uint32 [R, seq_len], 1 <= R <= VALIDATION_ROWS
-    train: Rows
-
-    @property
-    def num_shards(self) -> int:
-        return self.train.num_shards
-
-    def rows(self, shard: int) -> np.ndarray:
-        """A shard's training rows, memory-mapped uint16 or uint32 [rows, seq_len]; of c4, waits until it is tokenised.
-
-        Raises:
-            ValueError: the shard cannot be downloaded or tokenised, with the worker's own message.
-        """
-        return self.train.open(shard)
-
-    def request(self, shard: int) -> None:
-        """Has a shard made in the background, if it is not there yet; returns at once."""
-        self.train.request(shard)
-
-    def check_batch(self, global_batch_size: int) -> None:
-        """
-        Raises:
-            ValueError: the corpus has fewer rows than one global batch.
-        """
-        if self.num_shards > 1:
-            return
-        num_rows = len(self.rows(0))
-        if num_rows < global_batch_size:
-            raise ValueError(
-                f"--data {self.name} has {num_rows} training sequences of {self.seq_len} tokens, fewer than one batch; "
-                f"--global-batch-size must be at most {num_rows}, got {global_batch_size}, or give more text"
-            )
-
-
-def prepare(
-    source: str | None, *, tokenizer: str | None, vocab_size: int, seq_len: int, progress: bool = False
-) -> Corpus:
-    """Tokenises and packs a source into the cache, or opens what is there; the same bytes for every caller.
-
-    Any number of processes may call this at once: one works, the others wait. The cache is `$KD_CACHE`, by default
-    `~/.cache/kd_recipes`; it can be deleted at any time when no run uses it.
-
-    Args:
-        source: a file or folder (see `documents.local_documents`), "c4", "owner/name[:config]" on the hub, or "embedded" or
-            None for text that comes with Python.
-        tokenizer: what `load_tokenizer` takes; None trains a WordPiece tokenizer on the training documents (c4: BERT's).
-        vocab_size: tokens at most, of a tokenizer that is trained here.
-        seq_len: T, tokens a row, [CLS] and [SEP] included.
-        progress: say what is done, on stderr: a bar on a terminal, a line elsewhere. Only the process that does it speaks.
-
-    Raises:
-        FileNotFoundError, ValueError: one line that names the flag and says what to do.
-    """
-    if not MIN_SEQ_LEN <= seq_len <= MAX_SEQ_LEN:
-        raise ValueError(f"--seq-len must be in [{MIN_SEQ_LEN}, {MAX_SEQ_LEN}], got {seq_len}")
-    if source == "c4":
-        return _open_c4(load_tokenizer(tokenizer or c4.DEFAULT_TOKENIZER), seq_len, progress)
-    texts = _open_source(source, progress)
-    if tokenizer is None:
-        loaded = _trained_tokenizer(texts, vocab_size, progress)
-    else:
-        loaded = load_tokenizer(tokenizer)
-    packer = Packer.of(loaded, seq_len)
-    folder = cache_root() / f"corpus-{cache_key(texts.key, tokenizer_digest(loaded), seq_len)}"
-    build_once(folder, lambda new: _build_corpus(new, texts, packer, progress))
-    facts = json.loads((folder / "facts.json").read_text())
-    return Corpus(
-        name=texts.name,
-        fingerprint=facts["fingerprint"],
-        tokenizer=loaded,
-        seq_len=seq_len,
-        validation=packer.open(folder / "validation.bin"),
-        train=LocalRows(folder / "train.bin", packer),
-    )
-
-
-def _open_source(source: str | None, progress: bool) -> documents.Documents:
-    if source is None or source == "embedded":
-        folder = cache_root() / f"embedded-{cache_key(documents.embedded_key())}"
-        build_once(folder, lambda new: _build_embedded(new, progress))
-        return documents.local_documents(folder / "documents.jsonl", name="embedded")
-    path = Path(source).expanduser()
-    beside_a_folder = path.parent != Path(".") and path.parent.is_dir()
-    if documents.HUB_NAME.fullmatch(source) and not (path.exists() or beside_a_folder or documents.file_kind(path)):
-        return documents.hub_documents(source)
-    return documents.local_documents(path)
-
-
-def _open_c4(tokenizer: "PreTrainedTokenizerFast", seq_len: int, progress: bool) -> Corpus:
-    """C4 with its validation rows made now, its training shards when they are asked for."""
-    packer = Packer.of(tokenizer, seq_len)
-    folder = cache_root() / f"c4-{packer.identity}"
-    build_once(folder, lambda new: c4.build_validation(new, packer, progress))
-    return Corpus(
-        name="c4",
-        fingerprint=cache_key("c4", packer.identity),
-        tokenizer=tokenizer,
-        seq_len=seq_len,
-        validation=packer.open(folder / "validation.bin"),
-        train=c4.Shards(folder, packer, progress),
-    )
-
-
-def _build_embedded(folder: Path, progress: bool) -> None:
-    start = time.monotonic()
-    count = documents.write_embedded(folder / "documents.jsonl")
-    megabytes = (folder / "documents.jsonl").stat().st_size / 1e6
-    if progress:
-        say(f"collecting embedded text: {count} documents, {megabytes:.1f} MB, {time.monotonic() - start:.1f} s")
-
-
-def _trained_tokenizer(texts: documents.Documents, vocab_size: int, progress: bool) -> "PreTrainedTokenizerFast":
-    folder = cache_root() / f"tokenizer-{cache_key(texts.key, vocab_size)}"
-
-    def build(new: Path) -> None:
-        start = time.monotonic()
-        sample, chars = [], 0
-        for split, text in texts:
-            if split == "train":
-                sample.append(text)
-                chars += len(text)
-                if chars >= TOKENIZER_TRAINING_CHARS:
-                    break
-        if not sample:
-            raise ValueError(f"--data {texts.name} has no training documents; give more text")
-        trained = train_wordpiece(sample, vocab_size)
-        trained.save(str(new / "tokenizer.json"))
-        if progress:
-            size, seconds = trained.get_vocab_size(), time.monotonic() - start
-            say(f"training a tokenizer on {texts.name}: {size} tokens, {chars / 1e6:.1f} M characters, {seconds:.1f} s")
-
-    build_once(folder, build)
-    return load_tokenizer(str(folder / "tokenizer.json"))
-
-
-def _build_corpus(folder: Path, texts: documents.Documents, packer: "Packer", progress: bool) -> None:
-    held_out = HeldOut(packer.seq_len)
-    report = Report(f"tokenising {texts.name}", progress)
-    rows = packer.write(folder / "train.bin", held_out.divert(texts), report=report)
-    if not held_out.count:
-        raise ValueError(
-            f"--data {texts.name} has no validation document: of {report.documents} documents, a hash takes one in "
-            f"{documents.VALIDATION_ONE_IN}; give more documents (blank lines separate them in .txt), or a file named validation*"
-        )
-    if not rows:
-        raise ValueError(
-            f"--data {texts.name} has {report.documents} training documents, which do not fill one sequence of "
-            f"{packer.seq_len} tokens; give more text, or a smaller --seq-len"
-        )
-    validation_rows = packer.write(folder / "validation.bin", held_out.texts(), max_rows=VALIDATION_ROWS)
-    if not validation_rows:
-        raise ValueError(
-            f"--data {texts.name} has {held_out.count} validation documents, which do not fill one sequence of "
-            f"{packer.seq_len} tokens; give more text, or a smaller --seq-len"
-        )
-    report.close(f"{validation_rows} validation rows, {texts.duplicates} duplicates of validation documents left out")
-    content = file_digest(folder / "train.bin") + file_digest(folder / "validation.bin")
-    write_json(folder / "facts.json", {"fingerprint": cache_key(content, packer.identity)})
-
-
-@dataclass(frozen=True)
-class LocalRows:
-    """The rows of a source that is tokenised as a whole."""
-
-    path: Path
-    packer: "Packer"
-    num_shards: int = 1
-
-    def open(self, shard: int) -> np.ndarray:
-        assert shard == 0, f"local data is one shard, asked for {shard}"
-        return self.packer.open(self.path)
-
-    def request(self, shard: int) -> None:
-        """Nothing to do: the rows are there before the corpus is."""
 
 
 # ------------------------------------------------------------------------------------------------------------- masking
@@ -332,20 +114,6 @@ def _flat_positions(columns_BK: np.ndarray, T: int) -> np.ndarray:
     return (columns_BK + T * np.arange(len(columns_BK))[:, None]).reshape(-1)
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
-
-
-class Position(NamedTuple):
-    """Where a run stands in its data: the next row is number `row` of the epoch's `shard`-th shard, in the orders below."""
-
-    epoch: int
-    shard: int
-    row: int
-
-
-START = Position(0, 0, 0)
-
-
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
     """What one rank feeds to one forward."""
@@ -395,21 +163,6 @@ class Step:
         return replace(self, micro_batches=[micro.pin_memory() for micro in self.micro_batches])
 
 
-def shard_order(seed: int, epoch: int, num_shards: int) -> np.ndarray:
-    """The order in which an epoch visits the shards: a permutation, int64 [num_shards]."""
-    return np.random.default_rng([seed, epoch]).permutation(num_shards)
-
-
-def row_order(seed: int, epoch: int, shard: int, num_rows: int) -> np.ndarray:
-    """The order in which an epoch visits a shard's rows: a permutation, uint32 [num_rows]."""
-    return np.random.default_rng([seed, epoch, shard]).permutation(np.arange(num_rows, dtype=np.uint32))
-
-
-def sample_id(shard: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """One int64 for a row of a shard: the shard in the high half, the row in the low half."""
-    return shard.astype(np.int64) << 32 | row.astype(np.int64)
-
-
 class MaskedBatches:
     """An iterator over optimizer steps: the next global batch, cut to this rank and into micro-batches.
 
@@ -453,7 +206,7 @@ class MaskedBatches:
             )
         if seed < 0:
             raise ValueError(f"--seed must be at least 0, got {seed}")
-        _check_mask_fraction(mask_fraction, corpus.seq_len)
+        check_mask_fraction(mask_fraction, corpus.seq_len)
         corpus.check_batch(global_batch_size)
         self.position = position
         self._corpus, self._seed, self._mask_fraction = corpus, seed, mask_fraction
@@ -565,7 +318,7 @@ def validation_batches(
     Ranks' shares are disjoint and complete, and every rank has the same number of batches of the same shapes, as sharded
     models need: a rank with a row too few repeats one with all its labels `IGNORE_INDEX`. A sample id is the row.
     """
-    _check_mask_fraction(mask_fraction, corpus.seq_len)
+    check_mask_fraction(mask_fraction, corpus.seq_len)
     share = -(-len(corpus.validation) // world_size)
     numbers_B = np.arange(rank * share, (rank + 1) * share)
     for start in range(0, share, micro_batch_size):
@@ -585,13 +338,7 @@ def validation_batches(
         yield micro
 
 
-def check_flags(flags: Any) -> None:
-    """Raises ValueError when what a recipe's or a cache's flags say of BERT's samples is impossible."""
-    check_flag(flags, "seq_len", MIN_SEQ_LEN <= flags.seq_len <= 512, f"between {MIN_SEQ_LEN} and 512")
-    _check_mask_fraction(flags.mask_fraction, flags.seq_len)
-
-
-def _check_mask_fraction(mask_fraction: float, seq_len: int) -> None:
+def check_mask_fraction(mask_fraction: float, seq_len: int) -> None:
     if not (0 < mask_fraction < 1 and 1 <= round(mask_fraction * seq_len) <= seq_len - 2):
         raise ValueError(
             f"--mask-fraction must be in (0, 1) and select at least one of the {seq_len} positions, got {mask_fraction}"

@@ -4,40 +4,31 @@
 that is memory-mapped afterwards; `HeldOut` chooses the validation texts of a stream.
 """
 
-import errno
-import hashlib
 import json
-import os
-import queue
-import shutil
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-import filelock
 import numpy as np
 import tokenizers
 from tqdm import tqdm
 
+from kd_core.system.ahead import prefetch
+from kd_core.system.files import cache_key, write_json
+from kd_core.system.terminal import say
 from kd_core.text import documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VALIDATION_ROWS = 1024
-CACHE_FORMAT = 1  # raise it when other bytes would be written for the same source, tokenizer and settings
 # A batch for the Rust tokenizer: enough documents for all cores, little enough text to hold its encodings in memory.
 BATCH_DOCUMENTS = 1000
 BATCH_CHARS = 4_000_000
 MAX_PIECE_CHARS = 100_000
-# What of an OSError means that a folder cannot be written.
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
-
-Item = TypeVar("Item")
 
 
 # ------------------------------------------------------------------------------------------------ tokenising, packing
@@ -173,10 +164,6 @@ class Report:
             say(f"{self.title}: {self.documents} documents, {self.rows} rows, {seconds:.1f} s ({remark})")
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 class HeldOut:
     """Collects the validation documents of a stream: those with the smallest hashes, as much text as can be needed."""
 
@@ -211,95 +198,3 @@ class HeldOut:
                 kept.append((digest, text))
                 self._chars += len(text)
         self._kept = kept
-
-
-# --------------------------------------------------------------------------------------------------------------- cache
-
-
-def cache_root() -> Path:
-    return Path(os.environ.get("KD_CACHE") or "~/.cache/kd_recipes").expanduser()
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Makes `folder` by `build(new folder)`, once for all processes; complete or absent.
-
-    Raises:
-        ValueError: the cache cannot be written; and whatever `build` raises.
-    """
-    if folder.is_dir():
-        return
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder.with_name(folder.name + ".lock")):
-            if folder.is_dir():
-                return
-            # The lock is ours, so what is there was left by a process that was killed.
-            new = folder.with_name(folder.name + ".new")
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
-            try:
-                build(new)
-                new.rename(folder)
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        raise ValueError(
-            f"the cache {folder.parent} cannot be written ({error.strerror}); make room, or set KD_CACHE to another folder"
-        ) from error
-
-
-def cache_key(*parts: str | int) -> str:
-    return hashlib.sha256(json.dumps([CACHE_FORMAT, *parts]).encode()).hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def prefetch(iterator: Iterable[Item], depth: int = 2, *, pin_memory: bool = False) -> Iterator[Item]:
-    """Runs an iterator in a background thread, at most `depth` items ahead; its exceptions are raised here.
-
-    Args:
-        pin_memory: call `pin_memory()` of each item in the thread, so that copies to a GPU need not wait.
-    """
-    items: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=depth)
-    abandoned = threading.Event()
-
-    def put(kind: str, value: object) -> None:
-        while not abandoned.is_set():
-            try:
-                return items.put((kind, value), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in iterator:
-                put("item", item.pin_memory() if pin_memory else item)  # type: ignore[attr-defined]
-                if abandoned.is_set():
-                    return
-        except BaseException as error:  # raised again by the consumer, whatever it is
-            put("error", error)
-        else:
-            put("end", None)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = items.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value  # type: ignore[misc]
-            yield value  # type: ignore[misc]
-    finally:
-        abandoned.set()
-        thread.join(timeout=1)  # not longer: it may be waiting for a download that nobody needs any more

@@ -16,7 +16,8 @@ import numpy as np
 import tokenizers
 from huggingface_hub.errors import StrictDataclassError
 
-from kd_core.text.documents import one_line, require_hub
+from kd_core.system.hub import require_hub
+from kd_core.system.terminal import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

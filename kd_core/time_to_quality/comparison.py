@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kd_core import cli
-from kd_core.cli import CACHE_PREFIX
+from kd_core.teachers.sources import CACHE_PREFIX
 from kd_core.time_to_quality import report as time_to_quality_report
 from kd_core.time_to_quality.curves import (
     CONFIDENCE,

@@ -22,9 +22,9 @@ import jinja2
 import numpy as np
 import scipy.stats
 
-from kd_core.cli import CACHE_PREFIX
 from kd_core.glue import report as glue_report
 from kd_core.study import Study, read_study, write_reports
+from kd_core.teachers.sources import CACHE_PREFIX
 from kd_core.time_to_quality import comparison as time_to_quality
 from kd_core.time_to_quality.curves import student_t
 

@@ -25,11 +25,17 @@ import torch
 
 from kd_core.cache import mlm as cache_mlm
 from kd_core.kernels.softmax_kl import softmax_kl
+from kd_core.runs import folders
 from kd_core.runs import record as report
+from kd_core.system import ranks
+from kd_core.system.ahead import prefetch
+from kd_core.system.clock import Stopwatch
 from kd_core.teachers import pool as teachers
 from kd_core.text import masking as text
-from kd_core.text import packing
+from kd_core.text.corpus import Corpus, prepare
 from kd_core.training import engine
+from kd_core.training.processes import end_process, join, leave
+from kd_core.training.stop import StopSignal
 from recipes.bert_kd import RECIPE, SIZES, Config, build_student, train_step
 
 CUDA = torch.cuda.is_available()
@@ -42,7 +48,7 @@ def synchronize() -> None:
 
 def matmul_peak_tflops(size: int = 8192) -> float:
     """bf16 matmul of this device, TFLOP/s; the best of 5."""
-    a = torch.randn(size, size, device=engine.device(), dtype=torch.bfloat16)
+    a = torch.randn(size, size, device=ranks.device(), dtype=torch.bfloat16)
     seconds = []
     for _ in range(6):
         synchronize()
@@ -64,16 +70,16 @@ def step_flops(cfg: Config, vocab_size: int) -> float:
 class Bare:
     """The loop that one writes without this project."""
 
-    def __init__(self, cfg: Config, corpus: text.Corpus, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: Config, corpus: Corpus, dtype: torch.dtype) -> None:
         self.cfg, self.valid = cfg, len(corpus.tokenizer)
-        self.model: Any = build_student(cfg, self.valid).to(engine.device(), dtype).train()
+        self.model: Any = build_student(cfg, self.valid).to(ranks.device(), dtype).train()
         if cfg.compile:
             self.model.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), fused=True)
 
     def step(self, batch: text.Step) -> None:
         for micro in batch.micro_batches:
-            input_ids, positions, labels = engine.to_device(micro.input_ids, micro.positions, micro.labels)
+            input_ids, positions, labels = ranks.to_device(micro.input_ids, micro.positions, micro.labels)
             _, label_N = softmax_kl(self.model(input_ids, positions), None, labels, valid_columns=self.valid)
             (label_N.sum() / batch.tokens).backward()
         self.optimizer.step()
@@ -83,7 +89,7 @@ class Bare:
 class Recipe:
     """The recipe's own step with everything around it: normalisation, checks, clock, agreement to stop, log."""
 
-    def __init__(self, cfg: Config, corpus: text.Corpus, pool: teachers.TeacherPool, folder: Path) -> None:
+    def __init__(self, cfg: Config, corpus: Corpus, pool: teachers.TeacherPool, folder: Path) -> None:
         self.cfg, self.pool = dataclasses.replace(cfg, out=str(folder)), pool
         model: Any = build_student(cfg, len(corpus.tokenizer))
         if cfg.compile:
@@ -92,10 +98,10 @@ class Recipe:
         self.student = engine.initialize(model, optimizer, engine.load_config(cfg))
         self.student.train()
         with contextlib.ExitStack() as undo:
-            report.claim_folder(self.cfg, RECIPE, undo)
+            folders.claim_folder(self.cfg, RECIPE, undo)
             undo.pop_all()
         self.run = report.Run(folder, self.cfg)
-        self.clock, self.stop, self.count = report.Stopwatch({}), engine.StopSignal(), 0
+        self.clock, self.stop, self.count = Stopwatch({}), StopSignal(), 0
 
     def step(self, batch: text.Step) -> None:
         with self.clock.part("train"):
@@ -106,7 +112,7 @@ class Recipe:
 
 def build_pool(sizes: list[str], cfg: Config, vocab_size: int, dtype: torch.dtype) -> teachers.TeacherPool:
     models = [build_student(dataclasses.replace(cfg, student=size), vocab_size) for size in sizes]
-    models = [model.to(engine.device(), dtype) for model in models]
+    models = [model.to(ranks.device(), dtype) for model in models]
     return teachers.TeacherPool(sizes, models, columns=vocab_size, compiled=cfg.compile)
 
 
@@ -153,11 +159,9 @@ def main() -> int:
         steps=10**6,
         log_every=50,
     )
-    corpus = engine.join(
-        lambda: text.prepare(args.data, tokenizer=None, vocab_size=args.vocab_size, seq_len=args.seq_len)
-    )
+    corpus = join(lambda: prepare(args.data, tokenizer=None, vocab_size=args.vocab_size, seq_len=args.seq_len))
     cached = dataclasses.replace(base, teachers=(f"cache:{args.cache}",), kd_ratio=0.9) if args.cache else base
-    batches = packing.prefetch(
+    batches = prefetch(
         text.MaskedBatches(
             corpus,
             seed=0,
@@ -195,7 +199,7 @@ def main() -> int:
         name = f"recipe, {args.pool} x teacher {sizes[0]}, {sampler}"
         variants[name] = Recipe(distil, corpus, many, root / sampler).step
     if args.cache:
-        answers = cache_mlm.CachedBert(Path(args.cache), len(corpus.tokenizer)).to(engine.device())
+        answers = cache_mlm.CachedBert(Path(args.cache), len(corpus.tokenizer)).to(ranks.device())
         pool = teachers.TeacherPool(cached.teachers, [answers], columns=len(corpus.tokenizer))
         distil = dataclasses.replace(cfg, teachers=cached.teachers, kd_ratio=0.9)
         variants["recipe, cached teacher"] = Recipe(distil, corpus, pool, root / "cached").step
@@ -203,7 +207,7 @@ def main() -> int:
 
         def forward(batch: text.Step, pool: teachers.TeacherPool = pool) -> None:
             for micro in batch.micro_batches:
-                pool.logits((0,), engine.to_device(micro.input_ids, micro.positions), 1.0)
+                pool.logits((0,), ranks.to_device(micro.input_ids, micro.positions), 1.0)
 
         variants[f"teacher {size}, forward alone"] = forward
 
@@ -244,14 +248,14 @@ def main() -> int:
             costs = sorted(r[name] / r[other] for r in rounds)
             print(f"\n{name} / {other}: {statistics.median(costs):.3f} ({costs[0]:.3f} to {costs[-1]:.3f})")
     if args.out:
-        head = report.describe("bench_bert", base)
+        head = folders.describe("bench_bert", base)
         with args.out.open("a") as stream:
             stream.write(
                 json.dumps({**head, "args": vars(args) | {"out": None}, "rounds": rounds, "peak": peak}) + "\n"
             )
-    engine.leave()
+    leave()
     return 0
 
 
 if __name__ == "__main__":
-    engine.end_process(main)
+    end_process(main)

@@ -25,9 +25,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kd_core.glue import tasks as glue
 from kd_core.glue.plan import FineTuning
-from kd_core.teachers import pool as teachers
+from kd_core.runs.sources import model_source
+from kd_core.system import ranks
 from kd_core.text.tokenizer import load_tokenizer
-from kd_core.training import engine
 from recipes import glue as recipe
 
 SETTINGS = {"lr": 4e-5, "weight_decay": 0.0, "batch_size": 16, "epochs": 99, "max_length": 128}
@@ -39,8 +39,8 @@ def bare_step(model: Any, optimizer: Any, examples: list[tuple[torch.Tensor, int
     lengths = torch.tensor([len(tokens) for tokens, _ in examples])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     labels = torch.tensor([label for _, label in examples])
-    ids, mask, labels = (tensor.to(engine.device(), non_blocking=True) for tensor in (ids, mask, labels))
-    with torch.autocast(engine.device().type, torch.bfloat16, enabled=torch.cuda.is_available()):
+    ids, mask, labels = (tensor.to(ranks.device(), non_blocking=True) for tensor in (ids, mask, labels))
+    with torch.autocast(ranks.device().type, torch.bfloat16, enabled=torch.cuda.is_available()):
         logits = model(input_ids=ids, attention_mask=mask).logits
     F.cross_entropy(logits.float(), labels).backward()
     optimizer.step()
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=5, help="of the four jobs on WNLI; 0 leaves them out")
     args = parser.parse_args()
-    source = str(Path(teachers.model_source(args.model, "model")).resolve())
+    source = str(Path(model_source(args.model, "model")).resolve())
     steps(source, args.folder, args.task, args.rounds, args.steps)
     if args.epochs:
         several(source, args.folder, args.jobs, args.epochs)

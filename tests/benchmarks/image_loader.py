@@ -20,6 +20,7 @@ from torchvision.datasets import ImageFolder
 from kd_core.images import batches as images
 from kd_core.images import resnets
 from kd_core.images import sources as image_sources
+from kd_core.images.views import View
 
 SMALL_SIDE = 64  # up to here the usual crop is a shift, and data is held decoded
 
@@ -38,7 +39,7 @@ def theirs(folder: str, size: int, batch: int) -> Iterator[torch.Tensor]:
 def ours(folder: str, size: int, batch: int) -> Iterator[torch.Tensor]:
     small = size <= SMALL_SIDE
     data = image_sources.prepare(folder, decoded_gib=2 if small else 0, max_corrupt=0)
-    view = images.View(size, "padded" if small else "resized")
+    view = View(size, "padded" if small else "resized")
     batches = images.TrainBatches(data.train, view, 10**6, 0, batch, batch, 0, 1)
     model = resnets.Classifier(torch.nn.Identity())
     number = 0

@@ -27,8 +27,12 @@ from kd_core.images import batches as images
 from kd_core.images import resnets
 from kd_core.images import sources as image_sources
 from kd_core.runs import record as report
+from kd_core.system import ranks
+from kd_core.system.clock import Stopwatch
 from kd_core.teachers import pool as teachers
 from kd_core.training import engine, optimizers
+from kd_core.training.processes import end_process, join, leave
+from kd_core.training.stop import StopSignal
 from recipes.resnet_kd import Config, build_student, build_teachers, train_step
 from tests.benchmarks.bert_step import CUDA, timed
 
@@ -38,14 +42,14 @@ class Bare:
 
     def __init__(self, cfg: Config, classes: list[str]) -> None:
         net: Any = resnets.build_net(cfg.student, len(classes))
-        self.model = resnets.Classifier(net).to(engine.device()).to(memory_format=torch.channels_last).train()
+        self.model = resnets.Classifier(net).to(ranks.device()).to(memory_format=torch.channels_last).train()
         if cfg.compile:
             self.model.compile()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=cfg.lr, momentum=cfg.momentum, weight_decay=5e-5)
 
     def step(self, batch: images.Step) -> None:
         for micro in batch.micro_batches:
-            pixels, labels = engine.to_device(micro.pixels, micro.labels)
+            pixels, labels = ranks.to_device(micro.pixels, micro.labels)
             with torch.autocast("cuda", torch.bfloat16, enabled=CUDA):
                 loss = F.cross_entropy(self.model(pixels), labels)
             loss.backward()
@@ -69,7 +73,7 @@ class Recipe:
         folder.mkdir()
         (folder / "run.json").write_text("{}")
         self.run = report.Run(folder, self.cfg)
-        self.clock, self.stop, self.count = report.Stopwatch({}), engine.StopSignal(), 0
+        self.clock, self.stop, self.count = Stopwatch({}), StopSignal(), 0
 
     def step(self, batch: images.Step) -> None:
         with self.clock.part("train"):
@@ -106,7 +110,7 @@ def main() -> int:
         steps=10**6,
     )
     source = args.data or f"synthetic:{args.classes}x{args.size}"
-    data = engine.join(lambda: image_sources.prepare(source, decoded_gib=2, max_corrupt=0))
+    data = join(lambda: image_sources.prepare(source, decoded_gib=2, max_corrupt=0))
     classes = list(data.classes)
     dtype = "bf16" if CUDA else "fp32"
     cached = dataclasses.replace(base, teachers=(f"cache:{args.cache}",), kd_ratio=0.9, teacher_dtype=dtype)
@@ -119,7 +123,7 @@ def main() -> int:
     for name in args.teachers:
         model = resnets.Classifier(resnets.build_net(name, len(classes)), autocast=CUDA).eval()
         resnets.fold_batch_norm(model)
-        model = model.to(engine.device(), memory_format=torch.channels_last)
+        model = model.to(ranks.device(), memory_format=torch.channels_last)
         pools[name] = teachers.TeacherPool([name], [model], compiled=base.compile)
     none = teachers.TeacherPool((), ())
 
@@ -141,7 +145,7 @@ def main() -> int:
 
         def forward(batch: images.Step, pool: teachers.TeacherPool = pool) -> None:
             for micro in batch.micro_batches:
-                pool.logits((0,), engine.to_device(micro.pixels), 1.0)
+                pool.logits((0,), ranks.to_device(micro.pixels), 1.0)
 
         variants[f"teacher {name}, forward alone"] = forward
 
@@ -159,9 +163,9 @@ def main() -> int:
             ratios = sorted(r[name] / r[other] for r in rounds)
             spreads.append(f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
         print(f"| {name} | {seconds * 1e3:.1f} | {args.micro_batch_size / seconds:.0f} | {' | '.join(spreads)} |")
-    engine.leave()
+    leave()
     return 0
 
 
 if __name__ == "__main__":
-    engine.end_process(main)
+    end_process(main)

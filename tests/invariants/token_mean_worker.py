@@ -9,7 +9,9 @@ import math
 
 import torch
 
+from kd_core.system import ranks
 from kd_core.training import engine
+from kd_core.training.processes import end_process, join, leave
 
 ROWS = [[3, 1], [7, 2]]  # rows of [rank][micro-batch]
 
@@ -35,7 +37,7 @@ def main() -> int:
     expected = [param.detach() - param.grad for param in alone.parameters()]
     norm = float(torch.nn.utils.get_total_norm([param.grad for param in alone.parameters()]))
 
-    engine.join(lambda: None)
+    join(lambda: None)
     errors = {}
     for stage in range(4):
         config = {
@@ -49,29 +51,29 @@ def main() -> int:
         }
         student = model()
         wrapped = engine.initialize(student, torch.optim.SGD(student.parameters(), lr=0.0), config)
-        step_tokens = engine.total(sum(ROWS[engine.rank()]))
+        step_tokens = ranks.total(sum(ROWS[ranks.rank()]))
         for micro in range(2):
-            engine.backward_token_mean(wrapped, loss_sum(wrapped(rows(engine.rank(), micro))), step_tokens)
+            engine.backward_token_mean(wrapped, loss_sum(wrapped(rows(ranks.rank(), micro))), step_tokens)
         grad_norm = engine.apply_step(wrapped, 1.0, lr=1.0)
         state = {name: value.clone() for name, value in engine.gathered_state_dict(wrapped).items()}
-        if engine.rank() == 0:
+        if ranks.rank() == 0:
             moved = [state[name] for name, _ in alone.named_parameters()]
             worst = max(float((a - b).abs().max()) for a, b in zip(moved, expected, strict=True))
             errors[stage] = [worst, abs(grad_norm - norm)]
         # A gradient that is not finite on one rank stops all ranks before the optimizer has moved.
         for micro in range(2):
-            broken = math.inf if engine.rank() == 1 and micro == 0 else 1.0
-            engine.backward_token_mean(wrapped, broken * loss_sum(wrapped(rows(engine.rank(), micro))), step_tokens)
+            broken = math.inf if ranks.rank() == 1 and micro == 0 else 1.0
+            engine.backward_token_mean(wrapped, broken * loss_sum(wrapped(rows(ranks.rank(), micro))), step_tokens)
         with contextlib.suppress(engine.NonFiniteStepError):
             engine.apply_step(wrapped, 1.0, lr=1.0)
             raise AssertionError(f"stage {stage} took a step with an infinite gradient")
         after = engine.gathered_state_dict(wrapped)
         assert all(torch.equal(value, state[name]) for name, value in after.items()), f"stage {stage} moved"
-    if engine.rank() == 0:
+    if ranks.rank() == 0:
         print("ERRORS " + json.dumps(errors))
-    engine.leave()
+    leave()
     return 0
 
 
 if __name__ == "__main__":
-    engine.end_process(main)
+    end_process(main)

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from kd_core.kernels.linear_softmax_kl import LinearSoftmaxKL, linear_softmax_kl
+from kd_core.system import ranks
 from kd_core.training import engine
+from kd_core.training.processes import end_process, join, leave
 
 ROWS, V, STEPS, LR = (23, 9), 101, 2, 0.3
 OPTIONS: Any = {"kd_weight": 0.7, "label_weight": 0.3, "temperature": 2.0, "chunk_rows": 4}
@@ -56,7 +58,7 @@ def alone() -> tuple[dict[str, torch.Tensor], list[float]]:
 
 def main() -> int:
     weights, losses = alone()
-    engine.join(lambda: None)
+    join(lambda: None)
     errors = {}
     for stage in range(4):
         zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
@@ -70,7 +72,7 @@ def main() -> int:
             assert model.head.weight.numel() == teacher_model.head.weight.numel() == 0, "nothing is sharded"
         worst = 0.0
         for step in range(STEPS):
-            tokens, labels = batch(engine.rank(), step)
+            tokens, labels = batch(ranks.rank(), step)
             with torch.no_grad():
                 hidden = teacher(tokens, head=False)
             head = teacher_model.head
@@ -78,16 +80,16 @@ def main() -> int:
                 loss, *_ = student(tokens, hidden, head.weight, labels, teacher_bias_V=head.bias, **OPTIONS)
             engine.backward_token_mean(student, loss, torch.tensor(float(sum(ROWS))))
             engine.apply_step(student, 1.0, lr=LR)
-            worst = max(worst, abs(float(engine.total(loss.detach())) / losses[step] - 1))
+            worst = max(worst, abs(float(ranks.total(loss.detach())) / losses[step] - 1))
         state = engine.gathered_state_dict(student)
-        if engine.rank() == 0:
+        if ranks.rank() == 0:
             off = max(float((state[name] - weight).abs().max()) for name, weight in weights.items() if name in state)
             errors[stage] = [off, worst]
-    if engine.rank() == 0:
+    if ranks.rank() == 0:
         print("ERRORS " + json.dumps(errors), flush=True)
-    engine.leave()
+    leave()
     return 0
 
 
 if __name__ == "__main__":
-    engine.end_process(main)
+    end_process(main)

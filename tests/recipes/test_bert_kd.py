@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from kd_core.kernels.softmax_kl import softmax_kl
 from kd_core.text import masking as text
+from kd_core.text.corpus import IGNORE_INDEX, prepare
 from kd_core.text.tokenizer import load_tokenizer, same_tokenizer
 from recipes.bert_kd import MaskedBert
 from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
@@ -80,7 +81,7 @@ def test_window_closes_and_the_teachers_go(distilled: Path) -> None:
 
 def test_exported_student_has_the_same_validation_loss(distilled: Path, corpus_file: Path, cache: Path) -> None:
     os.environ["KD_CACHE"] = str(cache)
-    corpus = text.prepare(str(corpus_file), tokenizer=None, vocab_size=512, seq_len=32)
+    corpus = prepare(str(corpus_file), tokenizer=None, vocab_size=512, seq_len=32)
     model = BertForMaskedLM.from_pretrained(distilled / "hf").eval()
     assert model.config.vocab_size == len(corpus.tokenizer)
     assert same_tokenizer(load_tokenizer(str(distilled / "hf")), corpus.tokenizer)
@@ -89,7 +90,7 @@ def test_exported_student_has_the_same_validation_loss(distilled: Path, corpus_f
         for batch in text.validation_batches(corpus, micro_batch_size=16, rank=0, world_size=1):
             logits = model(batch.input_ids).logits.flatten(0, 1)[batch.positions]
             loss_sum += float(softmax_kl(logits, None, batch.labels)[1].double().sum())
-            tokens += int((batch.labels != text.IGNORE_INDEX).sum())
+            tokens += int((batch.labels != IGNORE_INDEX).sum())
     assert loss_sum / tokens == pytest.approx(metrics(distilled)[-1]["eval/loss"], rel=1e-5)
 
 

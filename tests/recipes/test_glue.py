@@ -25,7 +25,7 @@ from kd_core.glue.plan import FineTuning
 from kd_core.runs import jobs
 from kd_core.text.tokenizer import load_tokenizer
 from kd_core.time_to_quality import comparison as time_to_quality
-from kd_core.training import engine
+from kd_core.training import checkpoints
 from recipes import glue as recipe
 from tests.benchmarks import glue_step
 from tests.conftest import ROOT, cpu_environment, deepspeed
@@ -347,7 +347,7 @@ def test_checkpoints_of_any_stage_hold_the_run_s_weights(
         done = deepspeed(2, str(ROOT / "recipes" / "bert_kd.py"), *SMALL, *flags, "--out", str(run))
         assert done.returncode == 0, done.stderr[-3000:]
     truth = load_file(run / "hf" / "model.safetensors")
-    state, client = engine.read_checkpoint(run / "checkpoints" / "step00000008")
+    state, client = checkpoints.read_checkpoint(run / "checkpoints" / "step00000008")
     assert client["clocks"][0][0]["train"] > 0
     encoder = {name for name in truth if name.startswith("bert.")}
     assert encoder and encoder <= state.keys()
@@ -356,7 +356,7 @@ def test_checkpoints_of_any_stage_hold_the_run_s_weights(
         assert torch.equal(ours.to(truth[name].dtype), truth[name]), name
     (run / "checkpoints" / "step00000008" / "manifest.json").rename(tmp_path / "manifest.json")
     with pytest.raises(ValueError, match="is damaged"):
-        engine.read_checkpoint(run / "checkpoints" / "step00000008")
+        checkpoints.read_checkpoint(run / "checkpoints" / "step00000008")
     shutil.move(tmp_path / "manifest.json", run / "checkpoints" / "step00000008")
 
 

@@ -13,7 +13,7 @@ from transformers import BertConfig
 
 from kd_core.cli import SharedFlags
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_reference
-from kd_core.runs.record import Stopwatch
+from kd_core.system.clock import Stopwatch
 from kd_core.teachers.placement import PinnedTeachers
 from kd_core.teachers.pool import TeacherPool
 from kd_core.text import masking as text

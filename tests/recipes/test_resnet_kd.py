@@ -16,7 +16,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 
 from kd_core.images import batches as images
-from kd_core.images import resnets
+from kd_core.images import classifiers, resnets
 from kd_core.images import sources as image_sources
 from recipes.resnet_kd import main
 from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
@@ -89,7 +89,7 @@ def test_run_folder_and_window(distilled: Path, teacher: Path) -> None:
 def test_the_export_is_the_student(distilled: Path, image_folder: Path, cache: Path) -> None:
     os.environ["KD_CACHE"] = str(cache)
     data = image_sources.prepare(str(image_folder), decoded_gib=2, max_corrupt=0)
-    net, config = resnets.load_net(str(distilled), "--teachers")
+    net, config = classifiers.load_net(str(distilled), "--teachers")
     model = resnets.Classifier(net).eval()
     correct = loss = 0.0
     for micro in images.load(images.ValidationBatches(data.validation, 32, 32, 50, 0, 1), range(3), workers=0):

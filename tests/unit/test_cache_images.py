@@ -13,9 +13,9 @@ from kd_core.cache import records as cache
 from kd_core.cache.__main__ import main
 from kd_core.cache.logits import CachedLogits
 from kd_core.images import batches as images
-from kd_core.images import resnets
+from kd_core.images import classifiers, resnets
 from kd_core.images import sources as image_sources
-from kd_core.training import engine
+from kd_core.images.views import View
 from recipes.resnet_kd import Config
 from tests.conftest import photo_folder
 
@@ -26,7 +26,7 @@ VIEW = {"train_size": 24, "eval_resize": 32, "eval_size": 24, "view_patterns": 3
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache.dist, "barrier", lambda: None)
-    monkeypatch.setattr(engine, "join", lambda prepare: prepare())
+    monkeypatch.setattr(cache_images, "join", lambda prepare: prepare())
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))
 
 
@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 def teacher(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = resnets.Classifier(resnets.build_net("resnet8", 4))
-    resnets.save(str(tmp_path / "teacher"), model, model.state_dict(), CLASSES, image_size=20)
+    classifiers.save(str(tmp_path / "teacher"), model, model.state_dict(), CLASSES, image_size=20)
     return tmp_path / "teacher"
 
 
@@ -67,9 +67,9 @@ def test_answers_are_the_models_own_on_the_views_of_the_run(
     data = image_sources.prepare(str(folder), decoded_gib=0 if damaged else 1, max_corrupt=0.1)
     views = cache_images.views(run_of(answers, teacher_dtype=dtype), data)
     assert views == {"view_seed": 17, "view_patterns": 3}
-    online = resnets.load_teacher(str(teacher), data.classes, flag="", autocast=dtype == "bf16").eval()
+    online = classifiers.load_teacher(str(teacher), data.classes, flag="", autocast=dtype == "bf16").eval()
     cached = CachedLogits(answers, 4)
-    batches = images.TrainBatches(data.train, images.View(24), 10, 7, 5, 5, 0, 1, **views)
+    batches = images.TrainBatches(data.train, View(24), 10, 7, 5, 5, 0, 1, **views)
     replaced = 0
     for number in range(16):  # five epochs
         micro = batches[number]
@@ -86,7 +86,7 @@ def test_the_score_is_the_models_on_the_validation_images(teacher: Path, folder:
     data = image_sources.prepare(str(folder), decoded_gib=1, max_corrupt=0)
     micro = images.ValidationBatches(data.validation, 32, 24, 8, 0, 1)[0]
     with torch.no_grad():
-        logits = resnets.load_classifier(str(teacher), CLASSES, flag="").eval()(micro.pixels)
+        logits = classifiers.load_classifier(str(teacher), CLASSES, flag="").eval()(micro.pixels)
     loss = float(torch.nn.functional.cross_entropy(logits, micro.labels))
     assert cached.score["eval/loss"] == pytest.approx(loss)
     assert cached.score["eval/accuracy"] == float((logits.argmax(-1) == micro.labels).float().mean())

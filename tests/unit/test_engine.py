@@ -9,7 +9,7 @@ from tests.conftest import ROOT, cpu_environment
 
 STEPS = """
 import resource, torch
-from kd_core.training import engine
+from kd_core.training import processes
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -19,7 +19,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 plain = faults()
-engine._keep_freed_memory()
+processes._keep_freed_memory()
 faults()
 print(plain, faults())
 """

@@ -20,6 +20,7 @@ from kd_core.images import batches as images
 from kd_core.images import evaluation as classification
 from kd_core.images import sources as image_sources
 from kd_core.images.sources import prepare
+from kd_core.images.views import View, resized_box, shift, training_view, validation_view
 from kd_core.system.hashing import uniforms
 from tests.conftest import DATA, photo, photo_folder
 
@@ -35,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def batches(data: image_sources.ImageSet, *, rank: int = 0, world_size: int = 1, micro: int = 8, **view: Any) -> Any:
-    return images.TrainBatches(data.train, images.View(**{"size": 24} | view), 10, 7, 8, micro, rank, world_size)
+    return images.TrainBatches(data.train, View(**{"size": 24} | view), 10, 7, 8, micro, rank, world_size)
 
 
 def pixels(source: Any, numbers: Any) -> torch.Tensor:
@@ -277,7 +278,7 @@ def test_real_data(name: str) -> None:
     assert len(data.classes) == 10
     assert (len(data.train), len(data.validation)) == ((3000, 1000) if "nette" in name else (50_000, 10_000))
     assert np.bincount(data.validation.labels).tolist() == [len(data.validation) // 10] * 10
-    micro = images.TrainBatches(data.train, images.View(32), 10, 0, 16, 16, 0, 1)[3]
+    micro = images.TrainBatches(data.train, View(32), 10, 0, 16, 16, 0, 1)[3]
     assert micro.pixels.is_contiguous(memory_format=torch.channels_last)
     assert 60 < micro.pixels.float().mean() < 180
 
@@ -318,7 +319,7 @@ def test_patterns_repeat_the_views_of_their_own_seed_in_other_orders(folder: Pat
 
     data = prepare(str(folder), decoded_gib=1, max_corrupt=0)
     expected = by_key(batches(data), range(4))
-    shared = images.TrainBatches(data.train, images.View(24), 10, 8, 8, 8, 0, 1, view_seed=7, view_patterns=2)
+    shared = images.TrainBatches(data.train, View(24), 10, 8, 8, 8, 0, 1, view_seed=7, view_patterns=2)
     for two_epochs in (range(4), range(4, 8)):
         views = by_key(shared, two_epochs)
         assert views.keys() == expected.keys()
@@ -334,7 +335,7 @@ def test_every_epoch_visits_every_image_once(folder: Path) -> None:
 
 def test_random_boxes_are_distributed_as_torchvisions() -> None:
     numbers = uniforms(0, np.zeros(4000, int), np.arange(4000), 40)
-    ours = np.array([images.resized_box(60, 40, row, 0.08) for row in numbers.tolist()])
+    ours = np.array([resized_box(60, 40, row, 0.08) for row in numbers.tolist()])
     image = torch.zeros(3, 40, 60)
     torch.manual_seed(0)
     crop = v2.RandomResizedCrop(8)
@@ -346,29 +347,29 @@ def test_random_boxes_are_distributed_as_torchvisions() -> None:
 
 
 def test_a_wide_image_falls_back_to_its_centre() -> None:
-    left, top, width, height = images.resized_box(1000, 10, [0.99, 0.5, 0.5, 0.5] * 10, 0.9)
+    left, top, width, height = resized_box(1000, 10, [0.99, 0.5, 0.5, 0.5] * 10, 0.9)
     assert (top, height) == (0, 10) and width == 13 and left == (1000 - 13) // 2
 
 
 def test_the_shift_moves_by_up_to_an_eighth_and_fills_with_black() -> None:
     image = np.full((16, 16, 3), 9, np.uint8)
-    assert np.array_equal(images.shift(image, 0.5, 0.5), image)
-    corner = images.shift(image, 0.0, 0.999)
+    assert np.array_equal(shift(image, 0.5, 0.5), image)
+    corner = shift(image, 0.0, 0.999)
     assert (corner[:14, 2:] == 9).all() and (corner[14:] == 0).all() and (corner[:, :2] == 0).all()
 
 
 def test_the_coarse_decoding_of_a_large_jpeg_is_near_the_whole_one() -> None:
-    data, view = photo(1, 800, 600), images.View(64, min_scale=0.5)
+    data, view = photo(1, 800, 600), View(64, min_scale=0.5)
     numbers = uniforms(3, np.zeros(1, int), np.arange(1), view.numbers)[0].tolist()
-    coarse = images.training_view(Image.open(io.BytesIO(data)), view, 64, numbers)
+    coarse = training_view(Image.open(io.BytesIO(data)), view, 64, numbers)
     whole = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
-    assert np.abs(coarse.astype(int) - images.training_view(whole, view, 64, numbers).astype(int)).mean() < 3
+    assert np.abs(coarse.astype(int) - training_view(whole, view, 64, numbers).astype(int)).mean() < 3
 
 
 def test_the_validation_view_is_torchvisions() -> None:
     whole = np.array(Image.open(io.BytesIO(photo(1, 80, 60))).convert("RGB"))
     reference = v2.Compose([v2.ToImage(), v2.Resize(48, antialias=True), v2.CenterCrop(40)])(whole)
-    assert np.array_equal(images.validation_view(whole, 48, 40), reference.permute(1, 2, 0).numpy())
+    assert np.array_equal(validation_view(whole, 48, 40), reference.permute(1, 2, 0).numpy())
 
 
 def test_randaugment_is_reproducible_in_workers(folder: Path) -> None:
@@ -381,12 +382,12 @@ def test_randaugment_is_reproducible_in_workers(folder: Path) -> None:
 
 
 def test_progressive_sizes() -> None:
-    view = images.View(224, initial_scale=0.5)
+    view = View(224, initial_scale=0.5)
     sizes = [view.size_at(step, 100) for step in range(100)]
     assert set(sizes[:41]) == {112} and set(sizes[80:]) == {224}
     assert sizes == sorted(sizes) and all(size % 4 == 0 for size in sizes)
-    assert {images.View(30).size_at(step, 10) for step in range(10)} == {30}
-    assert images.View(32, initial_scale=0.01).size_at(0, 10) == 8
+    assert {View(30).size_at(step, 10) for step in range(10)} == {30}
+    assert View(32, initial_scale=0.01).size_at(0, 10) == 8
 
 
 # ---------------------------------------------------------------------------------------------------------- validation
@@ -432,7 +433,7 @@ def test_views_decoded_on_the_device_are_near_those_of_the_workers(folder: Path,
     data = prepare(str(folder), decoded_gib=0, max_corrupt=1)
     for number in (0, 1):
         here = batches(data)[number]
-        there = images.TrainBatches(data.train, images.View(24), 10, 7, 8, 8, 0, 1, nvjpeg=True)[number]
+        there = images.TrainBatches(data.train, View(24), 10, 7, 8, 8, 0, 1, nvjpeg=True)[number]
         assert torch.equal(here.sample_ids, there.sample_ids) and torch.equal(here.corrupt, there.corrupt)
         pixels_BCHW = images.on_device(there, device)
         assert pixels_BCHW.dtype == torch.uint8 and pixels_BCHW.is_contiguous(memory_format=torch.channels_last)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kd_core.losses.distillation import distillation_sum
-from kd_core.text.masking import IGNORE_INDEX, MicroBatch
+from kd_core.text.corpus import IGNORE_INDEX
+from kd_core.text.masking import MicroBatch
 
 B, T, V, PADDED = 3, 8, 11, 16
 

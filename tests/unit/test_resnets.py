@@ -10,9 +10,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from kd_core.images import classifiers, resnets
 from kd_core.images import evaluation as classification
-from kd_core.images import resnets
+from kd_core.losses.labels import label_loss
 from kd_core.training import optimizers
+from kd_core.training.kept import Ema
 
 
 @pytest.mark.parametrize(("name", "million"), [("resnet8", 0.078), ("resnet20", 0.272), ("resnet56", 0.856)])
@@ -87,13 +89,13 @@ def test_the_classifier_normalises_and_resizes() -> None:
 
 def test_files_bring_the_network_back(tmp_path: Path) -> None:
     model = resnets.Classifier(resnets.build_net("resnet14", 3, blurpool=True))
-    resnets.save(str(tmp_path), model, model.state_dict(), ["a", "b", "c"], image_size=32)
-    loaded = resnets.load_classifier(str(tmp_path), ("a", "b", "c"), flag="--teachers").eval()
+    classifiers.save(str(tmp_path), model, model.state_dict(), ["a", "b", "c"], image_size=32)
+    loaded = classifiers.load_classifier(str(tmp_path), ("a", "b", "c"), flag="--teachers").eval()
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(loaded(pixels), model.eval()(pixels))
     assert loaded.size == 32
     with pytest.raises(ValueError, match="same classes in the same order"):
-        resnets.load_classifier(str(tmp_path), ("a", "c", "b"), flag="--teachers")
+        classifiers.load_classifier(str(tmp_path), ("a", "c", "b"), flag="--teachers")
 
 
 def test_an_engines_autocast_stays_on() -> None:
@@ -109,11 +111,11 @@ def test_a_teacher_for_zero_3_is_contiguous_and_really_bf16(
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=3) if theirs else resnets.build_net("resnet8", 3)
     config = {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 32, "classes": ["a", "b", "c"]}
-    monkeypatch.setattr(resnets, "check_source", lambda *_: None)
-    monkeypatch.setattr(resnets, "load_net", lambda *_: (copy.deepcopy(net), config))
+    monkeypatch.setattr(classifiers, "check_source", lambda *_: None)
+    monkeypatch.setattr(classifiers, "load_net", lambda *_: (copy.deepcopy(net), config))
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     whole, split = (
-        resnets.load_teacher(str(tmp_path), ("a", "b", "c"), flag="", autocast=True, split=split).eval()
+        classifiers.load_teacher(str(tmp_path), ("a", "b", "c"), flag="", autocast=True, split=split).eval()
         for split in (False, True)
     )
     torch.testing.assert_close(split(pixels).float(), whole(pixels).float(), rtol=0.1, atol=0.05)
@@ -148,7 +150,7 @@ def test_a_folded_network_answers_the_same(name: str, blurpool: bool) -> None:
 def test_torchvisions_classes_in_another_order_are_refused() -> None:
     known = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
     with pytest.raises(ValueError, match=f"in another order, from {known[1]} on"):
-        resnets.load_classifier("resnet18", [known[1], known[0], *known[2:]], flag="--teachers")
+        classifiers.load_classifier("resnet18", [known[1], known[0], *known[2:]], flag="--teachers")
 
 
 def on_one_of_two_ranks(rank: int, folder: str) -> None:
@@ -215,7 +217,7 @@ def test_decoupled_sgd_equals_its_formula() -> None:
 
 def test_the_moving_average_has_its_half_life_and_steps_aside() -> None:
     net = resnets.build_net("resnet8", 4)
-    ema = optimizers.Ema(net, half_life=10)
+    ema = Ema(net, half_life=10)
     with torch.no_grad():
         net.fc.weight.add_(1.0)  # type: ignore[union-attr, operator]
     start = net.fc.weight.detach().clone()  # type: ignore[union-attr, operator]
@@ -230,7 +232,7 @@ def test_the_moving_average_has_its_half_life_and_steps_aside() -> None:
     with ema.applied():
         torch.testing.assert_close(net.fc.weight.detach(), start + 6.0)  # type: ignore[union-attr]
     torch.testing.assert_close(net.fc.weight.detach(), start + 8.0)  # type: ignore[union-attr]
-    none = optimizers.Ema(net, half_life=0)
+    none = Ema(net, half_life=0)
     none.update(5)
     with none.applied():
         assert none.average == []
@@ -265,14 +267,12 @@ def test_label_losses() -> None:
     logits, labels = torch.randn(5, 7).bfloat16(), torch.randint(7, (5,))
     one_hot = F.one_hot(labels, 7).float()
     for smoothing in (0.0, 0.1):
-        hard = classification.label_loss(logits, labels, smoothing=smoothing)
-        soft = classification.label_loss(logits, one_hot, smoothing=smoothing)
+        hard = label_loss(logits, labels, smoothing=smoothing)
+        soft = label_loss(logits, one_hot, smoothing=smoothing)
         torch.testing.assert_close(hard, soft)
         assert hard.dtype == torch.float32 and hard.shape == (5,)
         target = one_hot * (1 - smoothing) + smoothing / 7
         p = logits.float().sigmoid()
         bce = -(target * p.log() + (1 - target) * (1 - p).log()).sum(-1)
-        torch.testing.assert_close(classification.label_loss(logits, labels, kind="bce", smoothing=smoothing), bce)
-    torch.testing.assert_close(
-        classification.label_loss(logits, labels), F.cross_entropy(logits.float(), labels, reduction="none")
-    )
+        torch.testing.assert_close(label_loss(logits, labels, kind="bce", smoothing=smoothing), bce)
+    torch.testing.assert_close(label_loss(logits, labels), F.cross_entropy(logits.float(), labels, reduction="none"))

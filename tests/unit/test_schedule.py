@@ -13,7 +13,8 @@ from kd_core.cli import SharedFlags
 from kd_core.kernels.softmax_kl import softmax_kl
 from kd_core.losses.distillation import mean_teacher_logits
 from kd_core.teachers.samplers import Sampler, draw_teachers
-from kd_core.training.schedules import distillation, linear_warmup_cosine, linear_warmup_decay, window_closed
+from kd_core.teachers.window import distillation, window_closed
+from kd_core.training.schedules import linear_warmup_cosine, linear_warmup_decay
 
 
 def test_learning_rate_rises_over_the_warmup_and_falls_to_the_floor() -> None:

@@ -19,12 +19,16 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.utils import logging
 
 from kd_core.cache import logits as cache_logits
-from kd_core.cache.records import CachedTeacher
 from kd_core.cli import SharedFlags
-from kd_core.runs.record import Run, Stopwatch, needs_teachers
+from kd_core.runs import record
+from kd_core.runs.record import Run
+from kd_core.runs.sources import model_source
+from kd_core.system.clock import Stopwatch
 from kd_core.teachers.placement import PinnedTeachers, teachers_of_rank
-from kd_core.teachers.pool import TeacherPool, build_pool, load_pretrained, model_source
-from kd_core.training import engine
+from kd_core.teachers.pool import TeacherPool, build_pool
+from kd_core.teachers.sources import CachedTeacher
+from kd_core.teachers.window import needs_teachers
+from kd_core.text.pretrained import load_pretrained
 
 
 def test_teachers_are_frozen_and_answer_without_gradients() -> None:
@@ -223,7 +227,7 @@ def test_a_teacher_whose_score_is_not_finite_is_refused(monkeypatch: pytest.Monk
 def test_a_run_says_that_teachers_are_not_used_and_records_no_nan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "leave", lambda: None)
+    monkeypatch.setattr(record, "leave", lambda: None)
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text('{"step": 40, "eval/loss": NaN}\n')
     run = Run(tmp_path, flags(kd_ratio=0.0), first=40)

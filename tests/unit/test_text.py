@@ -18,8 +18,13 @@ import torch
 from huggingface_hub import constants as hub_constants
 
 from kd_core.system import hashing
+from kd_core.system.ahead import prefetch
+from kd_core.system.splits import named_split
 from kd_core.text import c4, documents, packing
+from kd_core.text import corpus as corpora
 from kd_core.text import masking as text
+from kd_core.text.corpus import IGNORE_INDEX, _open_source, prepare
+from kd_core.text.order import Position, shard_order
 from kd_core.text.tokenizer import SPECIAL_TOKENS, load_tokenizer, same_tokenizer, tokenizer_digest
 
 PROJECT = Path(__file__).parents[2]
@@ -54,7 +59,7 @@ def make_corpus(tmp_path, count=600, **settings):
     source = tmp_path / "corpus.jsonl"
     if not source.exists():
         write_jsonl(source, make_texts(count))
-    return text.prepare(str(source), **{"tokenizer": None, "vocab_size": VOCAB_SIZE, "seq_len": SEQ_LEN} | settings)
+    return prepare(str(source), **{"tokenizer": None, "vocab_size": VOCAB_SIZE, "seq_len": SEQ_LEN} | settings)
 
 
 def make_batches(corpus, **settings):
@@ -171,7 +176,7 @@ def test_a_folder_is_read_recursively_in_order_without_other_files(tmp_path):
     ],
 )
 def test_split_names(name, split):
-    assert documents.named_split(name) == split
+    assert named_split(name) == split
 
 
 def test_named_splits(tmp_path):
@@ -267,11 +272,11 @@ def test_many_tokens_need_uint32(tmp_path):
 
 
 def test_validation_rows_are_bounded_and_taken_by_hash(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "VALIDATION_ROWS", 5)
+    monkeypatch.setattr(corpora, "VALIDATION_ROWS", 5)
     write_jsonl(tmp_path / "data" / "train.jsonl", make_texts(100))
     validation = make_texts(300, seed=9)
     write_jsonl(tmp_path / "data" / "val.jsonl", validation)
-    corpus = text.prepare(str(tmp_path / "data"), tokenizer=None, vocab_size=VOCAB_SIZE, seq_len=SEQ_LEN)
+    corpus = prepare(str(tmp_path / "data"), tokenizer=None, vocab_size=VOCAB_SIZE, seq_len=SEQ_LEN)
     assert corpus.validation.shape == (5, SEQ_LEN)
     first = min(validation, key=documents.text_digest)
     expected = corpus.tokenizer(first, add_special_tokens=False)["input_ids"][: SEQ_LEN - 2]
@@ -290,14 +295,14 @@ def test_held_out_text_stays_bounded():
 
 PREPARE = """
 import sys, time
-from kd_core.text import masking as text
-build, starts = text._build_corpus, []
+from kd_core.text import corpus as corpora
+build, starts = corpora._build_corpus, []
 def counted(*args):
     starts.append(1)
     time.sleep(1)
     build(*args)
-text._build_corpus = counted
-corpus = text.prepare(sys.argv[1], tokenizer=None, vocab_size=300, seq_len=32)
+corpora._build_corpus = counted
+corpus = corpora.prepare(sys.argv[1], tokenizer=None, vocab_size=300, seq_len=32)
 print(len(starts), corpus.fingerprint, corpus.rows(0).tobytes().hex()[:4000])
 """
 
@@ -525,7 +530,7 @@ def test_a_vocabulary_too_small_for_the_alphabet_is_refused(tmp_path):
 
 def prepare_error(source, kind=ValueError, **settings):
     with pytest.raises(kind) as error:
-        text.prepare(str(source), **{"tokenizer": None, "vocab_size": VOCAB_SIZE, "seq_len": SEQ_LEN} | settings)
+        prepare(str(source), **{"tokenizer": None, "vocab_size": VOCAB_SIZE, "seq_len": SEQ_LEN} | settings)
     line = error_line(error)
     assert line.startswith("--"), line
     return line
@@ -734,7 +739,7 @@ def test_an_epoch_visits_every_row_once_and_epochs_differ(tmp_path):
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (1, 12), (2, 3), (4, 1), (3, 4)])
 def test_a_global_batch_does_not_depend_on_its_split(tmp_path, world_size, micro_batch_size):
     corpus = make_corpus(tmp_path)
-    end = text.Position(0, 0, len(corpus.rows(0)) - 5)  # the first batch runs over the epoch's end
+    end = Position(0, 0, len(corpus.rows(0)) - 5)  # the first batch runs over the epoch's end
     whole = list(itertools.islice(make_batches(corpus, position=end), 3))
     split = [
         list(
@@ -762,7 +767,7 @@ def test_resuming_anywhere_equals_going_on(tmp_path):
     assert steps[-1].position.epoch >= 1
     for at in range(39):
         saved = json.loads(json.dumps(steps[at].position))
-        resumed = next(make_batches(corpus, position=text.Position(*saved)))
+        resumed = next(make_batches(corpus, position=Position(*saved)))
         assert all(torch.equal(a, b) for a, b in zip(columns([resumed]), columns([steps[at + 1]]), strict=True))
         assert resumed.position == steps[at + 1].position
 
@@ -802,26 +807,26 @@ def test_validation_shares_are_disjoint_complete_and_of_equal_shapes(tmp_path, w
     found = {}
     for micro in itertools.chain(*shares):
         for number, labels in zip(micro.sample_ids.tolist(), micro.labels.view(-1, k).tolist(), strict=True):
-            if labels != [text.IGNORE_INDEX] * k:
+            if labels != [IGNORE_INDEX] * k:
                 assert number not in found
                 found[number] = labels
     assert found == expected
 
 
 def test_prefetch():
-    assert list(packing.prefetch(iter(range(100)))) == list(range(100))
+    assert list(prefetch(iter(range(100)))) == list(range(100))
 
     def failing():
         yield 1
         raise ValueError("from the thread")
 
-    items = packing.prefetch(failing())
+    items = prefetch(failing())
     assert next(items) == 1
     with pytest.raises(ValueError, match="from the thread"):
         next(items)
 
     taken = []
-    endless = packing.prefetch((taken.append(i) or i for i in itertools.count()), depth=3)
+    endless = prefetch((taken.append(i) or i for i in itertools.count()), depth=3)
     assert [next(endless), next(endless)] == [0, 1]
     time.sleep(0.3)
     assert len(taken) <= 2 + 3 + 1, "bounded"
@@ -869,7 +874,7 @@ def hub(tmp_path, monkeypatch):
 def open_c4(tmp_path, hub, validation):
     make_corpus(tmp_path).tokenizer.save_pretrained(tmp_path / "tokenizer")
     hub(c4.VALIDATION_FILE, validation)
-    return text.prepare("c4", tokenizer=str(tmp_path / "tokenizer"), vocab_size=0, seq_len=SEQ_LEN)
+    return prepare("c4", tokenizer=str(tmp_path / "tokenizer"), vocab_size=0, seq_len=SEQ_LEN)
 
 
 def wait_for_workers():
@@ -881,7 +886,7 @@ def test_c4_from_end_to_end(tmp_path, hub, cache):
     validation = make_texts(50, seed=100)
     corpus = open_c4(tmp_path, hub, validation)
     assert corpus.num_shards == 1024 and len(corpus.validation) > 1
-    shards = [int(s) for s in text.shard_order(1, 0, 1024)[:5]]
+    shards = [int(s) for s in shard_order(1, 0, 1024)[:5]]
     for shard in shards:
         hub(c4.train_file(shard), [*make_texts(20, seed=shard), validation[3]])
     rows_of = lambda shard: cache.glob(f"c4-*/train-{shard:05d}.bin")
@@ -947,12 +952,12 @@ def test_embedded_text(tmp_path, monkeypatch):
     assert len(texts) == count and sum(map(len, texts)) > 1_500_000
     paragraphs = [p for t in texts for p in t.split("\n")]
     assert len(set(paragraphs)) == len(paragraphs) and min(map(len, texts)) >= 150
-    assert text._open_source(None, False).name == text._open_source("embedded", False).name == "embedded"
+    assert _open_source(None, False).name == _open_source("embedded", False).name == "embedded"
 
 
 @needs_data("wikitext2")
 def test_real_text(capsys):
-    corpus = text.prepare(
+    corpus = prepare(
         str(DATA / "wikitext2" / "valid.txt.gz"), tokenizer=None, vocab_size=4096, seq_len=64, progress=True
     )
     assert len(corpus.rows(0)) > 3000 and len(corpus.validation) > 20
@@ -964,7 +969,7 @@ def test_real_text(capsys):
 def test_real_c4(tmp_path, hub):
     texts = list(documents.read_file(DATA / "c4_sample" / "c4_en_1000.jsonl.gz"))
     corpus = open_c4(tmp_path, hub, texts[:200])
-    shard = int(text.shard_order(5, 0, 1024)[0])
+    shard = int(shard_order(5, 0, 1024)[0])
     hub(c4.train_file(shard), texts[200:])
     batches = make_batches(corpus, seed=5, steps=3)
     assert len(list(batches)) == 3

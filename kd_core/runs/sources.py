@@ -1,0 +1,34 @@
+"""What names a model: a run folder, a folder of Hugging Face, a name on its hub."""
+
+from pathlib import Path
+
+# Files that from_pretrained reads without running code: safetensors, or pickles restricted to tensors.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def model_source(path: str, flag: str = "--teachers") -> str:
+    """What `from_pretrained` takes for `path`: a run folder's `hf/`, a Hugging Face folder, or a hub name.
+
+    Raises:
+        FileNotFoundError: `path` looks like a path and nothing is there.
+        ValueError: a folder that is neither a finished run nor a Hugging Face model.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if (folder / "run.json").exists():
+            if not (folder / "hf" / "config.json").exists():
+                raise ValueError(f"{flag} {path} is a run without hf/: it has not finished; continue it with --resume")
+            folder = folder / "hf"
+        if not (folder / "config.json").exists() or not any((folder / name).exists() for name in WEIGHT_FILES):
+            raise ValueError(f"{flag} {path} is no model: expected a run folder, or config.json with model.safetensors")
+        return str(folder.resolve())
+    if folder.exists() or path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1:
+        raise FileNotFoundError(
+            f"{flag} {path}: no model folder there; give a run folder, a model folder or a hub name"
+        )
+    return path

@@ -1,0 +1,222 @@
+"""A corpus: a source becomes packed rows of tokens once, memory-mapped.
+
+source -> tokens -> rows of [CLS] tokens [SEP], without padding -> cache
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from kd_core.system.files import build_once, cache_key, cache_root, file_digest, write_json
+from kd_core.system.hub import HUB_NAME
+from kd_core.system.splits import VALIDATION_ONE_IN
+from kd_core.system.terminal import say
+from kd_core.text import c4, documents
+from kd_core.text.packing import VALIDATION_ROWS, HeldOut, Packer, Report
+from kd_core.text.tokenizer import load_tokenizer, tokenizer_digest, train_wordpiece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+IGNORE_INDEX = -100
+MIN_SEQ_LEN, MAX_SEQ_LEN = 8, 65_536
+TOKENIZER_TRAINING_CHARS = 100_000_000
+
+
+class Rows(Protocol):
+    """Packed training rows in shards."""
+
+    @property
+    def num_shards(self) -> int: ...
+
+    def open(self, shard: int) -> np.ndarray: ...
+
+    def request(self, shard: int) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A tokenised source, opened from the cache; made by `prepare`."""
+
+    name: str
+    fingerprint: str  # of the content, the tokenizer and the settings: equal fingerprints give equal batches
+    tokenizer: "PreTrainedTokenizerFast"
+    seq_len: int
+    validation: np.ndarray  # uint16 or uint32 [R, seq_len], 1 <= R <= VALIDATION_ROWS
+    train: Rows
+
+    @property
+    def num_shards(self) -> int:
+        return self.train.num_shards
+
+    def rows(self, shard: int) -> np.ndarray:
+        """A shard's training rows, memory-mapped uint16 or uint32 [rows, seq_len]; of c4, waits until it is tokenised.
+
+        Raises:
+            ValueError: the shard cannot be downloaded or tokenised, with the worker's own message.
+        """
+        return self.train.open(shard)
+
+    def request(self, shard: int) -> None:
+        """Has a shard made in the background, if it is not there yet; returns at once."""
+        self.train.request(shard)
+
+    def check_batch(self, global_batch_size: int) -> None:
+        """
+        Raises:
+            ValueError: the corpus has fewer rows than one global batch.
+        """
+        if self.num_shards > 1:
+            return
+        num_rows = len(self.rows(0))
+        if num_rows < global_batch_size:
+            raise ValueError(
+                f"--data {self.name} has {num_rows} training sequences of {self.seq_len} tokens, fewer than one batch; "
+                f"--global-batch-size must be at most {num_rows}, got {global_batch_size}, or give more text"
+            )
+
+
+def prepare(
+    source: str | None, *, tokenizer: str | None, vocab_size: int, seq_len: int, progress: bool = False
+) -> Corpus:
+    """Tokenises and packs a source into the cache, or opens what is there; the same bytes for every caller.
+
+    Any number of processes may call this at once: one works, the others wait. The cache is `$KD_CACHE`, by default
+    `~/.cache/kd_recipes`; it can be deleted at any time when no run uses it.
+
+    Args:
+        source: a file or folder (see `documents.local_documents`), "c4", "owner/name[:config]" on the hub, or "embedded" or
+            None for text that comes with Python.
+        tokenizer: what `load_tokenizer` takes; None trains a WordPiece tokenizer on the training documents (c4: BERT's).
+        vocab_size: tokens at most, of a tokenizer that is trained here.
+        seq_len: T, tokens a row, [CLS] and [SEP] included.
+        progress: say what is done, on stderr: a bar on a terminal, a line elsewhere. Only the process that does it speaks.
+
+    Raises:
+        FileNotFoundError, ValueError: one line that names the flag and says what to do.
+    """
+    if not MIN_SEQ_LEN <= seq_len <= MAX_SEQ_LEN:
+        raise ValueError(f"--seq-len must be in [{MIN_SEQ_LEN}, {MAX_SEQ_LEN}], got {seq_len}")
+    if source == "c4":
+        return _open_c4(load_tokenizer(tokenizer or c4.DEFAULT_TOKENIZER), seq_len, progress)
+    texts = _open_source(source, progress)
+    if tokenizer is None:
+        loaded = _trained_tokenizer(texts, vocab_size, progress)
+    else:
+        loaded = load_tokenizer(tokenizer)
+    packer = Packer.of(loaded, seq_len)
+    folder = cache_root() / f"corpus-{cache_key(texts.key, tokenizer_digest(loaded), seq_len)}"
+    build_once(folder, lambda new: _build_corpus(new, texts, packer, progress))
+    facts = json.loads((folder / "facts.json").read_text())
+    return Corpus(
+        name=texts.name,
+        fingerprint=facts["fingerprint"],
+        tokenizer=loaded,
+        seq_len=seq_len,
+        validation=packer.open(folder / "validation.bin"),
+        train=LocalRows(folder / "train.bin", packer),
+    )
+
+
+def _open_source(source: str | None, progress: bool) -> documents.Documents:
+    if source is None or source == "embedded":
+        folder = cache_root() / f"embedded-{cache_key(documents.embedded_key())}"
+        build_once(folder, lambda new: _build_embedded(new, progress))
+        return documents.local_documents(folder / "documents.jsonl", name="embedded")
+    path = Path(source).expanduser()
+    beside_a_folder = path.parent != Path(".") and path.parent.is_dir()
+    if HUB_NAME.fullmatch(source) and not (path.exists() or beside_a_folder or documents.file_kind(path)):
+        return documents.hub_documents(source)
+    return documents.local_documents(path)
+
+
+def _open_c4(tokenizer: "PreTrainedTokenizerFast", seq_len: int, progress: bool) -> Corpus:
+    """C4 with its validation rows made now, its training shards when they are asked for."""
+    packer = Packer.of(tokenizer, seq_len)
+    folder = cache_root() / f"c4-{packer.identity}"
+    build_once(folder, lambda new: c4.build_validation(new, packer, progress))
+    return Corpus(
+        name="c4",
+        fingerprint=cache_key("c4", packer.identity),
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        validation=packer.open(folder / "validation.bin"),
+        train=c4.Shards(folder, packer, progress),
+    )
+
+
+def _build_embedded(folder: Path, progress: bool) -> None:
+    start = time.monotonic()
+    count = documents.write_embedded(folder / "documents.jsonl")
+    megabytes = (folder / "documents.jsonl").stat().st_size / 1e6
+    if progress:
+        say(f"collecting embedded text: {count} documents, {megabytes:.1f} MB, {time.monotonic() - start:.1f} s")
+
+
+def _trained_tokenizer(texts: documents.Documents, vocab_size: int, progress: bool) -> "PreTrainedTokenizerFast":
+    folder = cache_root() / f"tokenizer-{cache_key(texts.key, vocab_size)}"
+
+    def build(new: Path) -> None:
+        start = time.monotonic()
+        sample, chars = [], 0
+        for split, text in texts:
+            if split == "train":
+                sample.append(text)
+                chars += len(text)
+                if chars >= TOKENIZER_TRAINING_CHARS:
+                    break
+        if not sample:
+            raise ValueError(f"--data {texts.name} has no training documents; give more text")
+        trained = train_wordpiece(sample, vocab_size)
+        trained.save(str(new / "tokenizer.json"))
+        if progress:
+            size, seconds = trained.get_vocab_size(), time.monotonic() - start
+            say(f"training a tokenizer on {texts.name}: {size} tokens, {chars / 1e6:.1f} M characters, {seconds:.1f} s")
+
+    build_once(folder, build)
+    return load_tokenizer(str(folder / "tokenizer.json"))
+
+
+def _build_corpus(folder: Path, texts: documents.Documents, packer: "Packer", progress: bool) -> None:
+    held_out = HeldOut(packer.seq_len)
+    report = Report(f"tokenising {texts.name}", progress)
+    rows = packer.write(folder / "train.bin", held_out.divert(texts), report=report)
+    if not held_out.count:
+        raise ValueError(
+            f"--data {texts.name} has no validation document: of {report.documents} documents, a hash takes one in "
+            f"{VALIDATION_ONE_IN}; give more documents (blank lines separate them in .txt), or a file named validation*"
+        )
+    if not rows:
+        raise ValueError(
+            f"--data {texts.name} has {report.documents} training documents, which do not fill one sequence of "
+            f"{packer.seq_len} tokens; give more text, or a smaller --seq-len"
+        )
+    validation_rows = packer.write(folder / "validation.bin", held_out.texts(), max_rows=VALIDATION_ROWS)
+    if not validation_rows:
+        raise ValueError(
+            f"--data {texts.name} has {held_out.count} validation documents, which do not fill one sequence of "
+            f"{packer.seq_len} tokens; give more text, or a smaller --seq-len"
+        )
+    report.close(f"{validation_rows} validation rows, {texts.duplicates} duplicates of validation documents left out")
+    content = file_digest(folder / "train.bin") + file_digest(folder / "validation.bin")
+    write_json(folder / "facts.json", {"fingerprint": cache_key(content, packer.identity)})
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """The rows of a source that is tokenised as a whole."""
+
+    path: Path
+    packer: "Packer"
+    num_shards: int = 1
+
+    def open(self, shard: int) -> np.ndarray:
+        assert shard == 0, f"local data is one shard, asked for {shard}"
+        return self.packer.open(self.path)
+
+    def request(self, shard: int) -> None:
+        """Nothing to do: the rows are there before the corpus is."""

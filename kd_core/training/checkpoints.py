@@ -1,0 +1,125 @@
+"""Checkpoints: complete or invisible, and checked before they are read."""
+
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kd_core.system.files import file_digest, sync
+from kd_core.system.ranks import broadcast, rank
+
+
+def save_checkpoint(engine: Any, folder: Path, step: int, client_state: dict[str, Any], keep: int) -> None:
+    """Writes `folder/step<step>`, complete or invisible, and removes all but the newest `keep`.
+
+    DeepSpeed moves its own `latest` before the other ranks' shards are complete and never checks what it reads. Here
+    the checkpoint grows in a hidden folder; a manifest of SHA-256 sums and one rename make it visible.
+    """
+    hidden = folder / ".incomplete"
+    name = f"step{step:08d}"
+    if rank() == 0:
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir(parents=True)
+    dist.barrier()
+    try:
+        engine.save_checkpoint(str(hidden), tag=name, client_state=client_state, save_latest=False)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer has no error of its own for a full disk
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise OSError(f"{folder / name} cannot be written: {reason}; mend that, then continue with --resume") from error
+    dist.barrier()
+    if rank() == 0:
+        _write_manifest(hidden / name)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (hidden / name).rename(folder / name)
+        sync(folder)
+        shutil.rmtree(hidden)
+        there = sorted(path.name for path in folder.glob("step*"))
+        newer = [other for other in there if step_of(other) > step]  # damaged: the run was resumed before them
+        for old in newer + [other for other in there if other not in newer][:-keep]:
+            shutil.rmtree(folder / old)
+    dist.barrier()
+
+
+def _write_manifest(folder: Path) -> None:
+    sums = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            sums[str(file.relative_to(folder))] = file_digest(file)
+            sync(file)
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps(sums, indent=1))
+    sync(manifest)
+    sync(folder)
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """Name of the newest checkpoint in `folder` whose manifest holds; the same on every rank.
+
+    A damaged one is named and passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    name = broadcast(_newest_sound(folder) if rank() == 0 else None)
+    if name is None and any(folder.glob("step*")):
+        raise ValueError(f"--resume: all checkpoints in {folder} are damaged; start a new run in another --out")
+    return name
+
+
+def _newest_sound(folder: Path) -> str | None:
+    for candidate in sorted(folder.glob("step*"), reverse=True):
+        damage = _damage(candidate)
+        if not damage:
+            return candidate.name
+        print(f"checkpoint {candidate} is damaged ({damage}): trying an older one", file=sys.stderr, flush=True)
+    return None
+
+
+def _damage(checkpoint: Path) -> str:
+    """What in a checkpoint is not as its manifest says; "" when it holds."""
+    try:
+        sums = json.loads((checkpoint / "manifest.json").read_text())
+        return next((name for name, digest in sums.items() if file_digest(checkpoint / name) != digest), "")
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def step_of(checkpoint: str | None) -> int:
+    """The number of steps taken when `checkpoint` was written; 0 without one."""
+    return int(checkpoint.removeprefix("step")) if checkpoint else 0
+
+
+def load_checkpoint(engine: Any, folder: Path, name: str) -> dict[str, Any]:
+    """Restores weights, optimizer and the client state that `save_checkpoint` was given."""
+    path, client_state = engine.load_checkpoint(str(folder), tag=name)
+    assert path is not None, f"DeepSpeed did not load {folder / name}, whose manifest holds"
+    return dict(client_state)
+
+
+def read_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The model's full state dict and the client state of a checkpoint of any ZeRO stage, without the ranks it had.
+
+    Weights are in the compute dtype, of ZeRO-3 in float32.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    damage = _damage(checkpoint)
+    if damage:
+        raise ValueError(f"checkpoint {checkpoint} is damaged ({damage}); leave it out")
+    sharded = sorted(checkpoint.glob("zero_pp_rank_*_model_states.pt"))
+    states = torch.load(
+        (sharded or [checkpoint / "mp_rank_00_model_states.pt"])[0], map_location="cpu", weights_only=False
+    )
+    if not sharded:
+        return states["module"], states
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(None):
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name), states

@@ -1,0 +1,53 @@
+"""What a run keeps besides its engines."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Exponential moving average of a module's parameters and buffers, for evaluation; float32, on every rank.
+
+    Up to its first update it is the weights themselves, so that their random initialisation has no part in it.
+
+    Source: Composer's EMA: half-life in steps, an update every fifth of it. ZeRO-3 splits the weights, so it has none.
+
+    Args:
+        half_life: optimizer steps after which a weight counts half; 0: there is no average, and nothing happens.
+    """
+
+    def __init__(self, module: nn.Module, half_life: int) -> None:
+        tensors = module.state_dict(keep_vars=True).values() if half_life else ()
+        self._live = [tensor for tensor in tensors if tensor.is_floating_point()]
+        self.average = [tensor.detach().float().clone() for tensor in self._live]
+        self._every = max(1, half_life // 5)
+        self._share = 1 - 0.5 ** (self._every / half_life) if half_life else 0.0
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights after `step` steps, if it is one of those."""
+        if self._live and (step < self._every or step % self._every == 0):
+            share = self._share if step > self._every else 1.0
+            torch._foreach_lerp_(self.average, [tensor.detach().float() for tensor in self._live], share)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, the module's weights are the average."""
+        kept = [tensor.detach().clone() for tensor in self._live]
+        _copy(self._live, self.average)
+        try:
+            yield
+        finally:
+            _copy(self._live, kept)
+
+    def load(self, average: list[Tensor]) -> None:
+        """Continues from the `average` of a checkpoint."""
+        _copy(self.average, average)
+
+
+@torch.no_grad()
+def _copy(targets: list[Tensor], values: list[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
