@@ -56,7 +56,7 @@ STALL = 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(cli.Flags):
     """Step times measured on few GPUs, and the run planned on many. Milliseconds are per optimizer step."""
 
     measured: tuple[str, ...] = ()

@@ -27,7 +27,7 @@ UNSET = "the preset's own teacher"
 
 def launch(
     main: Callable[[Sequence[str], str], int],
-    config_type: type[cli.SharedFlags],
+    config_type: type[Any],
     build_data: Callable[[Any], Any],
     *,
     node: str,
@@ -38,7 +38,7 @@ def launch(
 
     Args:
         main: the recipe's `main`.
-        config_type: the recipe's `Config`.
+        config_type: the recipe's `Config`, of `TeacherFlags` and `TrainFlags`.
         build_data: the recipe's; its fingerprint says which runs can share a teacher.
         node: flags for GPUs; chosen where there is one, or by `--preset node`.
         small: flags for a CPU; chosen where there is no GPU, or by `--preset small`.
@@ -77,13 +77,13 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _teacher_folder(flags: str, cfg: cli.SharedFlags, build_data: Callable[[Any], Any]) -> Path:
+def _teacher_folder(flags: str, cfg: Any, build_data: Callable[[Any], Any]) -> Path:
     """A name that follows from the teacher's flags and from the data, tokenizer included."""
     key = repr((shlex.split(flags, comments=True), build_data(cfg).fingerprint))
     return Path("runs/small_teacher") / hashlib.sha256(key.encode()).hexdigest()[:8]
 
 
-def _train_once(folder: Path, main: Callable[..., int], flags: str, cfg: cli.SharedFlags) -> None:
+def _train_once(folder: Path, main: Callable[..., int], flags: str, cfg: Any) -> None:
     """Trains the teacher unless it is there; local rank 0 does it, under a lock, and the other ranks and runs wait."""
     while ranks.local_rank() != 0 and not (folder / "hf").exists():
         time.sleep(0.5)  # should the training fail, the launcher ends this rank

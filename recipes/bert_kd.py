@@ -35,15 +35,18 @@ from kd_core.system.clock import resumed_clock
 from kd_core.system.hashing import seed_step
 from kd_core.teachers import pool as teachers
 from kd_core.teachers import window
+from kd_core.teachers.flags import DistillFlags
 from kd_core.teachers.sources import cache_folder
-from kd_core.text import flags as text_flags
+from kd_core.teachers.window import needs_teachers
 from kd_core.text import masking as text
 from kd_core.text.corpus import IGNORE_INDEX, Corpus, prepare
+from kd_core.text.flags import MaskingFlags
 from kd_core.text.order import Position
 from kd_core.text.pretrained import int8_weights, load_pretrained
 from kd_core.text.tokenizer import require_same_tokenizer
 from kd_core.training import checkpoints, engine
 from kd_core.training import schedules as schedule
+from kd_core.training.flags import TrainFlags
 from kd_core.training.processes import end_process, join
 from kd_core.training.stop import StopSignal
 
@@ -60,21 +63,11 @@ def size_of(student: str) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True)
-class Config(cli.SharedFlags):
+class Config(DistillFlags, TrainFlags, MaskingFlags):
     """BERT pretraining with a distillation window. `--load RUN_JSON` starts from a saved run's flags."""
 
     student: str = "base"
     """tiny, mini, small, medium, base, large or LAYERSxWIDTH, as 6x256 (random), or a BERT checkpoint (./6x256)."""
-    tokenizer: str | None = None
-    """Hub name, folder, tokenizer.json or SentencePiece .model; default: WordPiece trained on the data (c4: BERT's)."""
-    vocab_size: int = 8192
-    """Size of the WordPiece vocabulary when it is trained on the data."""
-    data: str = "embedded"
-    """c4, a hub name, a file or folder of txt/jsonl/json/parquet (.gz, .xz), or embedded (Python's documentation)."""
-    seq_len: int = 128
-    """Tokens per sample."""
-    mask_fraction: float = 0.15
-    """Share of the positions masked in training (MosaicBERT: 0.30); evaluation always masks 0.15."""
     teacher_dtype: Literal["bf16", "fp32", "int8"] = "bf16"
     """Weights and activations of the teachers; int8: weights of 8 bits below the head, bf16 otherwise (torchao)."""
     softmax_axis: Literal["class", "sequence"] = "class"
@@ -101,10 +94,9 @@ class Config(cli.SharedFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        text_flags.check_flags(self)
         size = size_of(self.student)
         self.check("student", not size or size[1] % 64 == 0, "LAYERSxWIDTH with a width that 64 divides, a head's")
-        by_class = self.divergence == "mse" or any(map(cache_folder, self.teachers))
+        by_class = self.divergence == "mse" or self.cached
         self.check("softmax_axis", self.softmax_axis == "class" or not by_class, "class for mse and cached teachers")
         with_logits = by_class or self.softmax_axis == "sequence" or self.sampler == "all" or self.draws > 1
         with_logits |= self.teacher_placement != "device" or self.teacher_ahead
@@ -266,7 +258,7 @@ def export(student: Any, corpus: Corpus, folder: Path) -> None:
 def checked(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], Corpus, dict[str, int]]:
     """What bad input makes fail, cheapest first, before any model is built: config, models, run folder, data."""
     ds_config = engine.load_config(cfg)
-    needed = window.needs_teachers(cfg)
+    needed = needs_teachers(cfg)
     models = [("--teachers", path) for path in cfg.teachers if needed and not cache_folder(path)]
     models += [("--student", cfg.student)] if size_of(cfg.student) is None else []
     sources = [(flag, model_source(path, flag)) for flag, path in models]

@@ -47,7 +47,7 @@ PIECE = 64  # tokens that a core computes in the time that one more call of a sm
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(cli.Flags):
     """Fine-tunes and evaluates pretrained BERTs on GLUE. A call with the --out of one that was stopped continues it."""
 
     models: Positional[tuple[str, ...]] = ()
@@ -98,17 +98,13 @@ class Config:
     """Take all other flags from --out."""
 
     def __post_init__(self) -> None:
-        tau = self.temperature
-        for name, ok, allowed in (
-            ("kd_ratio", 0 <= self.kd_ratio <= 1, "in [0, 1]"),
-            ("kd_ratio", bool(self.kd_ratio) == bool(self.teachers), "above 0 with --teachers, and 0 without"),
-            ("temperature", 0 < tau < math.inf, "a finite number above 0"),
-            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
-            ("seed", self.seed >= 0, "at least 0"),
-            ("jobs", self.jobs is None or self.jobs >= 1, "at least 1"),
-        ):
-            if not ok:
-                raise ValueError(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(self, name)}")
+        super().__post_init__()
+        self.check("kd_ratio", 0 <= self.kd_ratio <= 1, "in [0, 1]")
+        self.check("kd_ratio", bool(self.kd_ratio) == bool(self.teachers), "above 0 with --teachers, and 0 without")
+        self.check("temperature", 0 < self.temperature < math.inf, "a finite number above 0")
+        self.check("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        self.check("seed", self.seed >= 0, "at least 0")
+        self.check("jobs", self.jobs is None or self.jobs >= 1, "at least 1")
 
 
 # --- one job ----------------------------------------------------------------------------------------------------------
@@ -269,7 +265,7 @@ def main(typed: Sequence[str] | None = None) -> int:
             job, words = cli.take(sys.argv[1:] if typed is None else typed, ONE_JOB)
             if job:
                 return fine_tune(FineTuning(**json.loads(job)))
-            cfg: Config = cli.parse(Config, words)  # type: ignore[type-var]  # its flags are not those of DeepSpeed's recipes
+            cfg = cli.parse(Config, words)
             plan = glue_plan.make(cfg, Path(__file__), undo, held)
         with cli.one_line_errors():
             for one in plan.jobs:

@@ -9,7 +9,7 @@ Smoke:   python recipes/resnet_kd.py --preset cifar --data synthetic --steps 4 -
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,9 +20,9 @@ from kd_core.cache import images as cache_images
 from kd_core.images import batches as images
 from kd_core.images import classifiers, resnets
 from kd_core.images import evaluation as classification
-from kd_core.images import flags as image_flags
 from kd_core.images import sources as image_sources
-from kd_core.images.views import View
+from kd_core.images.flags import ImageFlags
+from kd_core.images.views import MIN_SIZE, View
 from kd_core.losses import labels
 from kd_core.losses.distillation import distillation_sum
 from kd_core.runs import folders
@@ -32,8 +32,11 @@ from kd_core.system.clock import resumed_clock
 from kd_core.system.hashing import seed_step
 from kd_core.teachers import pool as teachers
 from kd_core.teachers import window
+from kd_core.teachers.flags import DistillFlags
+from kd_core.teachers.window import needs_teachers
 from kd_core.training import checkpoints, engine, optimizers
 from kd_core.training import schedules as schedule
+from kd_core.training.flags import TrainFlags
 from kd_core.training.kept import Ema
 from kd_core.training.processes import end_process, join
 from kd_core.training.stop import StopSignal
@@ -42,27 +45,13 @@ RECIPE = Path(__file__).stem
 
 
 @dataclass(frozen=True)
-class Config(cli.SharedFlags):
+class Config(DistillFlags, TrainFlags, ImageFlags):
     """ResNets with a distillation window. `--preset baseline-90`, `mild-36` or `cifar`; `--load RUN_JSON`."""
 
     student: str = "resnet50"
     """resnet8 to resnet110 (6n + 2, for 32 x 32), torchvision's resnet18 to resnet152 and wide ones, or a run folder."""
     teachers: tuple[str, ...] = ()
     """Run folders, models of torchvision such as resnet101 or resnet101:IMAGENET1K_V1, or cache:FOLDER."""
-    data: str = "ILSVRC/imagenet-1k"
-    """Folder <split>/<class>/<image> or a .tar of it, parquet, a hub name, or synthetic[:CLASSESxSIDE] (noise)."""
-    train_size: int = 224
-    """Side of a training view, pixels; smaller than --eval-size is FixRes."""
-    eval_resize: int = 256
-    """Shorter side of an evaluated image, pixels."""
-    eval_size: int = 224
-    """Side of its central crop, pixels."""
-    crop: Literal["resized", "padded"] = "resized"
-    """resized: random part, stretched; padded: shift by up to an eighth of the side (small images)."""
-    min_scale: float = 0.08
-    """Smallest share of the image's area in a resized crop."""
-    randaugment: int = 0
-    """Magnitude of RandAugment, 1 to 30; 0: none."""
     mixup: float = 0.0
     """Alpha of MixUp; 0: none. With --cutmix too, each micro-batch draws one of the two."""
     cutmix: float = 0.0
@@ -91,14 +80,6 @@ class Config(cli.SharedFlags):
     """Side of the teachers' view, pixels; default: each one's own; 0: as the student's."""
     teacher_dtype: Literal["bf16", "fp32"] = "bf16"
     """What the teachers compute in."""
-    decoded_gib: float = 2.0
-    """Data up to this size is held decoded, in files that all ranks of a machine share."""
-    workers: int | None = None
-    """Processes per rank that decode; default: none for data held decoded, else the rank's share of the cores."""
-    decoder: Literal["cpu", "nvjpeg"] = "cpu"
-    """nvjpeg: the GPU decodes and resizes the training images (torchvision's nvJPEG), workers only read."""
-    max_corrupt: float = 0.001
-    """Share of the training images that may be unreadable before the run stops."""
     # The authors' released settings for ResNet-50 on ImageNet.
     steps: int = 56_250
     global_batch_size: int = 2048
@@ -126,7 +107,7 @@ class Config(cli.SharedFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        image_flags.check_flags(self)
+        self.check("teacher_size", (self.teacher_size or MIN_SIZE) >= MIN_SIZE, f"0, or at least {MIN_SIZE}")
         for name in ("momentum", "weight_decay", "label_smoothing"):
             self.check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self.check("resize_from", 0 < self.resize_from <= 1, "in (0, 1]")
@@ -135,8 +116,6 @@ class Config(cli.SharedFlags):
         most = self.steps // 4  # the average then holds at most a sixteenth of its first weights
         self.check("ema_half_life", self.ema_half_life <= most, f"at most a quarter of --steps, {most}")
         self.check("lr_batch_size", self.lr_batch_size is None or self.lr_batch_size >= 1, "at least 1")
-        enough = self.workers is None or self.workers >= bool(self.randaugment)
-        self.check("workers", enough, "at least 0 (1 with --randaugment)")
         for name, only in (("mixup", 0), ("cutmix", 0), ("resize_from", 1)):
             possible = not self.cached or getattr(self, name) == only
             self.check(name, possible, f"{only} for cached teachers, who saw other pixels")
@@ -147,7 +126,7 @@ class Config(cli.SharedFlags):
 
     @property
     def view(self) -> View:
-        return View(self.train_size, self.crop, self.min_scale, self.randaugment, self.resize_from)
+        return replace(super().view, initial_scale=self.resize_from)
 
 
 def build_data(cfg: Config) -> image_sources.ImageSet:
@@ -242,7 +221,7 @@ def prepare(cfg: Config, undo: Any) -> tuple[Path, dict[str, Any], image_sources
     ds_config = engine.load_config(cfg)
     if cfg.ema_half_life and ds_config.get("zero_optimization", {}).get("stage") == 3:
         raise ValueError("--ema-half-life must be 0 with ZeRO stage 3, which splits the weights; use stage 0 to 2")
-    for path in cfg.teachers if window.needs_teachers(cfg) else ():
+    for path in cfg.teachers if needs_teachers(cfg) else ():
         classifiers.check_source(path, "--teachers")
     if cfg.student not in resnets.NAMES:
         classifiers.check_student(cfg.student)

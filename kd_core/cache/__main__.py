@@ -23,8 +23,8 @@ def main(typed: Sequence[str] | None = None) -> int:
         task = kinds[kind or "mlm"]
         preset, words = cli.take_preset(task.BuildFlags, words)
         flags = cli.read_flags(task.BuildFlags, words, task.BuildFlags(**preset))
-        cli.check_flag(flags, "teacher", bool(flags.teacher) and not cache_folder(flags.teacher), "given, and a model")
-        cli.check_flag(flags, "out", bool(flags.out), "given")
+        flags.check("teacher", bool(flags.teacher) and not cache_folder(flags.teacher), "given, and a model")
+        flags.check("out", bool(flags.out), "given")
         task.build(flags)
     leave()
     return 0

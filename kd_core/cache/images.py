@@ -13,56 +13,35 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kd_core import cli
 from kd_core.cache import logits as cache_logits
 from kd_core.cache import records as cache
 from kd_core.images import batches as images
 from kd_core.images import classifiers
 from kd_core.images import evaluation as classification
-from kd_core.images import flags as image_flags
 from kd_core.images import sources as image_sources
-from kd_core.images.views import View
+from kd_core.images.flags import ImageFlags
+from kd_core.images.views import MIN_SIZE
 from kd_core.system import ranks
 from kd_core.system.digests import weights_digest
 from kd_core.training.processes import join
 
 
 @dataclass(frozen=True)
-class BuildFlags(cache_logits.BuildFlags):
+class BuildFlags(cache_logits.BuildFlags, ImageFlags):
     """Computes a classifier's answers for every training image once; what was killed is continued by the same command.
 
     `--preset baseline-90`, `mild-36` or `cifar`: the views of the recipe's preset.
     """
 
-    data: str = "ILSVRC/imagenet-1k"
-    """As the recipe's, like all flags without a word of their own."""
-    train_size: int = 224
-    """Side of a training view, pixels."""
-    eval_resize: int = 256
-    """Shorter side of an image on which the teacher is evaluated."""
-    eval_size: int = 224
-    """Side of its central crop."""
-    crop: Literal["resized", "padded"] = "resized"
-    """Of training views."""
-    min_scale: float = 0.08
-    """Smallest share of the image's area in a resized crop."""
-    randaugment: int = 0
-    """Magnitude of RandAugment; 0: none."""
     teacher_size: int | None = None
     """Side of the teacher's view; default: its own; 0: --train-size."""
-    decoded_gib: float = 2.0
-    """Data up to this size is held decoded."""
-    decoder: Literal["cpu", "nvjpeg"] = "cpu"
-    """What decodes training images that are not."""
-    max_corrupt: float = 0.001
-    """Share of the training images that may be unreadable before the build stops."""
     view_patterns: int = 4
     """Different views of each image: epoch e of a run uses pattern e mod this."""
     view_seed: int = 17
@@ -81,9 +60,9 @@ class BuildFlags(cache_logits.BuildFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        image_flags.check_flags(self)
-        cli.check_flag(self, "view_patterns", self.view_patterns >= 1, "at least 1")
-        cli.check_flag(self, "view_seed", self.view_seed >= 0, "at least 0")
+        self.check("teacher_size", (self.teacher_size or MIN_SIZE) >= MIN_SIZE, f"0, or at least {MIN_SIZE}")
+        self.check("view_patterns", self.view_patterns >= 1, "at least 1")
+        self.check("view_seed", self.view_seed >= 0, "at least 0")
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -103,7 +82,7 @@ def build(flags: BuildFlags) -> None:
         )
     )
     columns = len(data.classes)
-    cli.check_flag(flags, "top_k", flags.top_k < columns, f"below the number of classes, {columns}")
+    flags.check("top_k", flags.top_k < columns, f"below the number of classes, {columns}")
     model = classifiers.load_teacher(
         flags.teacher, data.classes, flag="--teacher", size=flags.teacher_size, autocast=flags.teacher_dtype == "bf16"
     )
@@ -138,7 +117,7 @@ class _Views(Dataset[images.MicroBatch]):
 
     def __getitem__(self, number: int) -> images.MicroBatch:
         flags = self.flags
-        view = View(flags.train_size, flags.crop, flags.min_scale, flags.randaugment)
+        view = flags.view
         nvjpeg = flags.decoder == "nvjpeg" and self.split.encoded is not None
         return images.training_batch(self.split, view, view.size, flags.view_seed, *self.batches[number], nvjpeg=nvjpeg)
 

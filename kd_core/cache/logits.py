@@ -21,15 +21,15 @@ from kd_core import cli
 from kd_core.cache import records as cache
 from kd_core.runs import folders
 from kd_core.system import ranks
-from kd_core.teachers import window
 from kd_core.teachers.sources import CachedTeacher, cache_folder
+from kd_core.teachers.window import needs_teachers
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STORED = {"bf16": "<i2", "fp32": "<f4"}  # NumPy has no bfloat16: its bits
 
 
 @dataclass(frozen=True)
-class BuildFlags:
+class BuildFlags(cli.Flags):
     """The flags of a build that all tasks share."""
 
     teacher: str = ""
@@ -47,12 +47,12 @@ class BuildFlags:
 
     AGREE: ClassVar[tuple[str, ...]] = ()  # flags that a run must have alike
     SHARED: ClassVar[tuple[str, ...]] = ()  # those that a run takes from its caches
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # flags by the name that --preset takes
 
     def __post_init__(self) -> None:
-        cli.check_flag(self, "micro_batch_size", self.micro_batch_size >= 1, "at least 1")
-        cli.check_flag(self, "top_k", self.top_k >= 0, "at least 0")
-        cli.check_flag(self, "temperatures", min(self.temperatures, default=0) > 0, "one or more numbers above 0")
+        super().__post_init__()
+        self.check("micro_batch_size", self.micro_batch_size >= 1, "at least 1")
+        self.check("top_k", self.top_k >= 0, "at least 0")
+        self.check("temperatures", min(self.temperatures, default=0) > 0, "one or more numbers above 0")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def check(cfg: Any, flags: type[BuildFlags], expected: Mapping[str, Any]) -> dic
     """
     ours = {**expected, **{name: getattr(cfg, name) for name in flags.AGREE}}
     shared: dict[str, int] = {}
-    if cfg.resume and not window.needs_teachers(cfg):
+    if cfg.resume and not needs_teachers(cfg):
         answered = [one.get("fingerprint") for one in folders.check_folder(cfg).get("teachers", ())]
         return {name: one[name] for one in answered if isinstance(one, dict) for name in flags.SHARED}
     for folder in filter(None, map(cache_folder, cfg.teachers if cfg.distils else ())):

@@ -23,16 +23,15 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 from transformers.utils.logging import disable_progress_bar
 
-from kd_core import cli
 from kd_core.cache import logits as cache_logits
 from kd_core.cache import records as cache
 from kd_core.kernels.softmax_kl import softmax_kl
 from kd_core.runs.sources import model_source
 from kd_core.system import ranks
 from kd_core.system.digests import weights_digest
-from kd_core.text import flags as text_flags
 from kd_core.text import masking as text
 from kd_core.text.corpus import IGNORE_INDEX, Corpus, prepare
+from kd_core.text.flags import MaskingFlags
 from kd_core.text.order import sample_id
 from kd_core.text.pretrained import load_pretrained
 from kd_core.text.tokenizer import require_same_tokenizer, tokenizer_digest
@@ -40,19 +39,9 @@ from kd_core.training.processes import join
 
 
 @dataclass(frozen=True)
-class BuildFlags(cache_logits.BuildFlags):
+class BuildFlags(cache_logits.BuildFlags, MaskingFlags):
     """Computes a teacher's answers for every row of a corpus once. What was killed is continued by the same command."""
 
-    data: str = "embedded"
-    """As the recipe's --data; not c4, whose answers fit on no disk."""
-    tokenizer: str | None = None
-    """As the recipe's."""
-    vocab_size: int = 8192
-    """As the recipe's."""
-    seq_len: int = 128
-    """As the recipe's."""
-    mask_fraction: float = 0.15
-    """As the recipe's."""
     mask_patterns: int = 4
     """Different masks of each row: epoch e of a run uses pattern e mod this."""
     mask_seed: int = 17
@@ -63,11 +52,9 @@ class BuildFlags(cache_logits.BuildFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        text_flags.check_flags(self)
-        for name in ("vocab_size", "mask_patterns"):
-            cli.check_flag(self, name, getattr(self, name) >= 1, "at least 1")
-        cli.check_flag(self, "mask_seed", self.mask_seed >= 0, "at least 0")
-        cli.check_flag(self, "data", self.data != "c4", "data that a disk can hold every answer of")
+        self.check("mask_patterns", self.mask_patterns >= 1, "at least 1")
+        self.check("mask_seed", self.mask_seed >= 0, "at least 0")
+        self.check("data", self.data != "c4", "data that a disk can hold every answer of")
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -89,7 +76,7 @@ def build(flags: BuildFlags) -> None:
     source = model_source(flags.teacher, "--teacher")
     require_same_tokenizer(corpus.tokenizer, source, flag="--teacher")
     columns, dtype = len(corpus.tokenizer), cache_logits.DTYPES[flags.teacher_dtype]
-    cli.check_flag(flags, "top_k", flags.top_k < columns, f"below the size of the vocabulary, {columns}")
+    flags.check("top_k", flags.top_k < columns, f"below the size of the vocabulary, {columns}")
     model = load_pretrained(
         BertForMaskedLM, flags.teacher, columns, flag="--teacher", seq_len=flags.seq_len, dtype=dtype
     )

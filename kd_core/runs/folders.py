@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from kd_core.cli import FREE_ON_RESUME, SharedFlags
+from kd_core.cli import FREE_ON_RESUME
+from kd_core.runs.flags import RunFlags
 from kd_core.system import ranks
 from kd_core.system.files import write_atomic
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers", "torchvision")
 
 
-def check_folder(cfg: SharedFlags) -> dict[str, Any]:
+def check_folder(cfg: RunFlags) -> dict[str, Any]:
     """run.json of the run to resume, {} for a new run.
 
     Raises:
@@ -39,7 +40,7 @@ def check_folder(cfg: SharedFlags) -> dict[str, Any]:
     return {}
 
 
-def says_finished(cfg: SharedFlags) -> bool:
+def says_finished(cfg: RunFlags) -> bool:
     """Whether `--resume` names a run that has finished; says so. Every rank must ask, before joining the others."""
     finished = cfg.resume and check_folder(cfg).get("result", {}).get("stopped") == "finished"
     if finished and ranks.local_rank() == 0:
@@ -47,7 +48,7 @@ def says_finished(cfg: SharedFlags) -> bool:
     return finished
 
 
-def claim_folder(cfg: SharedFlags, recipe: str, undo: contextlib.ExitStack) -> Path:
+def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path:
     """The run folder: `--out`, or the next free number under runs/<recipe>; `undo` takes away what is made here.
 
     Rank 0 claims it; the other ranks get its answer by broadcast, once all have joined.
@@ -89,7 +90,7 @@ def _next_free(parent: Path) -> Path:
             return parent / str(number)
 
 
-def _check_resumed(cfg: SharedFlags, folder: Path) -> dict[str, Any]:
+def _check_resumed(cfg: RunFlags, folder: Path) -> dict[str, Any]:
     if not (folder / "run.json").exists():
         raise ValueError(f"--resume: --out {folder} holds no run (no run.json); leave out --resume to start one")
     before = json.loads((folder / "run.json").read_text())
@@ -109,7 +110,7 @@ def _check_resumed(cfg: SharedFlags, folder: Path) -> dict[str, Any]:
     return dict(before)
 
 
-def check_data(cfg: SharedFlags, fingerprint: str) -> None:
+def check_data(cfg: RunFlags, fingerprint: str) -> None:
     """Raises ValueError when a run is resumed on other data than it began with."""
     before = check_folder(cfg).get("data", fingerprint) if cfg.resume else fingerprint
     if before != fingerprint:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kd_core.cli import SharedFlags
 from kd_core.runs.folders import read_metrics
 from kd_core.system import ranks
 from kd_core.system.clock import Stopwatch
 from kd_core.system.files import write_atomic
+from kd_core.teachers.flags import DistillFlags
 from kd_core.teachers.pool import TeacherPool, require_finite
 from kd_core.training.processes import leave
 
@@ -36,7 +36,7 @@ class Run:
         record: fields of run.json to set, such as the data's fingerprint.
     """
 
-    def __init__(self, folder: Path, cfg: SharedFlags, *, first: int = 0, **record: Any) -> None:
+    def __init__(self, folder: Path, cfg: DistillFlags, *, first: int = 0, **record: Any) -> None:
         self.folder, self.steps, self.first = folder, cfg.steps, first
         self._rate_from = first
         self._pool: TeacherPool | None = None

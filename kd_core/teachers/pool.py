@@ -12,11 +12,11 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kd_core.cli import SharedFlags
 from kd_core.losses.distillation import Ensemble, mean_teacher_logits
 from kd_core.runs.folders import check_folder
 from kd_core.system import ranks
 from kd_core.system.digests import stored, tensor_digest, weights_digest
+from kd_core.teachers.flags import DistillFlags
 from kd_core.teachers.placement import PinnedTeachers, teachers_of_rank
 from kd_core.teachers.samplers import draw_teachers
 from kd_core.teachers.sources import CachedTeacher, source_of
@@ -24,14 +24,31 @@ from kd_core.teachers.window import distillation
 from kd_core.training import engine
 
 
-def held_by(cfg: SharedFlags, rank: int) -> Sequence[int]:
+def check_teachers(cfg: DistillFlags, fingerprints: Sequence[Any]) -> None:
+    """Raises ValueError when a run is resumed with a teacher that is not what it began with."""
+    before = check_folder(cfg).get("teachers", ()) if cfg.resume else ()
+    for one, now in zip(before, fingerprints, strict=False):  # none before the first step
+        if one.get("fingerprint", now) != now:
+            raise ValueError(
+                f"--resume: --teachers {one['name']} is not what the run began with; restore it, or start a new run"
+            )
+
+
+def require_finite(teacher: str, score: dict[str, float]) -> None:
+    """Raises ValueError naming `teacher` when its evaluation is not numbers."""
+    if not all(map(math.isfinite, score.values())):
+        shown = " ".join(f"{name} {value}" for name, value in score.items())
+        raise ValueError(f"{teacher} answers with no finite numbers ({shown}); check its weights, or choose another")
+
+
+def held_by(cfg: DistillFlags, rank: int) -> Sequence[int]:
     """Indices of the teachers that `rank` holds: all, unless --teacher-placement is sharded."""
     if cfg.teacher_placement == "sharded":
         return teachers_of_rank(len(cfg.teachers), rank, ranks.world_size())
     return range(len(cfg.teachers))
 
 
-def build_pool(cfg: SharedFlags, load: Callable[[str], nn.Module], *, columns: int | None = None) -> "TeacherPool":
+def build_pool(cfg: DistillFlags, load: Callable[[str], nn.Module], *, columns: int | None = None) -> "TeacherPool":
     """The teachers of `--teachers`, placed as `--teacher-placement` says; a source that is named twice is loaded once.
 
     Args:
@@ -65,7 +82,7 @@ def build_pool(cfg: SharedFlags, load: Callable[[str], nn.Module], *, columns: i
         [models[source_of(path)] for path in cfg.teachers],
         fingerprints=fingerprints,
         columns=columns,
-        compiled=cfg.compile,
+        compiled=getattr(cfg, "compile", False),
         ensemble=cfg.ensemble,
         weights=cfg.teacher_weights,
         held=held,
@@ -176,7 +193,7 @@ class TeacherPool:
                     sizes[index] += sum(part.nbytes for part in stored(here))
         return sizes
 
-    def draw(self, cfg: SharedFlags, step: int, rank: int | None = None) -> tuple[int, ...]:
+    def draw(self, cfg: DistillFlags, step: int, rank: int | None = None) -> tuple[int, ...]:
         """Indices of the teachers that answer `rank`, by default this one, at `step`; none outside the window."""
         now, rank = distillation(cfg, step), ranks.rank() if rank is None else rank
         if not now.kd_ratio:
@@ -188,13 +205,13 @@ class TeacherPool:
         )  # fmt: skip
         return tuple(held[index] for index in drawn)
 
-    def drawn_names(self, cfg: SharedFlags, step: int) -> list[str]:
+    def drawn_names(self, cfg: DistillFlags, step: int) -> list[str]:
         """Names of the teachers that answer at `step`; of `per_rank`, those of all ranks, in their order."""
         asked = range(ranks.world_size()) if cfg.sampler == "per_rank" else [ranks.rank()]
         return [self.names[index] for rank in asked for index in self.draw(cfg, step, rank)]
 
     def answers(
-        self, cfg: SharedFlags, step: int, micro_batches: Sequence[Micro], clock: Any
+        self, cfg: DistillFlags, step: int, micro_batches: Sequence[Micro], clock: Any
     ) -> Iterator[tuple[Micro, Callable[[], Tensor | None]]]:
         """Each micro-batch of a step on the device, with a function that gives the drawn teachers' logits for it.
 
@@ -296,20 +313,3 @@ class TeacherPool:
 def _fingerprint(model: nn.Module) -> Any:
     """What a teacher's answers follow from: of a cache its settings, else a digest of the weights."""
     return model.fingerprint if isinstance(model, CachedTeacher) else weights_digest(model)
-
-
-def check_teachers(cfg: SharedFlags, fingerprints: Sequence[Any]) -> None:
-    """Raises ValueError when a run is resumed with a teacher that is not what it began with."""
-    before = check_folder(cfg).get("teachers", ()) if cfg.resume else ()
-    for one, now in zip(before, fingerprints, strict=False):  # none before the first step
-        if one.get("fingerprint", now) != now:
-            raise ValueError(
-                f"--resume: --teachers {one['name']} is not what the run began with; restore it, or start a new run"
-            )
-
-
-def require_finite(teacher: str, score: dict[str, float]) -> None:
-    """Raises ValueError naming `teacher` when its evaluation is not numbers."""
-    if not all(map(math.isfinite, score.values())):
-        shown = " ".join(f"{name} {value}" for name, value in score.items())
-        raise ValueError(f"{teacher} answers with no finite numbers ({shown}); check its weights, or choose another")

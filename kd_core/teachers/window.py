@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from kd_core.cli import SharedFlags
 from kd_core.runs.folders import check_folder
+from kd_core.teachers.flags import DistillFlags
 from kd_core.training import checkpoints
 
 
@@ -27,7 +27,7 @@ class Distillation(NamedTuple):
     turns: int  # steps of the whole run that distil
 
 
-def distillation(cfg: SharedFlags, step: int) -> Distillation:
+def distillation(cfg: DistillFlags, step: int) -> Distillation:
     """The weights and the temperature of `step`.
 
     Teachers answer at every `kd_every`-th step of the window, which holds the steps with start <= step / steps < stop.
@@ -53,12 +53,12 @@ def _between(start: float, stop: float | None, progress: float) -> float:
     return start if stop in (None, start) else start * (1 - progress) + stop * progress
 
 
-def window_closed(cfg: SharedFlags, step: int) -> bool:
+def window_closed(cfg: DistillFlags, step: int) -> bool:
     """Whether no step from `step` on distils, so that the teachers can go."""
     return not cfg.distils or step >= first_step(cfg.kd_stop, cfg.steps)
 
 
-def needs_teachers(cfg: SharedFlags) -> bool:
+def needs_teachers(cfg: DistillFlags) -> bool:
     """Whether teachers are still asked: they distil, and the newest checkpoint of a resumed run is in their window."""
     if not (cfg.distils and cfg.resume):
         return cfg.distils

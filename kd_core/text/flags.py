@@ -1,16 +1,44 @@
-"""The flags of text."""
+"""The flags of a run or a cache that reads text."""
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import ClassVar
 
-from kd_core.cli import check_flag
-from kd_core.text.corpus import MIN_SEQ_LEN
+from kd_core.cli import Flags
+from kd_core.text.corpus import MAX_SEQ_LEN, MIN_SEQ_LEN
 from kd_core.text.masking import check_mask_fraction
 
-if TYPE_CHECKING:
-    pass
+
+@dataclasses.dataclass(frozen=True)
+class TextFlags(Flags):
+    """Source, tokenizer and length of samples."""
+
+    data: str = "embedded"
+    """c4, a hub name, a file or folder of txt/jsonl/json/parquet (.gz, .xz), or embedded (Python's documentation)."""
+    tokenizer: str | None = None
+    """Hub name, folder, tokenizer.json or SentencePiece .model; default: WordPiece trained on the data (c4: BERT's)."""
+    vocab_size: int = 8192
+    """Size of the WordPiece vocabulary when it is trained on the data."""
+    seq_len: int = 128
+    """Tokens per sample."""
+
+    LONGEST: ClassVar[int] = MAX_SEQ_LEN
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = MIN_SEQ_LEN <= self.seq_len <= self.LONGEST
+        self.check("seq_len", fits, f"between {MIN_SEQ_LEN} and {self.LONGEST}")
+        self.check("vocab_size", self.vocab_size >= 1, "at least 1")
 
 
-def check_flags(flags: Any) -> None:
-    """Raises ValueError when what a recipe's or a cache's flags say of BERT's samples is impossible."""
-    check_flag(flags, "seq_len", MIN_SEQ_LEN <= flags.seq_len <= 512, f"between {MIN_SEQ_LEN} and 512")
-    check_mask_fraction(flags.mask_fraction, flags.seq_len)
+@dataclasses.dataclass(frozen=True)
+class MaskingFlags(TextFlags):
+    """Samples for masked language modelling."""
+
+    mask_fraction: float = 0.15
+    """Share of the positions masked in training (MosaicBERT: 0.30); evaluation always masks 0.15."""
+
+    LONGEST: ClassVar[int] = 512  # BERT's
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_mask_fraction(self.mask_fraction, self.seq_len)

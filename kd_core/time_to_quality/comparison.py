@@ -6,6 +6,7 @@ For several target qualities: seconds, steps and samples of both arms, the speed
 the time went, what the teachers' training cost apart, and a verdict. kd_core/time_to_quality/curves.py says how it is measured.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from kd_core import cli
+from kd_core.runs.flags import RunFlags
+from kd_core.teachers.flags import DistillFlags
 from kd_core.teachers.sources import CACHE_PREFIX
 from kd_core.time_to_quality import report as time_to_quality_report
 from kd_core.time_to_quality.curves import (
@@ -38,12 +41,13 @@ ARMS = ("baseline", "against")
 # compared without being listed here.
 BOOKKEEPING = cli.FREE_ON_RESUME | {"seed", "steps"}
 OF_A_RUN = BOOKKEEPING | {"teachers"}
-METHOD = {"kd_ratio", "temperature", "kd_start", "kd_stop", "label_weight_outside", "sampler", "divergence"}
-METHOD |= {"kd_ratio_stop", "temperature_stop", "kd_ramp", "kd_every", "draws", "teacher_weights", "ensemble"}
-METHOD |= {"teacher_dtype"}
 OPTIMIZER = {"lr", "warmup_fraction", "clip", "weight_decay", "momentum", "dropout"}
-COMPUTING = {"micro_batch_size", "deepspeed_config", "compile", "gradient_checkpointing", "fused_head", "softmax_axis"}
+COMPUTING = {"micro_batch_size", "deepspeed_config", "compile", "gradient_checkpointing", "fused_head"}
 COMPUTING |= {"teacher_placement", "teacher_deepspeed_config", "teacher_ahead"}
+METHOD = {field.name for field in dataclasses.fields(DistillFlags)} - {
+    field.name for field in dataclasses.fields(RunFlags)
+}
+METHOD = METHOD - {"teachers"} - COMPUTING | {"teacher_dtype", "softmax_axis"}
 OF_AN_ARM = OF_A_RUN | METHOD | OPTIMIZER | COMPUTING
 # Below so many shared evaluations the report warns of the straight lines between them: a speed-up of 2 on a loss that
 # falls as 1 / sqrt(steps) reads 1.85 to 1.99 with 8 of them, at the five targets.

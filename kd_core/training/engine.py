@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kd_core.cli import SharedFlags
 from kd_core.system.ranks import device, gathered, total, world_size
+from kd_core.training.flags import TrainFlags
 from kd_core.training.stop import StopSignal
 
 # A rank that hangs ends the run after this long. DeepSpeed's own setting covers one of its groups only.
@@ -72,7 +72,7 @@ def _read_config(path: str, flag: str) -> dict[str, Any]:
     return config
 
 
-def load_config(cfg: SharedFlags) -> dict[str, Any]:
+def load_config(cfg: TrainFlags) -> dict[str, Any]:
     """The DeepSpeed config of `--deepspeed-config` plus what the recipe owns: batch sizes, accumulation, clipping.
 
     Raises:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from kd_core.cli import SharedFlags
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_reference
 from kd_core.system.clock import Stopwatch
+from kd_core.teachers.flags import DistillFlags
 from kd_core.teachers.placement import PinnedTeachers
 from kd_core.teachers.pool import TeacherPool
 from kd_core.text import masking as text
@@ -90,9 +90,9 @@ def train_on_gpu(corpus_file: Path, cache: Path, tmp_path: Path) -> Path:
     return tmp_path / "pretrained"
 
 
-def pools(number: int, **placement: Any) -> tuple[SharedFlags, TeacherPool]:
+def pools(number: int, **placement: Any) -> tuple[DistillFlags, TeacherPool]:
     """A uniform pool of MaskedBert teachers, the same for every placement."""
-    cfg = SharedFlags(
+    cfg = DistillFlags(
         teachers=tuple(f"teacher{i}" for i in range(number)), kd_ratio=0.9, sampler="round_robin", **placement
     )
     models: list[torch.nn.Module] = []
@@ -115,7 +115,7 @@ def batch_of(micro_batches: int) -> list[text.MicroBatch]:
     return [text.MicroBatch(one, positions, one.flatten()[positions], keys, keys).pin_memory() for one in ids]
 
 
-def answers(cfg: SharedFlags, pool: TeacherPool, student: torch.nn.Module, steps: int) -> list[torch.Tensor]:
+def answers(cfg: DistillFlags, pool: TeacherPool, student: torch.nn.Module, steps: int) -> list[torch.Tensor]:
     """All logits of a few steps, beside the forward and backward of a student."""
     logits = []
     for step in range(steps):

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import pytest
 
 from kd_core import cli
+from kd_core.teachers.flags import DistillFlags
+from kd_core.training.flags import TrainFlags
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(cli.SharedFlags):
+class Config(DistillFlags, TrainFlags):
     """A recipe's flags."""
 
     student: str = "base"

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from kd_core import plan
-from kd_core.cli import SharedFlags
 from kd_core.teachers import window
+from kd_core.teachers.flags import DistillFlags
 
 # One GPU's step of 64 samples: 300 ms for the student (forward 100), 100 for a teacher of the same size.
 ALONE = plan.Plan(
@@ -46,7 +46,7 @@ def test_a_drawn_teacher_costs_one_forward_and_an_ensemble_all() -> None:
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize(("steps", "start", "stop"), [(10, 0.0, 0.35), (7, 0.3, 0.5), (1000, 0.1, 0.7), (3, 0.5, 0.5)])
 def test_the_window_is_the_schedules(steps: int, start: float, stop: float, every: int) -> None:
-    cfg = SharedFlags(teachers=("a",), steps=steps, kd_ratio=1.0, kd_start=start, kd_stop=stop, kd_every=every)
+    cfg = DistillFlags(teachers=("a",), steps=steps, kd_ratio=1.0, kd_start=start, kd_stop=stop, kd_every=every)
     inside = sum(window.distillation(cfg, step).kd_ratio for step in range(steps))
     assert plan.window_share(steps, start, stop, every) == pytest.approx(inside / steps)
 

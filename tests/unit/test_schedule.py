@@ -9,9 +9,9 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from kd_core.cli import SharedFlags
 from kd_core.kernels.softmax_kl import softmax_kl
 from kd_core.losses.distillation import mean_teacher_logits
+from kd_core.teachers.flags import DistillFlags
 from kd_core.teachers.samplers import Sampler, draw_teachers
 from kd_core.teachers.window import distillation, window_closed
 from kd_core.training.schedules import linear_warmup_cosine, linear_warmup_decay
@@ -37,8 +37,8 @@ def test_warmup_scales_with_the_run() -> None:
     assert linear_warmup_decay(5, 100, warmup_fraction=0.06) == linear_warmup_decay(59, 1000, warmup_fraction=0.06) == 1
 
 
-def flags(**changed: Any) -> SharedFlags:
-    return SharedFlags(teachers=("a", "b", "c"), **{"steps": 100, "kd_ratio": 0.9} | changed)
+def flags(**changed: Any) -> DistillFlags:
+    return DistillFlags(teachers=("a", "b", "c"), **{"steps": 100, "kd_ratio": 0.9} | changed)
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,11 @@ RECIPE = """
 import dataclasses, json, os, signal, sys, time
 from pathlib import Path
 from kd_core import cli
+from kd_core.teachers.flags import DistillFlags
+from kd_core.training.flags import TrainFlags
 
 @dataclasses.dataclass(frozen=True)
-class Config(cli.SharedFlags):
+class Config(DistillFlags, TrainFlags):
     pause_ms: int = 1
     crash_at: int = 0
     save_s: float = 0.5

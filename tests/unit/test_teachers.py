@@ -19,11 +19,11 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.utils import logging
 
 from kd_core.cache import logits as cache_logits
-from kd_core.cli import SharedFlags
 from kd_core.runs import record
 from kd_core.runs.record import Run
 from kd_core.runs.sources import model_source
 from kd_core.system.clock import Stopwatch
+from kd_core.teachers.flags import DistillFlags
 from kd_core.teachers.placement import PinnedTeachers, teachers_of_rank
 from kd_core.teachers.pool import TeacherPool, build_pool
 from kd_core.teachers.sources import CachedTeacher
@@ -112,11 +112,11 @@ def test_a_model_that_does_not_fit_is_refused_in_one_line(
     assert logging.get_verbosity() == before
 
 
-def flags(**changed: Any) -> SharedFlags:
-    return SharedFlags(**{"teachers": ("a", "b", "c", "d"), "kd_ratio": 0.5, "steps": 40} | changed)
+def flags(**changed: Any) -> DistillFlags:
+    return DistillFlags(**{"teachers": ("a", "b", "c", "d"), "kd_ratio": 0.5, "steps": 40} | changed)
 
 
-def pool_of(cfg: SharedFlags, **settings: Any) -> TeacherPool:
+def pool_of(cfg: DistillFlags, **settings: Any) -> TeacherPool:
     return TeacherPool(cfg.teachers, [torch.nn.Linear(4, 8) for _ in cfg.teachers], **settings)
 
 
