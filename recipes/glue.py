@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import BertForSequenceClassification
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from tyro.conf import Positional
 
 from kd_core import cli
+from kd_core.glue import models
 from kd_core.glue import plan as glue_plan
 from kd_core.glue import report as glue_report
 from kd_core.glue import tasks as glue
@@ -33,15 +32,11 @@ from kd_core.glue.plan import ONE_JOB, FineTuning
 from kd_core.kernels.softmax_kl import softmax_kl_sum
 from kd_core.runs import folders, jobs
 from kd_core.system import files, ranks
-from kd_core.text.pretrained import load_pretrained
 from kd_core.text.tokenizer import load_tokenizer
 from kd_core.training import schedules as schedule
 from kd_core.training.processes import end_process
 
 RECIPE = Path(__file__).stem
-disable_progress_bar()
-set_verbosity_error()  # a fresh classifier is what is wanted here, and nothing to warn of
-EVAL_BATCH = 128
 COMPILED_FROM = 10_000  # steps; on a CPU compiling took 10 to 45 s and saved 1 to 4 ms a step
 PIECE = 64  # tokens that a core computes in the time that one more call of a small model takes
 
@@ -110,44 +105,6 @@ class Config(cli.Flags):
 # --- one job ----------------------------------------------------------------------------------------------------------
 
 
-def build_student(job: FineTuning, task: glue.Task) -> Any:
-    """The pretrained encoder under a fresh classifier, and a fresh pooler where there is none."""
-    settings: dict[str, Any] = {"hidden_dropout_prob": job.dropout, "attention_probs_dropout_prob": job.dropout}
-    settings |= {"num_labels": task.columns, "dtype": torch.float32}
-    from_pretrained: Any = BertForSequenceClassification.from_pretrained
-    model, info = from_pretrained(
-        job.model, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **settings
-    )
-    lacking = {name for name in info["missing_keys"] if not name.startswith(("classifier.", "bert.pooler."))}
-    lacking |= {name for name, *_ in info["mismatched_keys"] if not name.startswith("classifier.")}
-    if lacking:
-        raise ValueError(f"{job.model} lacks weights of BERT, or has them in other shapes: {sorted(lacking)[:3]}")
-    fresh = [model.classifier]
-    fresh += [model.bert.pooler.dense] if "bert.pooler.dense.weight" in info["missing_keys"] else []
-    torch.manual_seed(job.seed)
-    for layer in fresh:
-        nn.init.normal_(layer.weight, std=model.config.initializer_range)
-        nn.init.zeros_(layer.bias)
-    if task.labels:
-        model.config.id2label = dict(enumerate(task.labels))
-        model.config.label2id = {label: column for column, label in enumerate(task.labels)}
-    return model.to(ranks.device())
-
-
-def build_teacher(job: FineTuning, task: glue.Task) -> Any:
-    """The task's fine-tuned teacher, frozen."""
-    model = load_pretrained(BertForSequenceClassification, str(job.teacher), 0, dtype=torch.float32)
-    return model.eval().requires_grad_(False).to(ranks.device())
-
-
-def forward(job: FineTuning, model: Any, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Logits [B, V] of input_ids, token_type_ids and attention_mask, each [B, T]."""
-    input_ids, types, mask = ranks.to_device(*batch)
-    bf16 = job.precision == "bf16" or (job.precision == "auto" and torch.cuda.is_available())
-    with torch.autocast(ranks.device().type, torch.bfloat16, enabled=bf16):
-        return model(input_ids=input_ids, token_type_ids=types, attention_mask=mask).logits.float()
-
-
 def losses(job: FineTuning, task: glue.Task, logits_BV: Tensor, labels_B: Tensor, teacher_BV: Tensor | None) -> Tensor:
     """The method: [3], sums over the batch of the loss, its label term and its teacher term, the last two detached."""
     if task.labels:
@@ -169,37 +126,19 @@ def batch_losses(
     on_gpu = torch.cuda.is_available()
     pieces = [rows] if on_gpu else train.pieces(rows, PIECE * torch.get_num_threads())
     rows = torch.cat(pieces)
-    logits_BV = torch.cat([forward(job, model, train.batch(piece, multiple=8 if on_gpu else 1)) for piece in pieces])
+    logits_BV = torch.cat(
+        [models.forward(job, model, train.batch(piece, multiple=8 if on_gpu else 1)) for piece in pieces]
+    )
     labels_B = train.labels[rows].to(ranks.device(), non_blocking=True)
     teacher_BV = None if teacher_EV is None else teacher_EV[rows.to(ranks.device())]
     return losses(job, task, logits_BV, labels_B, teacher_BV)
 
 
-@torch.no_grad()
-def predict(job: FineTuning, model: Any, examples: glue.Examples) -> Tensor:
-    """float32 [E, V] on the CPU: logits of all examples, computed in the order of their lengths."""
-    model.eval()
-    order = examples.lengths.argsort()
-    logits = torch.cat([forward(job, model, examples.batch(rows)) for rows in order.split(EVAL_BATCH)]).cpu()
-    if not logits.isfinite().all():
-        raise ValueError(f"{job.task}, seed {job.seed}: predictions that are not finite; lower --lr")
-    return torch.empty_like(logits).index_copy_(0, order, logits)
-
-
-def evaluate(job: FineTuning, task: glue.Task, model: Any, data: dict[str, glue.Examples]) -> dict[str, float]:
-    """The task's official metrics on its dev splits, as "eval/accuracy" and so on."""
-    scores: dict[str, float] = {}
-    for split in task.evaluated:
-        predicted = glue.predicted(task, predict(job, model, data[split]))
-        scores |= glue.score(task, split, predicted, data[split].labels.numpy())
-    return {f"eval/{name}": value for name, value in scores.items()}
-
-
 def ask_teacher(job: FineTuning, task: glue.Task, data: dict[str, glue.Examples]) -> tuple[Tensor, dict[str, Any]]:
     """The teacher's logits [E, V] of the training set, for all epochs as it has no dropout; seconds, and its own scores."""
-    began, teacher = time.perf_counter(), build_teacher(job, task)
-    teacher_EV = predict(job, teacher, data["train"]).to(ranks.device())
-    return teacher_EV, {"teacher_s": time.perf_counter() - began, "teacher": evaluate(job, task, teacher, data)}
+    began, teacher = time.perf_counter(), models.build_teacher(job, task)
+    teacher_EV = models.predict(job, teacher, data["train"]).to(ranks.device())
+    return teacher_EV, {"teacher_s": time.perf_counter() - began, "teacher": models.evaluate(job, task, teacher, data)}
 
 
 def batches(job: FineTuning, train: glue.Examples) -> Iterator[Tensor]:
@@ -214,7 +153,7 @@ def fine_tune(job: FineTuning) -> int:
     began = time.perf_counter()
     glue_plan.require_unchanged(job)
     folder, task, data = Path(job.out), glue.TASKS[job.task], glue.examples(job.data)
-    train, student = data["train"], build_student(job, task)
+    train, student = data["train"], models.build_student(job, task)
     per_epoch = math.ceil(len(train) / job.settings["batch_size"])
     steps = per_epoch * job.settings["epochs"]
     teacher_EV, taught_by = ask_teacher(job, task, data) if job.teacher else (None, {"teacher_s": 0.0})
@@ -242,11 +181,11 @@ def fine_tune(job: FineTuning) -> int:
             raise ValueError(f"{job.task}, seed {job.seed}: the loss is {loss} at step {step}; lower --lr")
         train_s += time.perf_counter() - resumed
         line = {"step": step, "loss": loss, "label_loss": label_loss, "kd_loss": kd_loss, "train_s": train_s}
-        scores = evaluate(job, task, student, data) if step % per_epoch == 0 else {}
+        scores = models.evaluate(job, task, student, data) if step % per_epoch == 0 else {}
         log.write(line | {"lr": optimizer.param_groups[0]["lr"]} | scores)
         resumed = time.perf_counter()
     for split in task.submitted.keys() & data.keys():
-        predicted = glue.predicted(task, predict(job, student, data[split]))
+        predicted = glue.predicted(task, models.predict(job, student, data[split]))
         glue_report.write_predictions(folder, task, split, data[split], predicted)
     if job.keep_model:
         ours = load_tokenizer(job.tokenizer)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from kd_core.cache import logits as cache_logits
@@ -30,6 +30,7 @@ from kd_core.images.flags import ImageFlags
 from kd_core.images.views import MIN_SIZE
 from kd_core.system import ranks
 from kd_core.system.digests import weights_digest
+from kd_core.teachers.sources import cache_folder
 from kd_core.training.processes import join
 
 
@@ -162,6 +163,23 @@ def views(cfg: Any, data: image_sources.ImageSet) -> dict[str, int]:
         `view_seed` and `view_patterns` of `images.TrainBatches`, which the caches share; empty without one.
     """
     return cache_logits.check(cfg, BuildFlags, {"kind": "images", **_source(data)})
+
+
+def load_teacher(cfg: Any, classes: Sequence[str], path: str) -> nn.Module:
+    """What answers for `path` of --teachers, on the CPU: records that `views` has checked, or a classifier.
+
+    Args:
+        cfg: `TeacherFlags` with `teacher_size` and `teacher_dtype`.
+
+    Raises:
+        ValueError: as `classifiers.load_classifier`.
+    """
+    if folder := cache_folder(path):
+        return cache_logits.CachedLogits(folder, len(classes))
+    return classifiers.load_teacher(
+        path, classes, flag="--teachers", size=cfg.teacher_size, autocast=cfg.teacher_dtype == "bf16",
+        split=cfg.teacher_placement == "zero3",
+    )  # fmt: skip
 
 
 def _source(data: image_sources.ImageSet) -> dict[str, str]:

@@ -22,7 +22,7 @@ from kd_core.cache import records as cache
 from kd_core.runs import folders
 from kd_core.system import ranks
 from kd_core.teachers.sources import CachedTeacher, cache_folder
-from kd_core.teachers.window import needs_teachers
+from kd_core.teachers.window import still_needed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STORED = {"bf16": "<i2", "fp32": "<f4"}  # NumPy has no bfloat16: its bits
@@ -105,7 +105,7 @@ def check(cfg: Any, flags: type[BuildFlags], expected: Mapping[str, Any]) -> dic
     """
     ours = {**expected, **{name: getattr(cfg, name) for name in flags.AGREE}}
     shared: dict[str, int] = {}
-    if cfg.resume and not needs_teachers(cfg):
+    if cfg.resume and not still_needed(cfg):
         answered = [one.get("fingerprint") for one in folders.check_folder(cfg).get("teachers", ())]
         return {name: one[name] for one in answered if isinstance(one, dict) for name in flags.SHARED}
     for folder in filter(None, map(cache_folder, cfg.teachers if cfg.distils else ())):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 from transformers.utils.logging import disable_progress_bar
@@ -29,6 +29,8 @@ from kd_core.kernels.softmax_kl import softmax_kl
 from kd_core.runs.sources import model_source
 from kd_core.system import ranks
 from kd_core.system.digests import weights_digest
+from kd_core.teachers.sources import cache_folder
+from kd_core.text import bert
 from kd_core.text import masking as text
 from kd_core.text.corpus import IGNORE_INDEX, Corpus, prepare
 from kd_core.text.flags import MaskingFlags
@@ -148,6 +150,20 @@ def masking(cfg: Any, corpus: Corpus) -> dict[str, int]:
     """
     source = {"tokenizer": tokenizer_digest(corpus.tokenizer), "data": corpus.fingerprint}
     return cache_logits.check(cfg, BuildFlags, {"kind": "mlm", **source})
+
+
+def load_teacher(cfg: Any, vocab_size: int, path: str) -> nn.Module:
+    """What answers for `path` of --teachers, on the CPU: records that `masking` has checked, or a BERT.
+
+    Args:
+        cfg: `MaskingFlags` with `teacher_dtype`.
+
+    Raises:
+        ValueError: as `pretrained.load_pretrained`.
+    """
+    if folder := cache_folder(path):
+        return CachedBert(folder, vocab_size)
+    return bert.load_teacher(path, vocab_size, seq_len=cfg.seq_len, dtype=cfg.teacher_dtype)
 
 
 class CachedBert(cache_logits.CachedLogits):

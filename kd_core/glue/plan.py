@@ -20,7 +20,7 @@ from kd_core.system import files
 from kd_core.system.terminal import one_line
 from kd_core.text.pretrained import UNLOADABLE
 from kd_core.text.tokenizer import load_tokenizer, require_same_tokenizer
-from kd_core.training.checkpoints import read_checkpoint, step_of
+from kd_core.training.checkpoints import read_checkpoint, read_state, step_of
 
 ENCODER = "bert."  # the part of a masked-language model that is fine-tuned
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
@@ -372,7 +372,7 @@ def _export(model: Model, checkpoint: Path, folder: Path) -> Model:
 
     step = step_of(checkpoint.name)
     target = folder / f"{model.name}@{step}" / "hf"
-    state, client_state = read_checkpoint(checkpoint)
+    state = read_checkpoint(checkpoint)
     config = BertConfig.from_pretrained(model.source)
     encoder: Any = BertModel(config, add_pooling_layer=False)
     state = {name.removeprefix(ENCODER): tensor for name, tensor in state.items() if name.startswith(ENCODER)}
@@ -381,6 +381,6 @@ def _export(model: Model, checkpoint: Path, folder: Path) -> Model:
     encoder.to(next(iter(state.values())).dtype).load_state_dict(state)
     target.parent.mkdir(parents=True, exist_ok=True)  # what an earlier call has put there may be of another run
     files.replace_folder(target, encoder.save_pretrained, load_tokenizer(model.source).save_pretrained)
-    seconds, _ = client_state["clocks"][0]  # rank 0's, as in the log
+    seconds, _ = read_state(checkpoint)["clocks"][0]  # rank 0's, as in the log
     seconds = {f"{part}_s": value for part, value in seconds.items()}
     return Model(f"{model.name}@{step}", str(target), model.run, step, seconds)

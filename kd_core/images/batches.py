@@ -23,10 +23,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
-from kd_core.images.sources import DAMAGE, Split, decode, say_corrupt
+from kd_core.images.flags import ImageFlags
+from kd_core.images.sources import DAMAGE, ImageSet, Split, decode, prepare, say_corrupt
 from kd_core.images.views import JpegView, View, jpeg_view, mix, training_view, validation_view
 from kd_core.system.ahead import prefetch
 from kd_core.system.hashing import uniforms
+from kd_core.system.ranks import local_rank, rank, world_size
+from kd_core.training import loop
+from kd_core.training.loop import Run
 
 BATCHES_AHEAD = 2  # per worker
 
@@ -80,9 +84,19 @@ class MicroBatch:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What one rank feeds to one optimizer step."""
+    """What one rank feeds to one optimizer step; the step says where the data stands."""
 
     micro_batches: list[MicroBatch]
+
+    @property
+    def rows(self) -> int:
+        """Images."""
+        return sum(len(micro.labels) for micro in self.micro_batches)
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """For the log."""
+        return {"corrupt_images": sum(float(micro.corrupt) for micro in self.micro_batches)}
 
 
 def on_device(micro: MicroBatch, device: torch.device) -> torch.Tensor:
@@ -298,3 +312,47 @@ def steps(batches: TrainBatches, first: int, *, workers: int) -> Iterator[Step]:
     micros = load(batches, range(first * batches.accum, batches.steps * batches.accum), workers=workers)
     while group := list(itertools.islice(micros, batches.accum)):
         yield Step(group)
+
+
+def build(cfg: ImageFlags) -> ImageSet:
+    """The images of a run, as its flags say; errors as `sources.prepare`."""
+    return prepare(cfg.data, decoded_gib=cfg.decoded_gib, max_corrupt=cfg.max_corrupt, progress=local_rank() == 0)
+
+
+class Corrupt:
+    """Stops a run whose training images cannot be decoded, above --max-corrupt of those that it has seen."""
+
+    def __init__(self, run: Run[Any], data: ImageSet) -> None:
+        self._run, self._images, self._count = run, len(data.train), 0
+
+    def check(self, step: loop.Step) -> None:
+        """Counts the step's, over all ranks; after its update.
+
+        Raises:
+            Stopped: there are too many.
+        """
+        cfg, corrupt = self._run.cfg, int(step.line["corrupt_images"])
+        step.log(corrupt_images=corrupt)
+        self._count += corrupt
+        seen = (step.number + 1 - self._run.first) * cfg.global_batch_size
+        if self._count > cfg.max_corrupt * max(self._images, seen):
+            error = f"{self._count} images could not be decoded"
+            raise loop.Stopped("corrupt-images", step=step.number + 1, error=error)
+
+
+def batches(run: Run[Any], data: ImageSet, **views: int) -> Iterator[Step]:
+    """The run's optimizer steps from where it stands.
+
+    Args:
+        views: `view_seed` and `view_patterns` of `TrainBatches`, where caches have their own.
+
+    Raises:
+        ValueError: there are fewer images than one batch.
+    """
+    cfg = run.cfg
+    data.check_batch(cfg.global_batch_size)
+    made = TrainBatches(
+        data.train, cfg.view, cfg.steps, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size, rank(), world_size(),
+        nvjpeg=cfg.decoder == "nvjpeg" and data.train.encoded is not None, **views,
+    )  # fmt: skip
+    return steps(made, run.first, workers=num_workers(cfg.workers, data.train, cfg.randaugment))

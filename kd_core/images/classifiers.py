@@ -11,10 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kd_core.cache.logits import CachedLogits
+from kd_core.images.flags import ImageFlags
 from kd_core.images.resnets import NAMES, BatchNorm, Classifier, build_net, fold_batch_norm
 from kd_core.runs.sources import model_source
-from kd_core.teachers.sources import cache_folder
+from kd_core.system.files import replace_folder
+from kd_core.system.ranks import rank
+from kd_core.training.engine import Engine, gathered_state_dict
 
 
 def save(folder: str, model: Classifier, state: dict[str, Tensor], classes: Sequence[str], **view: int) -> None:
@@ -41,7 +43,7 @@ def load_net(folder: str, flag: str) -> tuple[nn.Module, dict[str, Any]]:
     try:
         config = json.loads((source / "config.json").read_text())
         if "classes" not in config:
-            raise ValueError("its config.json describes no classifier; give a run folder of this recipe")
+            raise ValueError("its config.json describes no classifier; give a run folder of an image recipe")
         net = build_net(config["model"], len(config["classes"]), blurpool=config["blurpool"])
         net.load_state_dict(load_file(source / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -50,12 +52,7 @@ def load_net(folder: str, flag: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def check_source(path: str, flag: str) -> None:
-    """Raises ValueError unless `path` is a folder that holds a model, or names one of torchvision's.
-
-    A cache is checked once the data is known, by `cache_images.views`.
-    """
-    if cache_folder(path):
-        return
+    """Raises ValueError unless `path` is a folder that holds a model, or names one of torchvision's."""
     if Path(path).exists():
         model_source(path, flag)
     else:
@@ -77,6 +74,36 @@ def check_student(path: str) -> None:
             f"--student {path} is no folder and no known size; give a run folder or one of {', '.join(NAMES)}"
         )
     model_source(path, "--student")
+
+
+def build_student(
+    name: str, classes: Sequence[str], *, seed: int, blurpool: bool = False, last_bias: float | None = None
+) -> Classifier:
+    """A randomly initialised network of `resnets.NAMES`, or a run's.
+
+    Args:
+        blurpool, last_bias: of `build_net`, for a random one.
+
+    Raises:
+        ValueError: neither, or a run on other classes.
+    """
+    torch.manual_seed(seed)
+    if name in NAMES:
+        return Classifier(build_net(name, len(classes), blurpool=blurpool, last_bias=last_bias))
+    check_student(name)
+    return load_classifier(name, classes, flag="--student", size=0)
+
+
+def export(cfg: ImageFlags, engine: Engine, classes: Sequence[str], folder: Path, *, part: str = "") -> None:
+    """Writes `folder`: the network alone as a torchvision state dict, and what it is and sees; call on every rank.
+
+    Args:
+        part: of the engine's module, where the network is a submodule.
+    """
+    state = gathered_state_dict(engine, part)
+    if rank() == 0:
+        view = {"image_size": cfg.train_size, "eval_resize": cfg.eval_resize, "eval_size": cfg.eval_size}
+        replace_folder(folder, lambda hidden: save(hidden, engine.module.get_submodule(part), state, classes, **view))
 
 
 def load_classifier(
@@ -125,13 +152,11 @@ def load_classifier(
 def load_teacher(
     path: str, classes: Sequence[str], *, autocast: bool = False, split: bool = False, **settings: Any
 ) -> nn.Module:
-    """What answers for `path`: the records of `cache:DIR`, or a `load_classifier` made fast for evaluation.
+    """A `load_classifier` made fast for evaluation.
 
     Args:
         split: for ZeRO-3, which takes only contiguous weights, in the dtype that they compute in.
     """
-    if folder := cache_folder(path):
-        return CachedLogits(folder, len(classes))
     model = load_classifier(path, classes, autocast=autocast and not split, **settings).eval()
     fold_batch_norm(model)
     if not split:

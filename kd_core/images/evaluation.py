@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_core.images import batches as images
+from kd_core.images.flags import ImageFlags
+from kd_core.images.sources import ImageSet
 from kd_core.system import ranks
 from kd_core.system.terminal import say
 
@@ -49,6 +51,25 @@ def validation_sums(model: Any, batches: images.ValidationBatches, *, workers: i
     if left_out:
         say(f"rank {ranks.rank()}: {left_out} of {len(batches.split)} validation images are corrupt and left out")
     return sums
+
+
+@torch.no_grad()
+def evaluate(
+    cfg: ImageFlags, model: Any, data: ImageSet, *, micro_batch_size: int, prefix: str = "eval/"
+) -> dict[str, float]:
+    """Loss (nats), top-1, top-5 and expected calibration error on the validation images, over all ranks.
+
+    Args:
+        model: what gives logits [B, C] for pixels; it is left in evaluation.
+        prefix: of the metrics' names, where a run evaluates several models.
+    """
+    model.eval()
+    batches = images.ValidationBatches(
+        data.validation, cfg.eval_resize, cfg.eval_size, micro_batch_size, ranks.rank(), ranks.world_size()
+    )
+    sums = validation_sums(model, batches, workers=images.num_workers(cfg.workers, data.validation))
+    scores = classification_metrics(ranks.total(sums))
+    return {prefix + name.removeprefix("eval/"): value for name, value in scores.items()}
 
 
 def classification_metrics(sums: Tensor) -> dict[str, float]:

@@ -65,7 +65,7 @@ def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path
         return folder
     try:
         if cfg.out is None:
-            folder = _next_free(Path("runs") / recipe)
+            folder = next_free(Path("runs") / recipe)
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
         elif not folder.exists():
             folder.mkdir(parents=True)
@@ -79,7 +79,7 @@ def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path
     return folder
 
 
-def _next_free(parent: Path) -> Path:
+def next_free(parent: Path) -> Path:
     """Makes and returns the folder with the number after the largest; another run may take one at the same moment."""
     parent.mkdir(parents=True, exist_ok=True)
     number = max((int(child.name) for child in parent.iterdir() if child.name.isdecimal()), default=0)

@@ -4,11 +4,8 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-
-from kd_core.system import ranks
 
 
 class Stopwatch:
@@ -59,9 +56,3 @@ class Stopwatch:
         if name == "train":  # the end of a step: its other parts came before
             self._skipped = self._skipped + 1 if self._compiling else 0
             self._compiling = max(0, self._compiling - 1)
-
-
-def resumed_clock(state: dict[str, Any], *, compiling: bool = False) -> Stopwatch:
-    """This rank's clock of a checkpoint's state, in whose "clocks" every rank's `seconds` and `calls` stand."""
-    clocks = state.get("clocks")
-    return Stopwatch(*(clocks[ranks.rank()] if clocks else (state.get("seconds", {}),)), compiling=compiling)

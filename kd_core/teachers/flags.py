@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 
 from kd_core.losses.distillation import Divergence, Ensemble
 from kd_core.runs.flags import RunFlags
-from kd_core.teachers.placement import Placement
 from kd_core.teachers.samplers import Sampler
 from kd_core.teachers.sources import CACHE_PREFIX, matched
+
+Placement = Literal["device", "host", "sharded", "zero3"]
 
 
 class Window(NamedTuple):

@@ -3,13 +3,43 @@ of the pool on each rank. (kd_core/training/engine.py splits one large teacher b
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Placement = Literal["device", "host", "sharded", "zero3"]
+from kd_core.system.ranks import device, rank, world_size
+from kd_core.system.terminal import say
+from kd_core.teachers.flags import TeacherFlags
+from kd_core.teachers.sources import source_of
+from kd_core.training.engine import split_by_zero3
+
 ALIGNMENT = 512  # bytes, as PyTorch's own allocator, so that kernels choose what they choose for resident weights
+
+
+def place(cfg: TeacherFlags, models: dict[str, nn.Module]) -> tuple[dict[str, nn.Module], "PinnedTeachers | None"]:
+    """The models by source, on the CPU, placed as --teacher-placement says; and where they are pinned, if they are.
+
+    Raises:
+        ValueError: a placement that does not fit the teachers and ranks.
+    """
+    placement, on_gpu = cfg.teacher_placement, device().type == "cuda"
+    for flag, chosen in (("--teacher-placement host", placement == "host"), ("--teacher-ahead", cfg.teacher_ahead)):
+        if chosen and not on_gpu and rank() == 0:
+            say(f"{flag} has no effect without a GPU")
+    if placement == "host" and on_gpu:
+        return models, PinnedTeachers(list(models.values()), device())
+    if placement == "zero3":
+        return {source: split_by_zero3(model, cfg.teacher_deepspeed_config) for source, model in models.items()}, None
+    for index in held_by(cfg, rank()):
+        models[source_of(cfg.teachers[index])].to(device())
+    return models, None
+
+
+def held_by(cfg: TeacherFlags, of_rank: int) -> Sequence[int]:
+    """Indices of the teachers that a rank holds: all, unless --teacher-placement is sharded."""
+    if cfg.teacher_placement == "sharded":
+        return teachers_of_rank(len(cfg.teachers), of_rank, world_size())
+    return range(len(cfg.teachers))
 
 
 def teachers_of_rank(num_teachers: int, rank: int, world_size: int) -> tuple[int, ...]:

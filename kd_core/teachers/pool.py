@@ -1,95 +1,39 @@
-"""The teachers of a run: where they come from, how they are frozen and asked, and how their memory is given back."""
+"""The teachers of a run: gathered, judged, asked step by step, and let go when the window closes.
+
+teachers = gather(run, load, evaluate, columns=V, chance_loss=math.log(V))
+for step in run.steps(batches, ...):
+    for micro, answer in teachers.answers(step, temperature=now.temperature):
+        student_logits = student(*micro.inputs)
+        teacher_logits = answer()                    # None where no teacher is asked
+"""
 
 import contextlib
-import ctypes
 import gc
 import math
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, Self, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from kd_core.losses.distillation import Ensemble, mean_teacher_logits
+from kd_core.losses.distillation import mean_teacher_logits
 from kd_core.runs.folders import check_folder
-from kd_core.system import ranks
+from kd_core.system import memory
+from kd_core.system.clock import Stopwatch
 from kd_core.system.digests import stored, tensor_digest, weights_digest
-from kd_core.teachers.flags import DistillFlags
-from kd_core.teachers.placement import PinnedTeachers, teachers_of_rank
+from kd_core.system.ranks import device, rank, total, world_size
+from kd_core.teachers.flags import TeacherFlags
+from kd_core.teachers.placement import PinnedTeachers, held_by, place
 from kd_core.teachers.samplers import draw_teachers
 from kd_core.teachers.sources import CachedTeacher, source_of
-from kd_core.teachers.window import distillation
-from kd_core.training import engine
+from kd_core.teachers.window import closed, turn
+from kd_core.training.engine import destroy_engines
+from kd_core.training.loop import Run, Step
 
-
-def check_teachers(cfg: DistillFlags, fingerprints: Sequence[Any]) -> None:
-    """Raises ValueError when a run is resumed with a teacher that is not what it began with."""
-    before = check_folder(cfg).get("teachers", ()) if cfg.resume else ()
-    for one, now in zip(before, fingerprints, strict=False):  # none before the first step
-        if one.get("fingerprint", now) != now:
-            raise ValueError(
-                f"--resume: --teachers {one['name']} is not what the run began with; restore it, or start a new run"
-            )
-
-
-def require_finite(teacher: str, score: dict[str, float]) -> None:
-    """Raises ValueError naming `teacher` when its evaluation is not numbers."""
-    if not all(map(math.isfinite, score.values())):
-        shown = " ".join(f"{name} {value}" for name, value in score.items())
-        raise ValueError(f"{teacher} answers with no finite numbers ({shown}); check its weights, or choose another")
-
-
-def held_by(cfg: DistillFlags, rank: int) -> Sequence[int]:
-    """Indices of the teachers that `rank` holds: all, unless --teacher-placement is sharded."""
-    if cfg.teacher_placement == "sharded":
-        return teachers_of_rank(len(cfg.teachers), rank, ranks.world_size())
-    return range(len(cfg.teachers))
-
-
-def build_pool(cfg: DistillFlags, load: Callable[[str], nn.Module], *, columns: int | None = None) -> "TeacherPool":
-    """The teachers of `--teachers`, placed as `--teacher-placement` says; a source that is named twice is loaded once.
-
-    Args:
-        load: makes a model of one of `--teachers`, on the CPU.
-
-    Raises:
-        ValueError: what `load` refuses, a placement that does not fit, or a resumed run's teacher that has changed.
-    """
-    device, placement = ranks.device(), cfg.teacher_placement
-    for flag, chosen in (("--teacher-placement host", placement == "host"), ("--teacher-ahead", cfg.teacher_ahead)):
-        if chosen and device.type == "cpu" and ranks.rank() == 0:
-            print(f"{flag} has no effect without a GPU", file=sys.stderr, flush=True)
-    held = held_by(cfg, ranks.rank())
-    named = {source_of(path): path for path in cfg.teachers}
-    models = {source: load(path).eval().requires_grad_(False) for source, path in named.items()}
-    known = {source: _fingerprint(model) for source, model in models.items()}
-    fingerprints = [known[source_of(path)] for path in cfg.teachers]
-    check_teachers(cfg, fingerprints)
-    pinned = None
-    if placement == "host" and device.type == "cuda":
-        pinned = PinnedTeachers(list(models.values()), device)
-    elif placement == "zero3":
-        models = {
-            source: engine.split_by_zero3(model, cfg.teacher_deepspeed_config) for source, model in models.items()
-        }
-    else:
-        for index in held:
-            models[source_of(cfg.teachers[index])].to(device)
-    return TeacherPool(
-        cfg.teachers,
-        [models[source_of(path)] for path in cfg.teachers],
-        fingerprints=fingerprints,
-        columns=columns,
-        compiled=getattr(cfg, "compile", False),
-        ensemble=cfg.ensemble,
-        weights=cfg.teacher_weights,
-        held=held,
-        pinned=pinned,
-        split=placement == "zero3",
-        ahead=cfg.teacher_ahead and device.type == "cuda",
-    )
+Evaluate = Callable[[Any], dict[str, float]]
+Ask = Callable[[Any, Any], Any]
 
 
 class MicroBatch(Protocol):
@@ -104,187 +48,274 @@ class MicroBatch(Protocol):
     def to(self, device: torch.device) -> Self: ...
 
 
-Micro = TypeVar("Micro", bound=MicroBatch)
+def gather(
+    run: Run[Any],
+    load: Callable[[str], nn.Module],
+    evaluate: Evaluate | None = None,
+    *,
+    columns: int | None = None,
+    chance_loss: float = math.inf,
+    ask: Ask | None = None,
+    describe: Callable[[Any], Mapping[str, Any]] | None = None,
+) -> "TeacherPool":
+    """The teachers of `--teachers`, each evaluated once so that a broken one shows here; none behind the window.
+
+    Args:
+        load: makes a model of one of `--teachers`, on the CPU; a source that is named twice is loaded once.
+        evaluate: metrics of a teacher; None where there are none, as of a teacher that is asked for more than logits.
+        columns: V, the columns of their logits that mean something; None for all.
+        chance_loss: `eval/loss` of a guess; a teacher above it is warned of.
+        ask: what a teacher is asked for in place of logits, from the model and a micro-batch on the device: hidden states,
+            attention, a head's input. One teacher a step then, and no caches, which hold logits.
+        describe: facts of a model that the recipe builds by, such as a width; they stand in `TeacherPool.known`, behind the
+            closed window too, when no model is loaded any more.
+
+    Raises:
+        ValueError: what `load` refuses, a placement that does not fit, a score that is not finite, a resumed run's teacher
+            that has changed, or an ensemble or a cache where `ask` needs one model's inside.
+    """
+    cfg: TeacherFlags = run.cfg
+    if ask is not None:
+        alone = cfg.sampler != "all" and cfg.draws == 1
+        cfg.check("sampler", alone or not cfg.distils, "one that draws one teacher a step, whose inside is asked for")
+        cfg.check("teachers", not (cfg.cached and cfg.distils), "models, as caches hold only their logits")
+    if cfg.teachers and not cfg.distils:
+        run.say("--teachers are not used: --kd-ratio is 0")
+    if closed(cfg, run.first):
+        released = TeacherPool(cfg, columns=columns, known=run.recall("teachers", []))
+        run.at_end(lambda: tell_costs(run, released))
+        return released
+    named = {source_of(path): path for path in cfg.teachers}
+    models = {source: load(path).eval().requires_grad_(False) for source, path in named.items()}
+    facts = {source: {"fingerprint": fingerprint(model)} for source, model in models.items()}
+    check_unchanged(cfg, [facts[source_of(path)]["fingerprint"] for path in cfg.teachers])
+    for source, model in models.items() if describe else ():
+        facts[source] |= describe(model) if describe else {}
+    models, pinned = place(cfg, models)
+    pool = TeacherPool(
+        cfg, [models[source_of(path)] for path in cfg.teachers], columns=columns, ask=ask, pinned=pinned,
+        clock=run.clock, say=run.say,
+    )  # fmt: skip
+    known = run.recall("teachers", []) if run.first else pool.judge(evaluate, chance_loss)
+    pool.weights = cfg.teacher_weights or one_over_perplexity([one.get("eval/loss", 0.0) for one in known])
+    pool.keep_held()
+    sizes = (total(torch.tensor(pool.device_bytes())) / world_size()).tolist()
+    rows = zip(known, cfg.teachers, sizes, strict=True)
+    pool.known = [one | facts[source_of(path)] | {"device_bytes": int(size)} for one, path, size in rows]
+    run.update(teachers=pool.known)
+    run.at_end(lambda: tell_costs(run, pool))
+    return pool
+
+
+def check_unchanged(cfg: TeacherFlags, fingerprints: Sequence[Any]) -> None:
+    """Raises ValueError when a run is resumed with a teacher that is not what it began with."""
+    before = check_folder(cfg).get("teachers", ()) if cfg.resume else ()
+    for one, now in zip(before, fingerprints, strict=False):  # none before the first step
+        if one.get("fingerprint", now) != now:
+            raise ValueError(
+                f"--resume: --teachers {one['name']} is not what the run began with; restore it, or start a new run"
+            )
+
+
+def fingerprint(model: nn.Module) -> Any:
+    """What a teacher's answers follow from: of a cache its settings, else a digest of the weights."""
+    return model.fingerprint if isinstance(model, CachedTeacher) else weights_digest(model)
+
+
+def require_finite(teacher: str, score: Mapping[str, float]) -> None:
+    """Raises ValueError naming `teacher` when its evaluation is not numbers."""
+    if not all(map(math.isfinite, score.values())):
+        shown = " ".join(f"{name} {value}" for name, value in score.items())
+        raise ValueError(f"{teacher} answers with no finite numbers ({shown}); check its weights, or choose another")
+
+
+def one_over_perplexity(losses: Sequence[float]) -> tuple[float, ...]:
+    """Weights of which only the ratios matter, none 0: several draws need as many above it. Perplexity is exp(loss)."""
+    return tuple(math.exp(max(min(losses) - loss, -100.0)) for loss in losses)
 
 
 class TeacherPool:
-    """Frozen teachers, never in an optimizer or a checkpoint, and released when the window closes.
+    """Frozen teachers, never in an optimizer or a checkpoint; empty after `release`.
 
     Args:
-        names: what the log calls them.
-        models: modules in the same order, frozen and set to evaluation here; none: they are released already.
-        fingerprints: of what the models were loaded from, for run.json.
-        columns: V, the columns of their logits that mean something; None for all.
-        compiled: whether their forwards go through torch.compile.
-        ensemble: what is averaged when several answer.
-        weights: one a teacher, of the samplers `weighted` and `curriculum`; none: `weigh` sets them.
-        held: indices of the teachers that this rank keeps; None for all.
+        models: one for each of `cfg.teachers`, frozen and set to evaluation here; none: they are released already.
+        columns: V, the columns of logits that mean something; None for all.
+        ask: what a teacher is asked for in place of logits.
+        known: of each teacher its name, score, fingerprint and what `describe` said.
         pinned: where the weights are when they visit the GPU only to answer.
-        split: whether the models are engines of ZeRO-3.
-        ahead: whether teachers run one micro-batch ahead of the student, on a side stream of the GPU.
+        clock: counts the parts teacher and teacher/<index>.
+        say: a line for the reader of the terminal.
     """
 
     def __init__(
         self,
-        names: Sequence[str],
-        models: Sequence[nn.Module],
+        cfg: TeacherFlags,
+        models: Sequence[nn.Module] = (),
         *,
-        fingerprints: Sequence[Any] = (),
         columns: int | None = None,
-        compiled: bool = False,
-        ensemble: Ensemble = "probabilities",
-        weights: Sequence[float] = (),
-        held: Sequence[int] | None = None,
+        ask: Ask | None = None,
+        known: Sequence[dict[str, Any]] = (),
         pinned: PinnedTeachers | None = None,
-        split: bool = False,
-        ahead: bool = False,
+        clock: Stopwatch | None = None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.names, self.columns, self.ensemble, self.weights = tuple(names), columns, ensemble, tuple(weights)
-        self.models, self.fingerprints = dict(enumerate(models)), fingerprints or [None] * len(models)
-        self._held = range(len(models)) if held is None else held
-        self._pinned, self._split = pinned, split
-        self._stream = torch.cuda.Stream() if ahead else None
+        self.columns, self.known, self.weights = columns, list(known), cfg.teacher_weights
+        self._cfg, self._ask, self._pinned, self._say = cfg, ask, pinned, say
+        self._clock = clock or Stopwatch({})
+        self._stream = torch.cuda.Stream() if models and cfg.teacher_ahead and device().type == "cuda" else None
         for model in models:
             model.eval()  # of an engine returns None
             model.requires_grad_(False)
+        self.models = dict(enumerate(models))
         self._digests = {model: tensor_digest(model.named_buffers()) for model in models}
-        for model in self._digests if compiled else ():
+        for model in self._digests if getattr(cfg, "compile", False) else ():
             model.compile()
 
     def __len__(self) -> int:
         return len(self.models)
 
-    def scores(self, evaluate: Callable[[Any], dict[str, float]]) -> list[dict[str, float]]:
-        """`evaluate` of each teacher, of a cached one what its cache recorded; call on every rank, before `keep_held`."""
-        scores: dict[nn.Module, dict[str, float]] = {}
-        held = [self.models[index] for index in self._held]
+    # --- before the first step ----------------------------------------------------------------------------------------
+
+    def judge(self, evaluate: Evaluate | None, chance_loss: float = math.inf) -> list[dict[str, Any]]:
+        """Every teacher's name and score, said; of a cached one what its cache recorded. Before `keep_held`, on every rank.
+
+        Raises:
+            ValueError: a teacher's score is not finite.
+        """
+        scores: dict[nn.Module, Mapping[str, float]] = {}
+        held = [self.models[index] for index in held_by(self._cfg, rank())]
         for model in self._digests:
             if isinstance(model, CachedTeacher):
                 scores[model] = model.score
-                continue
-            if model not in held:  # it visits
-                model.to(ranks.device())
-            with self._on_device(model):
-                scores[model] = evaluate(model)
-            if model not in held:
-                model.cpu()
+            elif evaluate is not None:
+                if model not in held:  # it visits
+                    model.to(device())
+                with self._on_device(model):
+                    scores[model] = evaluate(model)
+                if model not in held:
+                    model.cpu()
         self.check_unchanged()
-        return [scores[model] for model in self.models.values()]
+        known = []
+        for index, name in enumerate(self._cfg.teachers):
+            score = scores.get(self.models[index], {})
+            require_finite(f"--teachers {name}", score)
+            if score:
+                self._say(f"teacher {name} " + " ".join(f"{metric} {value:.4f}" for metric, value in score.items()))
+            worse = not score.get("eval/loss", -math.inf) < chance_loss
+            if worse:
+                self._say(f"warning: teacher {name} is worse than a guess, whose loss is {chance_loss:.4f}")
+            known.append({"name": name, **score, "worse_than_chance": worse})
+        return known
 
     def keep_held(self) -> None:
         """Lets go of the teachers that only other ranks hold."""
-        self.models = {index: self.models[index] for index in self._held}
+        self.models = {index: self.models[index] for index in held_by(self._cfg, rank())}
         self._digests = {model: self._digests[model] for model in self.models.values()}
-
-    def weigh(self, losses: Sequence[float]) -> None:
-        """Sets the weights, unless they were given, to 1 / perplexity, which is exp(-loss); only their ratios matter.
-
-        None is 0: several draws need as many weights above it.
-        """
-        self.weights = self.weights or tuple(math.exp(max(min(losses) - loss, -100.0)) for loss in losses)
 
     def device_bytes(self) -> list[int]:
         """Bytes of each teacher's weights on this rank's device at this moment, 0 for those held elsewhere."""
-        sizes = [0] * len(self.names)
+        sizes = [0] * len(self._cfg.teachers)
         for index, model in self.models.items():
             for tensor in (*model.parameters(), *model.buffers()):
                 here = getattr(tensor, "ds_tensor", tensor)  # this rank's share under ZeRO-3
-                if here.device.type == ranks.device().type:
+                if here.device.type == device().type:
                     sizes[index] += sum(part.nbytes for part in stored(here))
         return sizes
 
-    def draw(self, cfg: DistillFlags, step: int, rank: int | None = None) -> tuple[int, ...]:
-        """Indices of the teachers that answer `rank`, by default this one, at `step`; none outside the window."""
-        now, rank = distillation(cfg, step), ranks.rank() if rank is None else rank
-        if not now.kd_ratio:
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def draw(self, step: int, of_rank: int | None = None) -> tuple[int, ...]:
+        """Indices of the teachers that answer a rank, by default this one, at `step`; none outside the window."""
+        cfg, now, of_rank = self._cfg, turn(self._cfg, step), rank() if of_rank is None else of_rank
+        if now is None:
             return ()
-        held = held_by(cfg, rank)
+        held = held_by(cfg, of_rank)
         drawn = draw_teachers(
-            cfg.sampler, len(held), seed=cfg.seed, step=step, draws=cfg.draws, weights=self.weights, turn=now.turn,
-            turns=now.turns, rank=rank,
+            cfg.sampler, len(held), seed=cfg.seed, step=step, draws=cfg.draws, weights=self.weights, turn=now.number,
+            turns=now.of, rank=of_rank,
         )  # fmt: skip
         return tuple(held[index] for index in drawn)
 
-    def drawn_names(self, cfg: DistillFlags, step: int) -> list[str]:
+    def names(self, step: int) -> list[str]:
         """Names of the teachers that answer at `step`; of `per_rank`, those of all ranks, in their order."""
-        asked = range(ranks.world_size()) if cfg.sampler == "per_rank" else [ranks.rank()]
-        return [self.names[index] for rank in asked for index in self.draw(cfg, step, rank)]
+        asked = range(world_size()) if self._cfg.sampler == "per_rank" else [rank()]
+        return [self._cfg.teachers[index] for one in asked for index in self.draw(step, one)]
 
     def answers(
-        self, cfg: DistillFlags, step: int, micro_batches: Sequence[Micro], clock: Any
-    ) -> Iterator[tuple[Micro, Callable[[], Tensor | None]]]:
-        """Each micro-batch of a step on the device, with a function that gives the drawn teachers' logits for it.
+        self, step: Step, micro_batches: Sequence[Any] | None = None, *, temperature: float = 1.0
+    ) -> Iterator[tuple[Any, Callable[[], Any]]]:
+        """Each micro-batch of the step on the device, with a function that gives what the drawn teachers say of it.
 
-        The function gives None when no teacher is drawn. Call it as late as possible: teachers that run ahead have
-        until then.
+        They say their logits [N, V], or what `ask` is. Call the function as late as possible: teachers that run ahead have
+        until then. It gives None where none is drawn. Once the window has closed, the teachers are let go here.
+
+        Args:
+            micro_batches: a `MicroBatch` each; None for the step's own.
+            temperature: of the ensemble, when several answer, and of cached answers.
         """
-        drawn, temperature = self.draw(cfg, step), distillation(cfg, step).temperature
-        upcoming = self.draw(cfg, step + cfg.kd_every) if self._pinned else ()
-        asked: deque[tuple[Micro, Callable[[], Tensor | None]]] = deque()
-        for number, micro in enumerate(micro_batches, 1):
-            last = number == len(micro_batches) or len(drawn) == 1
-            with clock.part("data"):
-                moved = micro.to(ranks.device())
-            asked.append((moved, self._ask(moved, drawn, temperature, clock, upcoming if last else drawn)))
+        if len(self) and closed(self._cfg, step.number):
+            self.release()
+            self._say(f"step {step.number}: the window has closed, the teachers are released")
+        drawn = self.draw(step.number)
+        step.log(teacher=self.names(step.number))
+        upcoming = self.draw(step.number + self._cfg.window.every) if self._pinned else ()
+        of_step: Sequence[MicroBatch] = step.micro_batches if micro_batches is None else micro_batches
+        asked: deque[tuple[Any, Callable[[], Any]]] = deque()
+        for number, micro in enumerate(of_step, 1):
+            last = number == len(of_step) or len(drawn) == 1
+            with self._clock.part("data"):
+                moved = micro.to(device())
+            asked.append((moved, self._asked(moved, drawn, temperature, upcoming if last else drawn)))
             if len(asked) > (self._stream is not None):
                 yield asked.popleft()
         yield from asked
 
-    def _ask(
-        self, micro: MicroBatch, drawn: Sequence[int], temperature: float, clock: Any, upcoming: Sequence[int]
-    ) -> Callable[[], Tensor | None]:
+    def _asked(
+        self, micro: MicroBatch, drawn: Sequence[int], temperature: float, upcoming: Sequence[int]
+    ) -> Callable[[], Any]:
         if not drawn:
             return lambda: None
         if self._stream is None:
-            logits = self.logits(drawn, micro.inputs, temperature, keys=micro.keys, clock=clock, upcoming=upcoming)
-            return lambda: logits
+            said = self.say(drawn, micro, temperature, upcoming=upcoming)
+            return lambda: said
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            logits = self.logits(drawn, micro.inputs, temperature, keys=micro.keys, clock=clock, upcoming=upcoming)
+            said = self.say(drawn, micro, temperature, upcoming=upcoming)
         done = self._stream.record_event()
 
-        def receive() -> Tensor:
+        def receive() -> Any:
             torch.cuda.current_stream().wait_event(done)
-            logits.record_stream(torch.cuda.current_stream())
-            return logits
+            for tensor in tree_leaves(said):
+                tensor.record_stream(torch.cuda.current_stream())
+            return said
 
         return receive
 
     @torch.no_grad()
-    def logits(
-        self,
-        drawn: Sequence[int],
-        inputs: tuple[Tensor, ...],
-        temperature: float,
-        *,
-        keys: tuple[Tensor, ...] = (),
-        clock: Any = None,
-        upcoming: Sequence[int] = (),
-    ) -> Tensor:
-        """[N, V] logits of the drawn teachers, their ensemble at `temperature` when several.
+    def say(
+        self, drawn: Sequence[int], micro: MicroBatch, temperature: float = 1.0, *, upcoming: Sequence[int] = ()
+    ) -> Any:
+        """[N, V] logits of the drawn teachers, their ensemble at `temperature` when several; or what `ask` gives.
 
         Args:
-            inputs: of the models.
-            keys: of the samples, for cached teachers.
-            clock: a `report.Stopwatch` that counts the parts teacher and teacher/<index>.
             upcoming: the draw after this one, whose weights can be fetched meanwhile.
         """
         answers = []
         for index, following in zip(drawn, (*drawn[1:], *upcoming[:1], None), strict=False):
             model = self.models[index]
-            with contextlib.ExitStack() as stack:
-                if clock is not None:
-                    stack.enter_context(clock.part("teacher"))
-                    stack.enter_context(clock.part(f"teacher/{index}"))
-                stack.enter_context(self._on_device(model))
+            with self._clock.part("teacher"), self._clock.part(f"teacher/{index}"), self._on_device(model):
                 if self._pinned is not None and following is not None:
                     self._pinned.prefetch(self.models[following])
-                cached = isinstance(model, CachedTeacher)
-                answers.append((model(*keys, temperature) if cached else model(*inputs))[:, : self.columns])
-        return mean_teacher_logits(answers, temperature, self.ensemble)
+                if self._ask is not None:
+                    return self._ask(model, micro)
+                said = model(*micro.keys, temperature) if isinstance(model, CachedTeacher) else model(*micro.inputs)
+                answers.append(said[:, : self.columns])
+        return mean_teacher_logits(answers, temperature, self._cfg.ensemble)
 
     def _on_device(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         return self._pinned.on_device(model) if self._pinned else contextlib.nullcontext()
+
+    # --- the end ------------------------------------------------------------------------------------------------------
 
     def check_unchanged(self) -> None:
         """
@@ -293,23 +324,35 @@ class TeacherPool:
         """
         for index, model in self.models.items():
             if tensor_digest(model.named_buffers()) != self._digests[model]:
-                raise RuntimeError(f"teacher {self.names[index]} has changed its buffers in the run; do not use it")
+                raise RuntimeError(
+                    f"teacher {self._cfg.teachers[index]} has changed its buffers in the run; do not use it"
+                )
 
     def release(self) -> None:
         """Gives the teachers' memory back to the device and, on a CPU, to the operating system."""
         self.check_unchanged()
-        if self._split:
-            engine.destroy_engines(self._digests)
+        if self._cfg.teacher_placement == "zero3":
+            destroy_engines(self._digests)
         self.models, self._digests, self._pinned = {}, {}, None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        elif sys.platform == "linux":
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory otherwise
-            if trim is not None:
-                trim(0)
+        memory.give_back()
 
 
-def _fingerprint(model: nn.Module) -> Any:
-    """What a teacher's answers follow from: of a cache its settings, else a digest of the weights."""
-    return model.fingerprint if isinstance(model, CachedTeacher) else weights_digest(model)
+def tell_costs(run: Run[Any], pool: TeacherPool) -> None:
+    """A line a teacher, over all ranks: how often it was asked, and what that took; also into run.json. Then release."""
+    seconds, calls = run.clock.read(wait=True), run.clock.calls
+    if "teacher" in calls:
+        parts = [f"teacher/{index}" for index in range(len(pool.known))]
+        mine = [(calls.get(part, 0), seconds.get(part, 0.0)) for part in parts] + [(1, seconds["train"])]
+        *rows, (ranks, train_s) = total(torch.tensor(mine)).tolist()
+        costs = [
+            one | {"forwards": int(forwards), "seconds": took / ranks, "share": took / train_s if train_s else 0.0}
+            for one, (forwards, took) in zip(pool.known, rows, strict=True)
+        ]
+        run.update(teachers=costs)
+        run.say(f"{'forwards':>9} {'seconds':>9} {'of steps':>9} {'MiB':>9}  teacher")
+        for one in costs:
+            size = one["device_bytes"] / 2**20
+            run.say(f"{one['forwards']:9} {one['seconds']:9.1f} {one['share']:9.1%} {size:9.1f}  {one['name']}")
+    if len(pool):
+        pool.release()

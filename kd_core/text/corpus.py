@@ -13,9 +13,11 @@ import numpy as np
 
 from kd_core.system.files import build_once, cache_key, cache_root, file_digest, write_json
 from kd_core.system.hub import HUB_NAME
+from kd_core.system.ranks import rank
 from kd_core.system.splits import VALIDATION_ONE_IN
 from kd_core.system.terminal import say
 from kd_core.text import c4, documents
+from kd_core.text.flags import MAX_SEQ_LEN, MIN_SEQ_LEN, TextFlags
 from kd_core.text.packing import VALIDATION_ROWS, HeldOut, Packer, Report
 from kd_core.text.tokenizer import load_tokenizer, tokenizer_digest, train_wordpiece
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IGNORE_INDEX = -100
-MIN_SEQ_LEN, MAX_SEQ_LEN = 8, 65_536
 TOKENIZER_TRAINING_CHARS = 100_000_000
 
 
@@ -78,6 +79,13 @@ class Corpus:
                 f"--data {self.name} has {num_rows} training sequences of {self.seq_len} tokens, fewer than one batch; "
                 f"--global-batch-size must be at most {num_rows}, got {global_batch_size}, or give more text"
             )
+
+
+def build(cfg: TextFlags) -> Corpus:
+    """The corpus of a run, as its flags say; errors as `prepare`."""
+    return prepare(
+        cfg.data, tokenizer=cfg.tokenizer, vocab_size=cfg.vocab_size, seq_len=cfg.seq_len, progress=rank() == 0
+    )
 
 
 def prepare(

@@ -4,8 +4,8 @@ import dataclasses
 from typing import ClassVar
 
 from kd_core.cli import Flags
-from kd_core.text.corpus import MAX_SEQ_LEN, MIN_SEQ_LEN
-from kd_core.text.masking import check_mask_fraction
+
+MIN_SEQ_LEN, MAX_SEQ_LEN = 8, 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,3 +42,10 @@ class MaskingFlags(TextFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mask_fraction(self.mask_fraction, self.seq_len)
+
+
+def check_mask_fraction(mask_fraction: float, seq_len: int) -> None:
+    if not (0 < mask_fraction < 1 and 1 <= round(mask_fraction * seq_len) <= seq_len - 2):
+        raise ValueError(
+            f"--mask-fraction must be in (0, 1) and select at least one of the {seq_len} positions, got {mask_fraction}"
+        )

@@ -12,14 +12,18 @@ Shapes: B sequences, T positions, N supervised positions (B times K a sequence),
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from kd_core.system.ahead import prefetch
 from kd_core.system.hashing import splitmix64 as _hash
+from kd_core.system.ranks import rank, world_size
 from kd_core.text.corpus import IGNORE_INDEX, Corpus
+from kd_core.text.flags import check_mask_fraction
 from kd_core.text.order import START, Position, row_order, sample_id, shard_order
+from kd_core.training.loop import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -156,7 +160,7 @@ class Step:
     """What one rank feeds to one optimizer step."""
 
     micro_batches: list[MicroBatch]
-    tokens: int  # supervised tokens of this rank
+    rows: int  # supervised tokens of this rank
     position: Position  # after this step
 
     def pin_memory(self) -> "Step":
@@ -240,8 +244,8 @@ class MaskedBatches:
             fraction=self._mask_fraction,
             tokenizer=self._corpus.tokenizer,
         )
-        tokens = sum(int((micro.labels != IGNORE_INDEX).sum()) for micro in micro_batches)
-        return Step(micro_batches, tokens, self.position)
+        rows = sum(int((micro.labels != IGNORE_INDEX).sum()) for micro in micro_batches)
+        return Step(micro_batches, rows, self.position)
 
     def _take(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epoch, shard and row, int64 [count] each, of the next rows; moves the position behind them."""
@@ -280,6 +284,24 @@ class MaskedBatches:
                 return
             later_epochs, later_index = divmod(index + ahead, self._corpus.num_shards)
             self._corpus.request(self._shard(epoch + later_epochs, later_index))
+
+
+def batches(run: Run[Any], corpus: Corpus, **masks: int) -> Iterator[Step]:
+    """The run's optimizer steps from where it stands, made ahead in a thread.
+
+    Args:
+        masks: `mask_seed` and `mask_patterns` of `MaskedBatches`, where caches have their own.
+
+    Raises:
+        ValueError: as `MaskedBatches`.
+    """
+    cfg = run.cfg
+    made = MaskedBatches(
+        corpus, seed=cfg.seed, global_batch_size=cfg.global_batch_size, micro_batch_size=cfg.micro_batch_size, rank=rank(),
+        world_size=world_size(), mask_fraction=cfg.mask_fraction, position=Position(*(run.position or START)),
+        steps=cfg.steps - run.first, **masks,
+    )  # fmt: skip
+    return prefetch(made, pin_memory=torch.cuda.is_available())
 
 
 def masked_micro_batches(
@@ -336,10 +358,3 @@ def validation_batches(
         )
         micro.labels.view(len(numbers), -1)[torch.from_numpy(~present)] = IGNORE_INDEX
         yield micro
-
-
-def check_mask_fraction(mask_fraction: float, seq_len: int) -> None:
-    if not (0 < mask_fraction < 1 and 1 <= round(mask_fraction * seq_len) <= seq_len - 2):
-        raise ValueError(
-            f"--mask-fraction must be in (0, 1) and select at least one of the {seq_len} positions, got {mask_fraction}"
-        )

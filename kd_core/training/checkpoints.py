@@ -1,9 +1,19 @@
-"""Checkpoints: complete or invisible, and checked before they are read."""
+"""Checkpoints: complete or invisible, checked before they are read, of any number of engines.
+
+    checkpoints/step00000300/            the first engine's files, as DeepSpeed writes them
+    checkpoints/step00000300/<name>/     those of each further engine
+    checkpoints/step00000300/state.pt    what else the run needs: clocks, the data's position, what the recipe keeps
+    checkpoints/step00000300/manifest.json
+
+DeepSpeed moves its own `latest` before the other ranks' shards are complete and never checks what it reads. Here the
+checkpoint grows in a hidden folder; a manifest of SHA-256 sums and one rename make it visible.
+"""
 
 import contextlib
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +25,24 @@ from kd_core.system.files import file_digest, sync
 from kd_core.system.ranks import broadcast, rank
 
 
-def save_checkpoint(engine: Any, folder: Path, step: int, client_state: dict[str, Any], keep: int) -> None:
-    """Writes `folder/step<step>`, complete or invisible, and removes all but the newest `keep`.
+def save(folder: Path, step: int, engines: Mapping[str, Any], state: dict[str, Any], keep: int) -> None:
+    """Writes `folder/step<step>` and removes all but the newest `keep`; call on every rank.
 
-    DeepSpeed moves its own `latest` before the other ranks' shards are complete and never checks what it reads. Here
-    the checkpoint grows in a hidden folder; a manifest of SHA-256 sums and one rename make it visible.
+    Args:
+        engines: by name; the first one's files lie directly in the checkpoint.
+        state: equal on all ranks; tensors, numbers, strings and containers of them.
     """
-    hidden = folder / ".incomplete"
-    name = f"step{step:08d}"
+    hidden, name = folder / ".incomplete", f"step{step:08d}"
     if rank() == 0:
         shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
+        (hidden / name).mkdir(parents=True)
     dist.barrier()
     try:
-        engine.save_checkpoint(str(hidden), tag=name, client_state=client_state, save_latest=False)
+        for number, (own, engine) in enumerate(engines.items()):
+            tag = f"{name}/{own}" if number else name
+            engine.save_checkpoint(str(hidden), tag=tag, client_state={}, save_latest=False)
+        if rank() == 0:
+            torch.save(state, hidden / name / "state.pt")
     except (OSError, RuntimeError) as error:  # PyTorch's writer has no error of its own for a full disk
         reason = (str(error) or repr(error)).splitlines()[0]
         raise OSError(f"{folder / name} cannot be written: {reason}; mend that, then continue with --resume") from error
@@ -95,15 +109,38 @@ def step_of(checkpoint: str | None) -> int:
     return int(checkpoint.removeprefix("step")) if checkpoint else 0
 
 
-def load_checkpoint(engine: Any, folder: Path, name: str) -> dict[str, Any]:
-    """Restores weights, optimizer and the client state that `save_checkpoint` was given."""
-    path, client_state = engine.load_checkpoint(str(folder), tag=name)
-    assert path is not None, f"DeepSpeed did not load {folder / name}, whose manifest holds"
-    return dict(client_state)
+def load(folder: Path, checkpoint: str, engine: Any, name: str, *, first: bool) -> None:
+    """Restores weights and optimizer of one engine.
+
+    Raises:
+        ValueError: the checkpoint has no engine of that name.
+    """
+    tag = checkpoint if first else f"{checkpoint}/{name}"
+    path, _ = engine.load_checkpoint(str(folder), tag=tag) if (folder / tag).is_dir() else (None, {})
+    if path is None:
+        raise ValueError(
+            f"--resume: {folder / checkpoint} holds nothing of the engine {name!r}; resume with the recipe that wrote it, "
+            "or start a new run in another --out"
+        )
 
 
-def read_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The model's full state dict and the client state of a checkpoint of any ZeRO stage, without the ranks it had.
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `save` was given as `state`; of a checkpoint from before there was state.pt, DeepSpeed's client state."""
+    file = checkpoint / "state.pt"
+    if file.exists():
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return state
+    return _first_shard(checkpoint)
+
+
+def _first_shard(checkpoint: Path) -> dict[str, Any]:
+    shard = next(iter(sorted(checkpoint.glob("*_model_states.pt"))))
+    states: dict[str, Any] = torch.load(shard, map_location="cpu", weights_only=False)
+    return states
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
+    """The first engine's full state dict from a checkpoint of any ZeRO stage, without the ranks it had.
 
     Weights are in the compute dtype, of ZeRO-3 in float32.
 
@@ -113,13 +150,10 @@ def read_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     damage = _damage(checkpoint)
     if damage:
         raise ValueError(f"checkpoint {checkpoint} is damaged ({damage}); leave it out")
-    sharded = sorted(checkpoint.glob("zero_pp_rank_*_model_states.pt"))
-    states = torch.load(
-        (sharded or [checkpoint / "mp_rank_00_model_states.pt"])[0], map_location="cpu", weights_only=False
-    )
-    if not sharded:
-        return states["module"], states
+    if not any(checkpoint.glob("zero_pp_rank_*_model_states.pt")):
+        module: dict[str, Tensor] = _first_shard(checkpoint)["module"]
+        return module
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.redirect_stdout(None):
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name), states
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)

@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kd_core.system.ranks import device, gathered, total, world_size
+from kd_core.system.ranks import device, gathered, world_size
 from kd_core.training.flags import TrainFlags
-from kd_core.training.stop import StopSignal
+from kd_core.training.plain import PlainEngine
 
 # A rank that hangs ends the run after this long. DeepSpeed's own setting covers one of its groups only.
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
+
+Engine = Any  # a DeepSpeed engine or a PlainEngine
 
 OWNED_BY_RECIPE = {
     "train_batch_size": "--global-batch-size",
@@ -167,20 +169,29 @@ def destroy_engines(engines: Iterable[Any]) -> None:
         one.destroy()
 
 
-def backward_token_mean(engine: Any, loss_sum: Tensor, step_tokens: Tensor) -> None:
-    """Adds the gradient of `loss_sum / step_tokens` of this micro-batch; on DeepSpeed nothing else divides a loss.
+def require_stage(cfg: TrainFlags, most: int, what: str) -> None:
+    """Raises ValueError when --deepspeed-config has a ZeRO stage above `most`, which `what` cannot work with."""
+    stage = load_config(cfg).get("zero_optimization", {}).get("stage", 0)
+    if stage > most:
+        raise ValueError(
+            f"{what} needs ZeRO stage {most} or below, {cfg.deepspeed_config} has {stage}; choose another file"
+        )
 
-    Args:
-        engine: a DeepSpeed engine.
-        loss_sum: scalar, the *sum* of the loss over this micro-batch's supervised rows.
-        step_tokens: scalar, the number of supervised rows over all ranks and micro-batches of the optimizer step.
 
-    DeepSpeed averages gradients over ranks, hence the factor world size. A mean per micro-batch would be wrong as
-    soon as rows are ragged: on 2 ranks x 2 micro-batches its cosine to the true gradient was 0.68.
+def for_backwards(config: dict[str, Any], backwards: int | None) -> dict[str, Any]:
+    """The DeepSpeed config of an engine that has `backwards` backward passes a micro-batch and update; None: any number.
+
+    DeepSpeed counts them to know the last, during which it reduces gradients; with None it reduces in the update.
     """
-    engine.backward(loss_sum * (world_size() / step_tokens.to(loss_sum.dtype)), scale_wrt_gas=False)
-    if not engine.is_gradient_accumulation_boundary():
-        engine.step()  # only counts the micro-batch
+    if backwards is None:
+        return config | {"managed_gradient_accumulation": False}
+    accumulation = config["gradient_accumulation_steps"] * backwards
+    batch = config["train_micro_batch_size_per_gpu"] * world_size() * accumulation  # bookkeeping: it must multiply out
+    return config | {"gradient_accumulation_steps": accumulation, "train_batch_size": batch}
+
+
+class LoopError(RuntimeError):
+    """A recipe uses the loop in a way that would train on a wrong gradient; nothing has moved."""
 
 
 class NonFiniteStepError(RuntimeError):
@@ -196,73 +207,106 @@ def suspects(sample_ids: Sequence[Tensor], losses: Sequence[Tensor]) -> list[int
     return [i for one in both for i in one[0]] or [i for one in both for i in one[1]]
 
 
-def apply_step(engine: Any, loss: float, lr: float) -> float:
+def backward(engine: Engine, loss_sum: Tensor, rows: Tensor) -> None:
+    """Adds the gradient of `loss_sum / rows`; nothing else divides a loss.
+
+    Args:
+        loss_sum: scalar, the *sum* of the loss over this micro-batch's supervised rows.
+        rows: scalar, their number over all ranks and micro-batches of the optimizer step.
+
+    Engines average gradients over ranks, hence the factor world size. A mean per micro-batch would be wrong as soon as rows
+    are ragged: on 2 ranks x 2 micro-batches its cosine to the true gradient was 0.68.
+    """
+    loss = loss_sum * (world_size() / rows.to(loss_sum.dtype))
+    if isinstance(engine, PlainEngine):
+        engine.backward(loss)
+        return
+    engine.backward(loss, scale_wrt_gas=False)
+    if engine.managed_gradient_accumulation() and not engine.is_gradient_accumulation_boundary():
+        engine.step()  # only counts the backward
+
+
+def check_backwards(engine: Engine, made: int) -> None:
+    """Raises LoopError unless DeepSpeed counted on as many backward passes: it would step on a part of the gradient."""
+    if isinstance(engine, PlainEngine) or not engine.managed_gradient_accumulation():
+        return
+    due = engine.gradient_accumulation_steps()
+    if made != due:
+        raise LoopError(
+            f"{made} backward passes before Step.update, the engine counts on {due}: one for each micro-batch, times "
+            "Run.engine(..., backwards=N); backwards=None allows any number"
+        )
+
+
+def update(engine: Engine, lr: float) -> float:
     """Takes the optimizer step at learning rate `lr` and returns the global gradient norm before clipping.
 
     Raises:
-        NonFiniteStepError: `loss` or the gradient is not finite. No weight and no optimizer state has changed.
+        NonFiniteStepError: the gradient is not finite. No weight and no optimizer state has changed.
     """
-    if not math.isfinite(loss):
-        raise NonFiniteStepError(f"the loss is {loss}")
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    norm = None
-    if not (engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled()):
-        # Plain fp32 is the one mode in which DeepSpeed neither reports the norm nor skips a non-finite step.
+    if isinstance(engine, PlainEngine):
+        norm = _finite(engine.reduce())
+        engine.step()
+        return norm
+    plain_fp32 = not (engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled())
+    if plain_fp32:  # the one mode in which DeepSpeed neither reports the norm nor skips a non-finite step
         grads = [param.grad for param in engine.module.parameters() if param.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads, foreach=True))
-        if not math.isfinite(norm):
-            raise NonFiniteStepError(f"the gradient norm is {norm}")
+        if (
+            not engine.managed_gradient_accumulation()
+        ):  # not reduced yet; DeepSpeed's mean of equal values changes nothing
+            for grad in grads:
+                dist.all_reduce(grad)
+                grad /= world_size()
+        norm = _finite(float(torch.nn.utils.get_total_norm(grads, foreach=True)))
     engine.step()
     if not engine.was_step_applied():
         raise NonFiniteStepError("the gradient is not finite")
-    return norm if norm is not None else float(engine.get_global_grad_norm())
+    return norm if plain_fp32 else float(engine.get_global_grad_norm())
 
 
-def finish_step(
-    engine: Any,
-    losses: Sequence[Tensor],
-    sample_ids: Sequence[Tensor],
-    step_tokens: Tensor,
-    *,
-    kd_ratio: float,
-    label_weight: float,
-    lr: float,
-    stop: StopSignal,
-) -> tuple[dict[str, float], list[float]]:
-    """Sums the losses and the votes to stop over ranks and takes the optimizer step: what follows the last backward.
+def _finite(norm: float) -> float:
+    if not math.isfinite(norm):
+        raise NonFiniteStepError(f"the gradient norm is {norm}")
+    return norm
+
+
+def blame(error: NonFiniteStepError, micro_batches: Sequence[Any], losses: Sequence[Tensor]) -> NonFiniteStepError:
+    """The error, with the samples whose loss is not finite; all of the step's if none is, or it cannot be told."""
+    sample_ids = [micro.sample_ids for micro in micro_batches]
+    if sample_ids:
+        told = losses if len(losses) == len(sample_ids) else [torch.zeros(())] * len(sample_ids)
+        error.samples = suspects(sample_ids, told)
+    return error
+
+
+@contextlib.contextmanager
+def frozen(engine: Engine) -> Iterator[nn.Module]:
+    """The engine's module, whose weights take no gradient within: another engine's loss may pass through its forward.
+
+    Called as an engine, it would take that loss for its own: under ZeRO its reductions would begin, and stage 0 refuses.
+    """
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield engine.module
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def gathered_state_dict(engine: Engine, part: str = "") -> dict[str, Tensor]:
+    """The module's full state dict on the CPU, in its compute dtype; call on every rank (ZeRO-3 gathers).
 
     Args:
-        losses: by micro-batch, [label_loss, kd_loss, ...] summed over its rows, before weights; what follows is counted.
-        sample_ids: by micro-batch, for the message of a step that is not finite.
-        step_tokens: scalar, supervised rows of the step over all ranks.
-
-    Returns:
-        The step's values for the log; and over all ranks the further sums of `losses`, then `step_tokens`.
-
-    Raises:
-        NonFiniteStepError: as `apply_step`, with the suspect samples.
+        part: name of a submodule, of which alone the state is wanted.
     """
-    totals = total(torch.cat([torch.stack(list(losses)).sum(0), stop.votes()]))
-    # The one place of a step where the host waits for the GPU.
-    label_sum, kd_sum, *sums, tokens = torch.cat([totals, step_tokens[None]]).tolist()
-    further = len(sums) - len(stop.REASONS)
-    stop.count(sums[further:])
-    label_loss, kd_loss = label_sum / tokens, kd_sum / tokens
-    loss = label_weight * label_loss + kd_ratio * kd_loss
-    try:
-        grad_norm = apply_step(engine, loss, lr)
-    except NonFiniteStepError as error:
-        error.samples = suspects(sample_ids, losses)
-        raise
-    values = {"loss": loss, "label_loss": label_loss, "kd_loss": kd_loss, "kd_ratio": kd_ratio}
-    return values | {"label_weight": label_weight, "lr": lr, "grad_norm": grad_norm}, [*sums[:further], tokens]
-
-
-def gathered_state_dict(engine: Any) -> dict[str, Tensor]:
-    """The module's full state dict on the CPU, in its compute dtype; call on every rank (ZeRO-3 gathers)."""
-    if engine.zero_optimization_stage() == 3:
+    if not isinstance(engine, PlainEngine) and engine.zero_optimization_stage() == 3:
         state = engine._zero3_consolidated_16bit_state_dict()
     else:
         state = engine.module.state_dict()
-    return {name: tensor.detach().cpu() for name, tensor in (state or {}).items()}
+    prefix = f"{part}." if part else ""
+    wanted = ((name, tensor) for name, tensor in (state or {}).items() if name.startswith(prefix))
+    return {name.removeprefix(prefix): tensor.detach().cpu() for name, tensor in wanted}

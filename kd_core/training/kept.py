@@ -1,7 +1,8 @@
-"""What a run keeps besides its engines."""
+"""What a run keeps besides its engines, for `Run.keep`: a moving average of the weights, the best evaluation."""
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +43,30 @@ class Ema:
         finally:
             _copy(self._live, kept)
 
-    def load(self, average: list[Tensor]) -> None:
-        """Continues from the `average` of a checkpoint."""
-        _copy(self.average, average)
+    def state_dict(self) -> list[Tensor]:
+        return self.average
+
+    def load_state_dict(self, state: list[Tensor]) -> None:
+        _copy(self.average, state)
+
+
+class Best:
+    """The best evaluation so far by one metric, of which higher is better."""
+
+    def __init__(self, metric: str) -> None:
+        self._metric, self._value = metric, -math.inf
+
+    def improves(self, scores: Mapping[str, float]) -> bool:
+        """Whether these are the best so far; then they are from now on."""
+        better = scores[self._metric] > self._value
+        self._value = max(self._value, scores[self._metric])
+        return better
+
+    def state_dict(self) -> float:
+        return self._value
+
+    def load_state_dict(self, state: float) -> None:
+        self._value = state
 
 
 @torch.no_grad()

@@ -10,14 +10,13 @@ has the same model, batches, optimizer and loss and nothing else: no DeepSpeed, 
 """
 
 import argparse
-import contextlib
 import dataclasses
 import gc
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,14 @@ import torch
 from kd_core.cache import mlm as cache_mlm
 from kd_core.kernels.softmax_kl import softmax_kl
 from kd_core.runs import folders
-from kd_core.runs import record as report
 from kd_core.system import ranks
 from kd_core.system.ahead import prefetch
-from kd_core.system.clock import Stopwatch
-from kd_core.teachers import pool as teachers
+from kd_core.text import bert
 from kd_core.text import masking as text
 from kd_core.text.corpus import Corpus, prepare
-from kd_core.training import engine
 from kd_core.training.processes import end_process, join, leave
-from kd_core.training.stop import StopSignal
-from recipes.bert_kd import RECIPE, SIZES, Config, build_student, train_step
+from recipes.bert_kd import Config, train_step
+from tests.benchmarks.stepping import Stepper
 
 CUDA = torch.cuda.is_available()
 
@@ -61,7 +57,7 @@ def matmul_peak_tflops(size: int = 8192) -> float:
 
 def step_flops(cfg: Config, vocab_size: int) -> float:
     """Floating-point operations of one training sample: 3 times the forward's matmuls, the head at masked positions."""
-    layers, width = SIZES[cfg.student]
+    layers, width = bert.SIZES[cfg.student]
     body = cfg.seq_len * layers * (24 * width**2 + 4 * cfg.seq_len * width)
     head = round(cfg.mask_fraction * cfg.seq_len) * (2 * width**2 + 2 * width * vocab_size)
     return 3.0 * (body + head)
@@ -72,7 +68,7 @@ class Bare:
 
     def __init__(self, cfg: Config, corpus: Corpus, dtype: torch.dtype) -> None:
         self.cfg, self.valid = cfg, len(corpus.tokenizer)
-        self.model: Any = build_student(cfg, self.valid).to(ranks.device(), dtype).train()
+        self.model: Any = build_model(cfg, self.valid).to(ranks.device(), dtype).train()
         if cfg.compile:
             self.model.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), fused=True)
@@ -81,39 +77,21 @@ class Bare:
         for micro in batch.micro_batches:
             input_ids, positions, labels = ranks.to_device(micro.input_ids, micro.positions, micro.labels)
             _, label_N = softmax_kl(self.model(input_ids, positions), None, labels, valid_columns=self.valid)
-            (label_N.sum() / batch.tokens).backward()
+            (label_N.sum() / batch.rows).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
-class Recipe:
-    """The recipe's own step with everything around it: normalisation, checks, clock, agreement to stop, log."""
-
-    def __init__(self, cfg: Config, corpus: Corpus, pool: teachers.TeacherPool, folder: Path) -> None:
-        self.cfg, self.pool = dataclasses.replace(cfg, out=str(folder)), pool
-        model: Any = build_student(cfg, len(corpus.tokenizer))
-        if cfg.compile:
-            model.compile()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), fused=True)
-        self.student = engine.initialize(model, optimizer, engine.load_config(cfg))
-        self.student.train()
-        with contextlib.ExitStack() as undo:
-            folders.claim_folder(self.cfg, RECIPE, undo)
-            undo.pop_all()
-        self.run = report.Run(folder, self.cfg)
-        self.clock, self.stop, self.count = Stopwatch({}), StopSignal(), 0
-
-    def step(self, batch: text.Step) -> None:
-        with self.clock.part("train"):
-            line = train_step(self.cfg, self.student, self.pool, batch, self.count, self.clock, self.stop)
-        self.count += 1
-        self.run.log(line, self.clock, write=self.count % self.cfg.log_every == 0)
+def build_model(cfg: Config, vocab_size: int) -> Any:
+    return bert.build(cfg.student, vocab_size, seed=cfg.seed, seq_len=cfg.seq_len, dropout=cfg.dropout)
 
 
-def build_pool(sizes: list[str], cfg: Config, vocab_size: int, dtype: torch.dtype) -> teachers.TeacherPool:
-    models = [build_student(dataclasses.replace(cfg, student=size), vocab_size) for size in sizes]
-    models = [model.to(ranks.device(), dtype) for model in models]
-    return teachers.TeacherPool(sizes, models, columns=vocab_size, compiled=cfg.compile)
+def stepper(cfg: Config, vocab_size: int, folder: Path, teachers: Sequence[torch.nn.Module] = ()) -> Stepper:
+    """The recipe's own step with everything around it."""
+    model = build_model(cfg, vocab_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), fused=True)
+    ask = bert.head_and_input if cfg.fused_head else None
+    return Stepper(cfg, folder, train_step, model, optimizer, teachers, columns=vocab_size, ask=ask)
 
 
 def timed(
@@ -130,8 +108,8 @@ def timed(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", default="base", choices=SIZES)
-    parser.add_argument("--teachers", nargs="*", default=["base", "large"], choices=SIZES)
+    parser.add_argument("--student", default="base", choices=bert.SIZES)
+    parser.add_argument("--teachers", nargs="*", default=["base", "large"], choices=bert.SIZES)
     parser.add_argument("--pool", type=int, default=0, help="also a pool of so many of the first teacher")
     parser.add_argument("--cache", help="also the answers in this folder, of the same data, by kd_core.cache")
     parser.add_argument("--fused-head", action="store_true", help="also each teacher with --fused-head")
@@ -174,40 +152,43 @@ def main() -> int:
         ),
         pin_memory=CUDA,
     )
-    pools = {size: build_pool([size], base, len(corpus.tokenizer), torch.bfloat16) for size in args.teachers}
-    none = teachers.TeacherPool((), (), columns=len(corpus.tokenizer))
-
+    V = len(corpus.tokenizer)
+    models = {
+        size: build_model(dataclasses.replace(base, student=size), V).to(ranks.device(), torch.bfloat16)
+        for size in args.teachers
+    }
     variants: dict[str, Callable[[text.Step], None]] = {"bare loop": Bare(base, corpus, dtype).step}
     peak: dict[str, float] = {}
     for stage in args.stages:
         file = root / f"{stage}.json"
         file.write_text(json.dumps({"zero_optimization": {"stage": int(stage[-1])}, "bf16": {"enabled": CUDA}}))
         cfg = dataclasses.replace(base, deepspeed_config=str(file))
-        variants[f"recipe, {stage}"] = Recipe(cfg, corpus, none, root / stage).step
+        variants[f"recipe, {stage}"] = stepper(cfg, V, root / stage).step
         if stage == args.stages[0]:
-            for size, pool in pools.items():
+            for size, model in models.items():
                 distil = dataclasses.replace(cfg, teachers=(size,), kd_ratio=0.9)
-                variants[f"recipe, {stage}, teacher {size}"] = Recipe(distil, corpus, pool, root / size).step
+                variants[f"recipe, {stage}, teacher {size}"] = stepper(distil, V, root / size, [model]).step
                 if args.fused_head:
                     fused = dataclasses.replace(distil, fused_head=True)
-                    variants[f"teacher {size}, fused head"] = Recipe(fused, corpus, pool, root / f"{size}-fused").step
+                    variants[f"teacher {size}, fused head"] = stepper(fused, V, root / f"{size}-fused", [model]).step
     sizes = args.teachers[:1] * args.pool
     cfg = dataclasses.replace(cfg, deepspeed_config=str(root / f"{args.stages[0]}.json"))
-    many = build_pool(sizes, base, len(corpus.tokenizer), torch.bfloat16)
+    many = [build_model(dataclasses.replace(base, student=size), V) for size in sizes]
+    many = [model.to(ranks.device(), torch.bfloat16) for model in many]
     for sampler in ("uniform", "all") if sizes else ():
         distil = dataclasses.replace(cfg, teachers=tuple(sizes), kd_ratio=0.9, sampler=sampler)
         name = f"recipe, {args.pool} x teacher {sizes[0]}, {sampler}"
-        variants[name] = Recipe(distil, corpus, many, root / sampler).step
+        variants[name] = stepper(distil, V, root / sampler, many).step
     if args.cache:
-        answers = cache_mlm.CachedBert(Path(args.cache), len(corpus.tokenizer)).to(ranks.device())
-        pool = teachers.TeacherPool(cached.teachers, [answers], columns=len(corpus.tokenizer))
+        answers = cache_mlm.CachedBert(Path(args.cache), V).to(ranks.device())
         distil = dataclasses.replace(cfg, teachers=cached.teachers, kd_ratio=0.9)
-        variants["recipe, cached teacher"] = Recipe(distil, corpus, pool, root / "cached").step
-    for size, pool in pools.items():
+        variants["recipe, cached teacher"] = stepper(distil, V, root / "cached", [answers]).step
+    for size, model in models.items():
 
-        def forward(batch: text.Step, pool: teachers.TeacherPool = pool) -> None:
+        @torch.no_grad()
+        def forward(batch: text.Step, model: Any = model) -> None:
             for micro in batch.micro_batches:
-                pool.logits((0,), ranks.to_device(micro.input_ids, micro.positions), 1.0)
+                model(*micro.to(ranks.device()).inputs)
 
         variants[f"teacher {size}, forward alone"] = forward
 

@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from kd_core.glue import models
 from kd_core.glue import tasks as glue
 from kd_core.glue.plan import FineTuning
 from kd_core.runs.sources import model_source
@@ -82,7 +83,7 @@ def steps(source: str, folder: str, task_name: str, rounds: int, number: int) ->
     train = glue.examples(data)["train"]
     texts = train.tokens.long().split(train.lengths.tolist())
     pairs = list(zip(texts, train.labels.long().tolist(), strict=True))
-    ours = recipe.build_student(job, task).train()
+    ours = models.build_student(job, task).train()
     bare = copy.deepcopy(ours)
     optimizers = adamw(ours), adamw(bare)
 

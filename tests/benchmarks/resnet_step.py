@@ -15,7 +15,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,14 @@ import torch.nn.functional as F
 
 from kd_core.cache import images as cache_images
 from kd_core.images import batches as images
-from kd_core.images import resnets
+from kd_core.images import classifiers, resnets
 from kd_core.images import sources as image_sources
-from kd_core.runs import record as report
 from kd_core.system import ranks
-from kd_core.system.clock import Stopwatch
-from kd_core.teachers import pool as teachers
-from kd_core.training import engine, optimizers
+from kd_core.training import optimizers
 from kd_core.training.processes import end_process, join, leave
-from kd_core.training.stop import StopSignal
-from recipes.resnet_kd import Config, build_student, build_teachers, train_step
+from recipes.resnet_kd import Config, train_step
 from tests.benchmarks.bert_step import CUDA, timed
+from tests.benchmarks.stepping import Stepper
 
 
 class Bare:
@@ -57,29 +54,13 @@ class Bare:
         self.optimizer.zero_grad()
 
 
-class Recipe:
-    """The recipe's own step with everything around it: normalisation, checks, clock, agreement to stop, log."""
-
-    def __init__(self, cfg: Config, classes: list[str], pool: teachers.TeacherPool, folder: Path) -> None:
-        self.cfg, self.pool = dataclasses.replace(cfg, out=str(folder)), pool
-        model = build_student(cfg, classes)
-        if cfg.compile:
-            model.compile()
-        ds_config = engine.load_config(cfg) | {"zero_allow_untested_optimizer": True}
-        groups = optimizers.decay_groups(model, cfg.weight_decay)
-        optimizer = optimizers.DecoupledSGD(groups, lr=cfg.lr, momentum=cfg.momentum)
-        self.student = engine.initialize(model, optimizer, ds_config)
-        self.student.train()
-        folder.mkdir()
-        (folder / "run.json").write_text("{}")
-        self.run = report.Run(folder, self.cfg)
-        self.clock, self.stop, self.count = Stopwatch({}), StopSignal(), 0
-
-    def step(self, batch: images.Step) -> None:
-        with self.clock.part("train"):
-            line = train_step(self.cfg, self.student, self.pool, batch, self.count, self.clock, self.stop)
-        self.count += 1
-        self.run.log(line, self.clock, write=self.count % self.cfg.log_every == 0)
+def stepper(cfg: Config, classes: list[str], folder: Path, teachers: Sequence[torch.nn.Module] = ()) -> Stepper:
+    """The recipe's own step with everything around it."""
+    model = classifiers.build_student(cfg.student, classes, seed=cfg.seed)
+    groups = optimizers.decay_groups(model, cfg.weight_decay)
+    optimizer = optimizers.DecoupledSGD(groups, lr=cfg.lr, momentum=cfg.momentum)
+    after = resnets.average_batch_norm
+    return Stepper(cfg, folder, train_step, model, optimizer, teachers, columns=len(classes), after=after)
 
 
 def main() -> int:
@@ -119,33 +100,32 @@ def main() -> int:
         **(cache_images.views(cached, data) if args.cache else {}),
     )  # fmt: skip
     batches: Iterator[images.Step] = images.steps(train, 0, workers=0)
-    pools = {}
+    models = {}
     for name in args.teachers:
         model = resnets.Classifier(resnets.build_net(name, len(classes)), autocast=CUDA).eval()
         resnets.fold_batch_norm(model)
-        model = model.to(ranks.device(), memory_format=torch.channels_last)
-        pools[name] = teachers.TeacherPool([name], [model], compiled=base.compile)
-    none = teachers.TeacherPool((), ())
+        models[name] = model.to(ranks.device(), memory_format=torch.channels_last)
 
     variants: dict[str, Callable[[images.Step], None]] = {"bare loop": Bare(base, classes).step}
     for stage in args.stages:
         file = root / f"{stage}.json"
         file.write_text(json.dumps({"zero_optimization": {"stage": int(stage[-1])}, "bf16": {"enabled": CUDA}}))
         cfg = dataclasses.replace(base, deepspeed_config=str(file))
-        variants[f"recipe, {stage}"] = Recipe(cfg, classes, none, root / stage).step
+        variants[f"recipe, {stage}"] = stepper(cfg, classes, root / stage).step
         if stage == args.stages[0]:
-            for name, pool in pools.items():
+            for name, model in models.items():
                 distil = dataclasses.replace(cfg, teachers=(name,), kd_ratio=0.9)
-                variants[f"recipe, {stage}, teacher {name}"] = Recipe(distil, classes, pool, root / name).step
+                variants[f"recipe, {stage}, teacher {name}"] = stepper(distil, classes, root / name, [model]).step
             if args.cache:
                 distil = dataclasses.replace(cached, deepspeed_config=str(file))
-                pool = build_teachers(distil, classes)
-                variants[f"recipe, {stage}, cached teacher"] = Recipe(distil, classes, pool, root / "cached").step
-    for name, pool in pools.items():
+                answers = cache_images.load_teacher(distil, classes, cached.teachers[0])
+                variants[f"recipe, {stage}, cached teacher"] = stepper(distil, classes, root / "cached", [answers]).step
+    for name, model in models.items():
 
-        def forward(batch: images.Step, pool: teachers.TeacherPool = pool) -> None:
+        @torch.no_grad()
+        def forward(batch: images.Step, model: Any = model) -> None:
             for micro in batch.micro_batches:
-                pool.logits((0,), ranks.to_device(micro.pixels), 1.0)
+                model(*micro.to(ranks.device()).inputs)
 
         variants[f"teacher {name}, forward alone"] = forward
 

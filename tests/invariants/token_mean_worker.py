@@ -53,8 +53,8 @@ def main() -> int:
         wrapped = engine.initialize(student, torch.optim.SGD(student.parameters(), lr=0.0), config)
         step_tokens = ranks.total(sum(ROWS[ranks.rank()]))
         for micro in range(2):
-            engine.backward_token_mean(wrapped, loss_sum(wrapped(rows(ranks.rank(), micro))), step_tokens)
-        grad_norm = engine.apply_step(wrapped, 1.0, lr=1.0)
+            engine.backward(wrapped, loss_sum(wrapped(rows(ranks.rank(), micro))), step_tokens)
+        grad_norm = engine.update(wrapped, 1.0)
         state = {name: value.clone() for name, value in engine.gathered_state_dict(wrapped).items()}
         if ranks.rank() == 0:
             moved = [state[name] for name, _ in alone.named_parameters()]
@@ -63,9 +63,9 @@ def main() -> int:
         # A gradient that is not finite on one rank stops all ranks before the optimizer has moved.
         for micro in range(2):
             broken = math.inf if ranks.rank() == 1 and micro == 0 else 1.0
-            engine.backward_token_mean(wrapped, broken * loss_sum(wrapped(rows(ranks.rank(), micro))), step_tokens)
+            engine.backward(wrapped, broken * loss_sum(wrapped(rows(ranks.rank(), micro))), step_tokens)
         with contextlib.suppress(engine.NonFiniteStepError):
-            engine.apply_step(wrapped, 1.0, lr=1.0)
+            engine.update(wrapped, 1.0)
             raise AssertionError(f"stage {stage} took a step with an infinite gradient")
         after = engine.gathered_state_dict(wrapped)
         assert all(torch.equal(value, state[name]) for name, value in after.items()), f"stage {stage} moved"

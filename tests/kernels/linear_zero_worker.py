@@ -78,8 +78,8 @@ def main() -> int:
             head = teacher_model.head
             with deepspeed.zero.GatheredParameters([head.weight, head.bias]):
                 loss, *_ = student(tokens, hidden, head.weight, labels, teacher_bias_V=head.bias, **OPTIONS)
-            engine.backward_token_mean(student, loss, torch.tensor(float(sum(ROWS))))
-            engine.apply_step(student, 1.0, lr=LR)
+            engine.backward(student, loss, torch.tensor(float(sum(ROWS))))
+            engine.update(student, LR)
             worst = max(worst, abs(float(ranks.total(loss.detach())) / losses[step] - 1))
         state = engine.gathered_state_dict(student)
         if ranks.rank() == 0:

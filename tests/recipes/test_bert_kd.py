@@ -17,9 +17,9 @@ from transformers import BertConfig, BertForMaskedLM
 
 from kd_core.kernels.softmax_kl import softmax_kl
 from kd_core.text import masking as text
+from kd_core.text.bert import MaskedBert
 from kd_core.text.corpus import IGNORE_INDEX, prepare
 from kd_core.text.tokenizer import load_tokenizer, same_tokenizer
-from recipes.bert_kd import MaskedBert
 from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
 from tests.recipes.conftest import RECIPE, SMALL, metrics, start, trace, wait_for_step
 

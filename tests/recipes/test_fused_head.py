@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kd_core.kernels.linear_softmax_kl import linear_softmax_kl
-from recipes.bert_kd import Config, build_student
+from kd_core.text import bert
 from tests.conftest import deepspeed
 from tests.recipes.conftest import RECIPE, SMALL, metrics
 
@@ -44,7 +44,7 @@ def test_the_loss_is_that_of_the_logits(
 @pytest.mark.parametrize("labels_alone", [False, True])
 def test_the_model_gives_the_losses_of_its_logits(labels_alone: bool) -> None:
     """With the transform and the bias of BERT's head, and gradients down to the embeddings that the head shares."""
-    model: Any = build_student(Config(student="tiny", dropout=0.0), vocab_size=1000)
+    model: Any = bert.build("tiny", 1000, seed=17, seq_len=128, dropout=0.0)
     torch.nn.init.normal_(model.cls.predictions.bias)
     inputs, labels = (torch.randint(1000, (3, 16)), torch.tensor([0, 5, 17, 47])), torch.tensor([4, -100, 7, 999])
     teacher = (None, None) if labels_alone else (torch.randn(4, 24), torch.randn(1000, 24))

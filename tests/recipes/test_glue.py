@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from kd_core.glue import models
 from kd_core.glue import plan as glue_plan
 from kd_core.glue import tasks as glue
 from kd_core.glue.plan import FineTuning
@@ -187,8 +188,8 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(
     train = glue.examples(glue.tokenise(task, str(glue_folder), load_tokenizer(one.model), 128))["train"]
     rows = torch.randperm(len(train))[:8]
     teacher_EV = torch.arange(len(train))[:, None].float()  # to each example an answer of its own
-    whole, model = (recipe.build_student(one, task) for _ in range(2))
-    logits_BV = recipe.forward(one, whole, train.batch(rows))
+    whole, model = (models.build_student(one, task) for _ in range(2))
+    logits_BV = models.forward(one, whole, train.batch(rows))
     recipe.losses(one, task, logits_BV, train.labels[rows], teacher_EV[rows])[0].backward()
     monkeypatch.setattr(recipe, "PIECE", 0)
     assert len(train.pieces(rows, 0)) > 1

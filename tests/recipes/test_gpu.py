@@ -12,14 +12,14 @@ import torch
 from transformers import BertConfig
 
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_reference
-from kd_core.system.clock import Stopwatch
 from kd_core.teachers.flags import DistillFlags
 from kd_core.teachers.placement import PinnedTeachers
 from kd_core.teachers.pool import TeacherPool
 from kd_core.text import masking as text
-from recipes.bert_kd import MaskedBert
+from kd_core.text.bert import MaskedBert
 from tests.conftest import ROOT
 from tests.recipes.conftest import RECIPE, SMALL, metrics, trace
+from tests.unit.test_teachers import step_of
 
 pytestmark = pytest.mark.gpu
 
@@ -90,7 +90,7 @@ def train_on_gpu(corpus_file: Path, cache: Path, tmp_path: Path) -> Path:
     return tmp_path / "pretrained"
 
 
-def pools(number: int, **placement: Any) -> tuple[DistillFlags, TeacherPool]:
+def pools(number: int, **placement: Any) -> TeacherPool:
     """A uniform pool of MaskedBert teachers, the same for every placement."""
     cfg = DistillFlags(
         teachers=tuple(f"teacher{i}" for i in range(number)), kd_ratio=0.9, sampler="round_robin", **placement
@@ -100,12 +100,9 @@ def pools(number: int, **placement: Any) -> tuple[DistillFlags, TeacherPool]:
         torch.manual_seed(index)
         shape: dict[str, Any] = {"num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048}
         models.append(MaskedBert(BertConfig(vocab_size=8192, hidden_size=512, **shape)).to(torch.bfloat16))
-    device, ahead = torch.device("cuda"), cfg.teacher_ahead
-    host = cfg.teacher_placement == "host"
+    device, host = torch.device("cuda"), cfg.teacher_placement == "host"
     pinned = PinnedTeachers([model.eval() for model in models], device) if host else None
-    return cfg, TeacherPool(
-        cfg.teachers, models if host else [m.to(device) for m in models], pinned=pinned, ahead=ahead
-    )
+    return TeacherPool(cfg, models if host else [model.to(device) for model in models], pinned=pinned)
 
 
 def batch_of(micro_batches: int) -> list[text.MicroBatch]:
@@ -115,11 +112,11 @@ def batch_of(micro_batches: int) -> list[text.MicroBatch]:
     return [text.MicroBatch(one, positions, one.flatten()[positions], keys, keys).pin_memory() for one in ids]
 
 
-def answers(cfg: DistillFlags, pool: TeacherPool, student: torch.nn.Module, steps: int) -> list[torch.Tensor]:
+def answers(pool: TeacherPool, student: torch.nn.Module, steps: int) -> list[torch.Tensor]:
     """All logits of a few steps, beside the forward and backward of a student."""
     logits = []
     for step in range(steps):
-        for micro, answer in pool.answers(cfg, step, batch_of(2), Stopwatch({})):
+        for micro, answer in pool.answers(step_of(step, batch_of(2))):
             student(micro.input_ids, micro.positions).float().logsumexp(-1).sum().backward()
             got = answer()
             assert got is not None
@@ -138,22 +135,22 @@ AHEAD, HOST = {"teacher_ahead": True}, {"teacher_placement": "host"}
 
 @pytest.mark.parametrize("settings", [AHEAD, HOST, AHEAD | HOST], ids=["ahead", "host", "both"])
 def test_placement_and_running_ahead_change_no_bit(settings: dict[str, Any], student: MaskedBert) -> None:
-    cfg, pool = pools(4)
-    expected = answers(cfg, pool, student, 6)
-    cfg, pool = pools(4, **settings)
-    for got, wanted in zip(answers(cfg, pool, student, 6), expected, strict=True):
+    pool = pools(4)
+    expected = answers(pool, student, 6)
+    pool = pools(4, **settings)
+    for got, wanted in zip(answers(pool, student, 6), expected, strict=True):
         assert torch.equal(got, wanted)
 
 
 def test_teachers_in_pinned_memory_hold_two_on_the_gpu() -> None:
     before = torch.cuda.memory_allocated()
-    _, one = pools(1)
+    one = pools(1)
     single = torch.cuda.memory_allocated() - before
     one.release()
     assert torch.cuda.memory_allocated() <= before
-    cfg, pool = pools(6, teacher_placement="host")
+    pool = pools(6, teacher_placement="host")
     for step in range(12):
-        for _, answer in pool.answers(cfg, step, batch_of(1), Stopwatch({})):
+        for _, answer in pool.answers(step_of(step, batch_of(1))):
             answer()
     workspace = 64 * 2**20  # of cuBLAS, which stays
     assert torch.cuda.memory_allocated() - before <= 2.05 * single + workspace < 4 * single
@@ -172,11 +169,11 @@ def overlap_us(left: list[tuple[float, float]], right: list[tuple[float, float]]
 
 def test_copies_of_the_next_teacher_overlap_with_computing(student: MaskedBert) -> None:
     """Fails when the copies are put on the stream that computes."""
-    cfg, pool = pools(4, teacher_placement="host")
-    answers(cfg, pool, student, 4)
+    pool = pools(4, teacher_placement="host")
+    answers(pool, student, 4)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for step in range(8):
-            for micro, answer in pool.answers(cfg, step, batch_of(1), Stopwatch({})):
+            for micro, answer in pool.answers(step_of(step, batch_of(1))):
                 student(micro.input_ids, micro.positions).float().logsumexp(-1).sum().backward()
                 answer()
         torch.cuda.synchronize()

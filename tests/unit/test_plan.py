@@ -47,7 +47,7 @@ def test_a_drawn_teacher_costs_one_forward_and_an_ensemble_all() -> None:
 @pytest.mark.parametrize(("steps", "start", "stop"), [(10, 0.0, 0.35), (7, 0.3, 0.5), (1000, 0.1, 0.7), (3, 0.5, 0.5)])
 def test_the_window_is_the_schedules(steps: int, start: float, stop: float, every: int) -> None:
     cfg = DistillFlags(teachers=("a",), steps=steps, kd_ratio=1.0, kd_start=start, kd_stop=stop, kd_every=every)
-    inside = sum(window.distillation(cfg, step).kd_ratio for step in range(steps))
+    inside = sum(window.mix(cfg, step).kd_ratio for step in range(steps))
     assert plan.window_share(steps, start, stop, every) == pytest.approx(inside / steps)
 
 

@@ -13,7 +13,7 @@ from kd_core.kernels.softmax_kl import softmax_kl
 from kd_core.losses.distillation import mean_teacher_logits
 from kd_core.teachers.flags import DistillFlags
 from kd_core.teachers.samplers import Sampler, draw_teachers
-from kd_core.teachers.window import distillation, window_closed
+from kd_core.teachers.window import closed, mix, turn
 from kd_core.training.schedules import linear_warmup_cosine, linear_warmup_decay
 
 
@@ -47,41 +47,41 @@ def flags(**changed: Any) -> DistillFlags:
 )
 def test_window_holds_exactly_its_steps(start: float, stop: float, inside: range) -> None:
     cfg = flags(kd_start=start, kd_stop=stop, label_weight_outside=0.7)
-    steps = [distillation(cfg, step) for step in range(100)]
+    steps = [mix(cfg, step) for step in range(100)]
     assert [step for step, now in enumerate(steps) if now.kd_ratio] == list(inside)
     assert {(now.kd_ratio, now.label_weight) for now in steps} <= {(0.0, 0.7), (0.9, 1 - 0.9)}
     for step in range(100):
-        assert window_closed(cfg, step) == (step >= round(stop * 100))
-    assert all(window_closed(flags(kd_ratio=0.0), step) for step in range(100))
+        assert closed(cfg, step) == (step >= round(stop * 100))
+    assert all(closed(flags(kd_ratio=0.0), step) for step in range(100))
 
 
 def test_ramps_join_both_ends_of_the_window() -> None:
     ends = dict(kd_start=0.1, kd_stop=0.6, kd_ratio_stop=0.1, temperature=4.0, temperature_stop=1.0)
     for ramp in ("linear", "cosine"):
         cfg = flags(kd_ramp=ramp, **ends)
-        inside = [distillation(cfg, step) for step in range(10, 60)]
+        inside = [mix(cfg, step) for step in range(10, 60)]
         assert inside[0][:3] == (0.9, 1 - 0.9, 4.0)
         assert (inside[-1].kd_ratio, inside[-1].temperature) == (pytest.approx(0.1), pytest.approx(1.0))
         assert all(a.kd_ratio > b.kd_ratio and a.temperature > b.temperature for a, b in itertools.pairwise(inside))
-        assert distillation(cfg, 9).kd_ratio == distillation(cfg, 60).kd_ratio == 0
-    linear, cosine = (distillation(flags(kd_ramp=ramp, **ends), 22).kd_ratio for ramp in ("linear", "cosine"))
+        assert mix(cfg, 9).kd_ratio == mix(cfg, 60).kd_ratio == 0
+    linear, cosine = (mix(flags(kd_ramp=ramp, **ends), 22).kd_ratio for ramp in ("linear", "cosine"))
     assert linear == pytest.approx(0.9 - 0.8 * 12 / 49)
     assert cosine == pytest.approx(0.9 - 0.8 * (1 - math.cos(math.pi * 12 / 49)) / 2)
     rising = flags(kd_ratio=0.0, kd_ratio_stop=0.8)
-    assert (distillation(rising, 0).kd_ratio, distillation(rising, 0).label_weight) == (0, 1)
-    assert distillation(rising, 99).kd_ratio == pytest.approx(0.8)
-    assert not window_closed(rising, 0)
+    assert (mix(rising, 0).kd_ratio, mix(rising, 0).label_weight) == (0, 1)
+    assert mix(rising, 99).kd_ratio == pytest.approx(0.8)
+    assert not closed(rising, 0)
     constant = flags(temperature=3.0, temperature_stop=3.0)
-    assert {distillation(constant, step).temperature for step in range(100)} == {3.0}
+    assert {mix(constant, step).temperature for step in range(100)} == {3.0}
 
 
 def test_every_third_step_distils_and_turns_count_them() -> None:
     cfg = flags(kd_start=0.1, kd_stop=0.5, kd_every=3)
-    steps = [distillation(cfg, step) for step in range(100)]
+    steps = [mix(cfg, step) for step in range(100)]
     distilling = [step for step, now in enumerate(steps) if now.kd_ratio]
     assert distilling == list(range(10, 50, 3))
-    assert [steps[step].turn for step in distilling] == list(range(len(distilling)))
-    assert steps[0].turns == len(distilling)
+    assert [turn(cfg, step) for step in distilling] == [(number, len(distilling)) for number in range(len(distilling))]
+    assert turn(cfg, 0) is turn(cfg, 11) is None
     assert steps[11].label_weight == 1
 
 

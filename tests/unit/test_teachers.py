@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,24 +20,66 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.utils import logging
 
 from kd_core.cache import logits as cache_logits
-from kd_core.runs import record
-from kd_core.runs.record import Run
+from kd_core.runs.record import Record
 from kd_core.runs.sources import model_source
 from kd_core.system.clock import Stopwatch
+from kd_core.teachers import pool as pool_module
 from kd_core.teachers.flags import DistillFlags
 from kd_core.teachers.placement import PinnedTeachers, teachers_of_rank
-from kd_core.teachers.pool import TeacherPool, build_pool
+from kd_core.teachers.pool import TeacherPool, check_unchanged, fingerprint, gather, one_over_perplexity
 from kd_core.teachers.sources import CachedTeacher
-from kd_core.teachers.window import needs_teachers
+from kd_core.teachers.window import still_needed
 from kd_core.text.pretrained import load_pretrained
+
+
+def flags(**changed: Any) -> DistillFlags:
+    return DistillFlags(**{"teachers": ("a", "b", "c", "d"), "kd_ratio": 0.5, "steps": 40} | changed)
+
+
+def pool_for(*models: torch.nn.Module, **settings: Any) -> TeacherPool:
+    return TeacherPool(flags(teachers=tuple("abcd"[: len(models)])), models, **settings)
+
+
+def pool_of(cfg: DistillFlags, **settings: Any) -> TeacherPool:
+    return TeacherPool(cfg, [torch.nn.Linear(4, 8) for _ in cfg.teachers], **settings)
+
+
+class FakeRun:
+    """Of a run what the teachers need of it."""
+
+    def __init__(self, cfg: DistillFlags, first: int = 0, **fields: Any) -> None:
+        self.cfg, self.first, self.fields, self.clock = cfg, first, fields, Stopwatch({})
+        self.said: list[str] = []
+        self.say, self.update = self.said.append, self.fields.update
+        self.recall, self.ends = self.fields.get, list[Any]()
+        self.at_end = self.ends.append
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A world of one without a process group."""
+    monkeypatch.setattr(pool_module, "total", lambda value: value)
+
+
+def step_of(number: int, micro_batches: Sequence[Any] = ()) -> Any:
+    return SimpleNamespace(number=number, micro_batches=micro_batches, log=lambda **_: None)
+
+
+@dataclass(frozen=True)
+class Micro:
+    inputs: tuple[torch.Tensor, ...]
+    keys: tuple[torch.Tensor, ...] = ()
+
+    def to(self, device: torch.device) -> "Micro":
+        return self
 
 
 def test_teachers_are_frozen_and_answer_without_gradients() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5))
-    pool = TeacherPool(["a"], [model.train()])
+    pool = pool_for(model.train())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     inputs = torch.randn(16, 4)
-    first, second = (pool.logits((0,), (inputs,), temperature=1.0) for _ in range(2))
+    first, second = (pool.say((0,), Micro((inputs,))) for _ in range(2))
     assert torch.equal(first, second), "dropout is active"
     assert not first.requires_grad
     assert not any(param.requires_grad for param in model.parameters())
@@ -46,19 +89,19 @@ def test_teachers_are_frozen_and_answer_without_gradients() -> None:
 
 def test_several_drawn_teachers_answer_with_their_mean_probabilities() -> None:
     models = [torch.nn.Linear(4, 8) for _ in range(3)]
-    pool = TeacherPool(["a", "b", "c"], models)
+    pool = pool_for(*models)
     inputs = torch.randn(5, 4)
     expected = torch.stack([models[i](inputs).softmax(-1) for i in (0, 2)]).mean(0)
-    torch.testing.assert_close(pool.logits((0, 2), (inputs,), temperature=1.0).softmax(-1), expected)
+    torch.testing.assert_close(pool.say((0, 2), Micro((inputs,))).softmax(-1), expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is given back by glibc's malloc_trim")
 def test_release_gives_the_memory_back() -> None:
     process = psutil.Process()
-    TeacherPool((), ()).release()  # what earlier tests have freed, which the pool would take up again
+    TeacherPool(flags()).release()  # what earlier tests have freed, which the pool would take up again
     before = process.memory_info().rss
     # Many small tensors: one large one would be given back by free() alone.
-    pool = TeacherPool(["a"], [torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(12_000)))])
+    pool = pool_for(torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(12_000))))
     held = process.memory_info().rss - before
     assert held > 150e6
     pool.release()
@@ -112,28 +155,17 @@ def test_a_model_that_does_not_fit_is_refused_in_one_line(
     assert logging.get_verbosity() == before
 
 
-def flags(**changed: Any) -> DistillFlags:
-    return DistillFlags(**{"teachers": ("a", "b", "c", "d"), "kd_ratio": 0.5, "steps": 40} | changed)
-
-
-def pool_of(cfg: DistillFlags, **settings: Any) -> TeacherPool:
-    return TeacherPool(cfg.teachers, [torch.nn.Linear(4, 8) for _ in cfg.teachers], **settings)
-
-
 def test_draws_need_no_state_and_end_with_the_window() -> None:
     cfg = flags(sampler="round_robin", kd_start=0.25, kd_stop=0.5, kd_every=2)
-    draws = [pool_of(cfg).draw(cfg, step) for step in range(40)]
+    draws = [pool_of(cfg).draw(step) for step in range(40)]
     assert draws[10:20] == [(0,), (), (1,), (), (2,), (), (3,), (), (0,), ()]
     assert not any(draws[:10] + draws[20:])
 
 
 def test_weights_are_those_given_or_measured() -> None:
-    pool = pool_of(flags())
-    pool.weigh([5.0, 5.0, 5.0 + math.log(3), 1000.0])
-    assert pool.weights == pytest.approx((1, 1, 1 / 3, 0)) and pool.weights[3] > 0
-    given = pool_of(flags(), weights=(1, 2, 3, 4))
-    given.weigh([1, 1, 1, 1])
-    assert given.weights == (1, 2, 3, 4)
+    weights = one_over_perplexity([5.0, 5.0, 5.0 + math.log(3), 1000.0])
+    assert weights == pytest.approx((1, 1, 1 / 3, 0)) and weights[3] > 0
+    assert pool_of(flags(sampler="weighted", teacher_weights=(1, 2, 3, 4))).weights == (1, 2, 3, 4)
 
 
 def test_a_sharded_pool_is_dealt_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,17 +176,18 @@ def test_a_sharded_pool_is_dealt_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "2")
     cfg = flags(sampler="per_rank", teacher_placement="sharded")
     for rank in range(2):
-        drawn = {pool_of(cfg).draw(cfg, step, rank) for step in range(40)}
+        drawn = {pool_of(cfg).draw(step, rank) for step in range(40)}
         assert drawn == {(index,) for index in teachers_of_rank(4, rank, 2)}
-    names = pool_of(cfg).drawn_names(cfg, 3)
+    names = pool_of(cfg).names(3)
     assert len(names) == 2 and names[0] in "ac" and names[1] in "bd"
-    pool = pool_of(cfg, held=teachers_of_rank(4, 1, 2))
+    monkeypatch.setenv("RANK", "1")
+    pool = pool_of(cfg)
     pool.keep_held()
     assert sorted(pool.models) == [1, 3]
     assert pool.device_bytes() == [0, 160, 0, 160]
 
 
-def test_a_source_named_twice_is_loaded_once(tmp_path: Path) -> None:
+def test_a_source_named_twice_is_loaded_once(tmp_path: Path, alone: None) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text("")
     (tmp_path / "link").symlink_to(tmp_path)
@@ -164,19 +197,20 @@ def test_a_source_named_twice_is_loaded_once(tmp_path: Path) -> None:
         loaded.append(path)
         return torch.nn.Linear(4, 8)
 
-    pool = build_pool(flags(teachers=(str(tmp_path), str(tmp_path / "link"))), load)
+    run: Any = FakeRun(flags(teachers=(str(tmp_path), str(tmp_path / "link"))))
+    pool = gather(run, load, lambda model: {"eval/loss": 1.0}, describe=lambda model: {"width": model.out_features})
     assert len(loaded) == 1
     assert pool.models[0] is pool.models[1]
-    assert pool.scores(lambda model: {"eval/loss": 1.0}) == [{"eval/loss": 1.0}] * 2
+    assert [(one["eval/loss"], one["width"]) for one in pool.known] == [(1.0, 8)] * 2
 
 
 def test_a_teacher_that_changes_its_buffers_is_found() -> None:
     model = torch.nn.BatchNorm1d(4)
-    pool = TeacherPool(["a"], [model])
-    pool.logits((0,), (torch.randn(8, 4),), 1.0)
+    pool = pool_for(model)
+    pool.say((0,), Micro((torch.randn(8, 4),)))
     pool.check_unchanged()
     model.train()
-    pool.logits((0,), (torch.randn(8, 4),), 1.0)
+    pool.say((0,), Micro((torch.randn(8, 4),)))
     with pytest.raises(RuntimeError, match="teacher a has changed its buffers"):
         pool.release()
 
@@ -190,12 +224,12 @@ def test_a_resumed_run_refuses_a_teacher_that_has_changed(tmp_path: Path) -> Non
         (tmp_path / "run.json").write_text(json.dumps(run | fields))
 
     write(teachers=[{"name": "a"}])  # by an older version
-    fingerprints = build_pool(cfg, lambda _: model).fingerprints
-    write(teachers=[{"name": "a", "fingerprint": fingerprints[0]}])
-    assert build_pool(cfg, lambda _: model).fingerprints == fingerprints
+    check_unchanged(cfg, [fingerprint(model)])
+    write(teachers=[{"name": "a", "fingerprint": fingerprint(model)}])
+    check_unchanged(cfg, [fingerprint(model)])
     model.weight.data[0, 0] += 1e-3
     with pytest.raises(ValueError, match="--teachers a is not what the run began with"):
-        build_pool(cfg, lambda _: model)
+        check_unchanged(cfg, [fingerprint(model)])
 
 
 def test_a_resumed_run_needs_no_teachers_behind_its_window(tmp_path: Path) -> None:
@@ -206,44 +240,55 @@ def test_a_resumed_run_needs_no_teachers_behind_its_window(tmp_path: Path) -> No
     )
     for step, needed in ((21, True), (22, False)):
         (tmp_path / "checkpoints" / f"step{step:08d}").mkdir(parents=True)
-        assert needs_teachers(cfg) == needed
+        assert still_needed(cfg) == needed
     assert cache_logits.check(cfg, Shared, {}) == {"s": 3}
     (tmp_path / "run.json").write_text(json.dumps(run | {"teachers": [{}, {}]}))  # by an older version
-    assert needs_teachers(cfg)
+    assert still_needed(cfg)
 
 
 class Shared(cache_logits.BuildFlags):
     SHARED = ("s",)
 
 
-def test_a_teacher_whose_score_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    run: Any = SimpleNamespace(first=0, say=lambda text: None)
+def test_a_teacher_whose_score_is_not_finite_is_refused() -> None:
+    run: Any = FakeRun(flags(teachers=("a",)))
     with pytest.raises(ValueError, match=r"--teachers a answers with no finite numbers \(eval/loss nan\)"):
-        Run.teachers(
-            run, pool_of(flags(teachers=("a",))), lambda _: {"eval/loss": math.nan}, Stopwatch({}), chance_loss=3
-        )
+        gather(run, lambda _: torch.nn.Linear(4, 8), lambda _: {"eval/loss": math.nan})
 
 
-def test_a_run_says_that_teachers_are_not_used_and_records_no_nan(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(record, "leave", lambda: None)
+def test_teachers_that_are_not_asked_are_not_loaded_and_it_is_said() -> None:
+    run: Any = FakeRun(flags(kd_ratio=0.0))
+    assert not len(gather(run, lambda _: pytest.fail("loaded")))
+    assert run.said == ["--teachers are not used: --kd-ratio is 0"]
+
+
+def test_what_was_known_of_teachers_is_known_behind_the_closed_window() -> None:
+    known = [{"name": "a", "width": 8}]
+    run: Any = FakeRun(flags(teachers=("a",), kd_stop=0.5), first=20, teachers=known)
+    pool = gather(run, lambda _: pytest.fail("loaded"), describe=lambda model: {"width": 1})
+    assert pool.known == known
+
+
+def test_a_teacher_is_asked_for_what_the_method_needs(alone: None) -> None:
+    run: Any = FakeRun(flags(teachers=("a",)))
+    pool = gather(run, lambda _: torch.nn.Linear(4, 8), ask=lambda model, micro: (model.weight, micro.inputs[0]))
+    ((micro, answer),) = pool.answers(step_of(0, [Micro((torch.randn(3, 4),))]))
+    weight, inputs = answer()
+    assert weight.shape == (8, 4) and inputs is micro.inputs[0]
+    for changed, flag in (({"sampler": "all"}, "--sampler"), ({"teachers": ("cache:a",)}, "--teachers")):
+        refused: Any = FakeRun(flags(**{"teachers": ("a", "b")} | changed))
+        with pytest.raises(ValueError, match=f"{flag} must be"):
+            gather(refused, lambda _: torch.nn.Linear(4, 8), ask=lambda model, micro: None)
+
+
+def test_a_record_has_no_nan_in_its_result(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
+    run = Record(tmp_path, flags())
+    run.begin(flags(), 0)
     (tmp_path / "metrics.jsonl").write_text('{"step": 40, "eval/loss": NaN}\n')
-    run = Run(tmp_path, flags(kd_ratio=0.0), first=40)
-    assert "--teachers are not used: --kd-ratio is 0" in capsys.readouterr().err
     run.finish("finished")
     result = json.loads((tmp_path / "run.json").read_text())["result"]
     assert result == {"step": 40, "eval/loss": None, "stopped": "finished"}
-
-
-@dataclass(frozen=True)
-class Micro:
-    inputs: tuple[torch.Tensor, ...]
-    keys: tuple[torch.Tensor, ...] = ()
-
-    def to(self, device: torch.device) -> "Micro":
-        return self
 
 
 class Constant(CachedTeacher):
@@ -253,19 +298,17 @@ class Constant(CachedTeacher):
 
 def test_answers_come_from_models_by_inputs_and_from_caches_by_keys_and_are_counted() -> None:
     cfg = flags(teachers=("a", "cache:b"), sampler="round_robin", temperature=2.0)
-    linear = torch.nn.Linear(4, 8)
-    pool = TeacherPool(cfg.teachers, [linear, Constant()], columns=6)
-    clock = Stopwatch({})
+    linear, clock = torch.nn.Linear(4, 8), Stopwatch({})
+    pool = TeacherPool(cfg, [linear, Constant()], columns=6, clock=clock)
     micro_batches = [Micro((torch.randn(3, 4),), (torch.arange(3) + i,)) for i in range(2)]
     for step in range(3):
-        for micro, answer in pool.answers(cfg, step, micro_batches, clock):
-            logits = answer()
-            assert logits is not None
+        for micro, answer in pool.answers(step_of(step, micro_batches), temperature=2.0):
             expected = linear(*micro.inputs)[:, :6] if step != 1 else micro.keys[0][:, None] * 2.0 * torch.ones(6)
-            torch.testing.assert_close(logits, expected)
+            torch.testing.assert_close(answer(), expected)
     assert (clock.calls["teacher"], clock.calls["teacher/0"], clock.calls["teacher/1"]) == (6, 4, 2)
-    closed = flags(teachers=cfg.teachers, kd_stop=0.0)
-    assert [answer() for _, answer in pool.answers(closed, 0, micro_batches, clock)] == [None, None]
+    closed = pool_of(flags(kd_stop=0.0))
+    assert [answer() for _, answer in closed.answers(step_of(0, micro_batches))] == [None, None]
+    assert not len(closed), "released"
 
 
 class FakeEvent:

@@ -1,5 +1,6 @@
 """Time to equal quality on run folders whose curves are known, the coverage of its intervals, and what it refuses."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -11,6 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kd_core.images.flags import ImageFlags
+from kd_core.teachers.flags import DistillFlags
+from kd_core.text.flags import MaskingFlags
+from kd_core.time_to_quality import comparison
 from kd_core.time_to_quality.comparison import main, report
 from kd_core.time_to_quality.curves import (
     Run,
@@ -22,6 +27,7 @@ from kd_core.time_to_quality.curves import (
     student_t,
     tradeoff_curve,
 )
+from kd_core.training.flags import TrainFlags
 from tests.conftest import ROOT, cpu_environment
 
 LENGTHS = (200, 400, 800)
@@ -500,3 +506,25 @@ def test_bad_input_is_one_line_and_exit_code_2(
         assert (end.value.code, line.count("\n")) == (2, 1)
         assert line.startswith("error: ") and told in line, line
     assert not (tmp_path / "new").exists()
+
+
+def test_every_flag_of_the_groups_is_of_some_kind() -> None:
+    """A flag that is in none must be alike in all runs; then it is named here."""
+    alike = {"data", "tokenizer", "vocab_size", "seq_len", "mask_fraction", "global_batch_size", "decoder"}
+    alike |= {
+        "train_size",
+        "eval_resize",
+        "eval_size",
+        "crop",
+        "min_scale",
+        "randaugment",
+        "decoded_gib",
+        "max_corrupt",
+    }
+    fields = {
+        field.name
+        for group in (DistillFlags, TrainFlags, MaskingFlags, ImageFlags)
+        for field in dataclasses.fields(group)
+    }
+    assert fields - comparison.OF_AN_ARM == alike
+    assert not comparison.METHOD & (comparison.OPTIMIZER | comparison.COMPUTING | comparison.OF_A_RUN)

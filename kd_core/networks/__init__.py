@@ -1,0 +1,1 @@
+"""What looks into or changes a network, whatever the modality."""

@@ -1,0 +1,44 @@
+"""What a network computes on its way: outputs of named layers, for losses on features."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def features(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Within, a forward of `model` leaves the outputs of the layers `names` in the dictionary that is yielded.
+
+        with features(student.module, ["net.layer2"]) as taken:
+            logits = student(pixels)
+        hint = taken["net.layer2"]
+
+    Of several forwards the last one's stay. The hooks are gone at the end.
+
+    Args:
+        model: a module; of an engine its `module`, which a call of the engine passes through.
+        names: as in `model.named_modules()`.
+
+    Raises:
+        ValueError: the model has no layer of a name.
+        RuntimeError: at the end, a layer that no forward has passed; torch.compile leaves out hooks too.
+    """
+    layers, taken = dict(model.named_modules()), dict[str, Any]()
+    for name in names:
+        if name not in layers:
+            known = ", ".join(one for one in layers if one.count(".") <= name.count(".") and one)
+            raise ValueError(f"{type(model).__name__} has no layer {name!r}; it has {known}")
+
+    def keep(name: str) -> Any:
+        return lambda _, __, output: taken.__setitem__(name, output)
+
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+            hooks.callback(layers[name].register_forward_hook(keep(name)).remove)
+        yield taken
+    if missed := [name for name in names if name not in taken]:
+        raise RuntimeError(
+            f"no forward has passed the layer {missed[0]!r}; is the model compiled, or another one called?"
+        )

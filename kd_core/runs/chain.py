@@ -1,0 +1,74 @@
+"""Stages that train other weights, or the same with another optimizer: each a run of its own, one after the other.
+
+    return chain.run(__file__, Config, typed, {"learners": "--stage learners", "gates": "--stage gates --student {learners}"})
+
+Each stage lies in <out>/<stage> as a complete run folder: it has its own log, checkpoints, exact resume and cost, and its
+result is a source for --student and --teachers of any other run. What has finished is kept; what was stopped, or killed,
+continues by the same call. A stage that only changes weights of terms is no stage but a schedule of `Step.number`.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from kd_core import cli
+from kd_core.runs.flags import RunFlags
+from kd_core.runs.folders import next_free
+from kd_core.runs.jobs import Job, check_unchanged, locked, places, run_all
+
+
+def run(file: str, config: type[RunFlags], typed: Sequence[str] | None, stages: Mapping[str, str]) -> int:
+    """Runs the recipe `file` for each of `stages`, with the flags `typed` and over them those of the stage.
+
+    A stage is started on all GPUs of the machine, or without one on NUM_GPUS ranks (default 1), so the chain itself is
+    started without a launcher. --out names the folder of all stages; --resume is understood by itself.
+
+    Args:
+        stages: flags by name; {name} in them is the run folder of an earlier stage.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        SystemExit: with 2, a flag that is wrong for any stage, before the first begins; or the code of a stage that failed.
+    """
+    with cli.one_line_errors():
+        words = list(sys.argv[1:] if typed is None else typed)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"{Path(file).name} starts each of its stages on all GPUs itself; without a launcher: "
+                f"python {file} {shlex.join(word for word in words if not word.startswith('--local'))}"
+            )
+        words = [word for word in words if word != "--resume" and not word.startswith("--local")]
+        out, words = cli.take(words, "--out")
+        folder = Path(out) if out else next_free(Path("runs") / Path(file).stem)
+        count = torch.cuda.device_count()
+        ranks = count or int(os.environ.get("NUM_GPUS", "1"))
+        made: dict[str, Job] = {}
+        configs = []
+        for name, flags in stages.items():
+            earlier = {other: str(job.folder) for other, job in made.items()}
+            own = [*words, *(word.format(**earlier) for word in shlex.split(flags)), "--out", str(folder / name)]
+            configs.append(cli.parse(config, own))
+            start = [file] if ranks == 1 else ["-m", "kd_core.launch", file]
+            command = [sys.executable, *start, *own]
+            made[name] = Job(name, folder / name, command, configs[-1].steps, tuple(made), True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder) as lock:
+            for job, cfg in zip(made.values(), configs, strict=True):
+                check_unchanged(job, dataclasses.asdict(cfg), recipe=Path(file).stem, ranks=ranks)
+            run_all(list(made.values()), places(1, ranks), lock, summary, folder, "stages")
+    return 0
+
+
+def summary(job: Job) -> str:
+    """A finished stage in a few words."""
+    result = json.loads((job.folder / "run.json").read_text())["result"]
+    scores = " ".join(f"{name} {value:.4f}" for name, value in result.items() if name.startswith("eval/"))
+    return f"{job.name} {scores}, {result['train_s']:.0f} s of training"

@@ -1,0 +1,193 @@
+"""The loop: several engines, none at all, stages; each killed and resumed to the bit, and mistakes that cannot train."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, cpu_environment, free_port
+
+TOYS = Path(__file__).with_name("toys")
+TIMES = {"train_s", "teacher_s", "data_s", "sample_s"}
+STEPS = "--steps 8 --save-every 3 --eval-every 4 --log-every 1".split()
+BATCH = "--global-batch-size 8 --micro-batch-size 1 --lr 1e-2 --clip 1".split()
+
+
+def begin(script: str, words: list[str], ranks: int, folder: Path) -> list[subprocess.Popen[bytes]]:
+    """The ranks of a run, without a launcher between them and the test."""
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared["PYTHONPATH"] = str(ROOT)
+    started = []
+    for rank in range(ranks):
+        env = cpu_environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        with (folder / f"{rank}.log").open("a") as log:
+            started.append(
+                subprocess.Popen([sys.executable, str(TOYS / script), *words], cwd=folder, env=env, stderr=log)
+            )
+    return started
+
+
+def run(script: str, words: list[str], ranks: int, folder: Path) -> None:
+    codes = [process.wait(120) for process in begin(script, words, ranks, folder)]
+    assert codes == [0] * ranks, (folder / "0.log").read_text()[-3000:]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "metrics.jsonl"
+    complete = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in complete]
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def check_killed_and_resumed(script: str, words: list[str], folder: Path) -> list[dict[str, Any]]:
+    """The lines of a whole run on 2 ranks, which one that is killed and resumed has too."""
+    run(script, [*words, "--out", "whole"], 2, folder)
+    killed = begin(script, [*words, "--out", "killed"], 2, folder)
+    wait_until(lambda: len(lines(folder / "killed")) >= 5)
+    for process in killed:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(script, [*words, "--out", "killed", "--resume"], 2, folder)
+    whole = lines(folder / "whole")
+    assert len(whole) == 8
+    assert lines(folder / "killed") == whole
+    return whole
+
+
+@pytest.fixture(scope="session")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A DeepSpeed config in float32 of each ZeRO stage."""
+    folder = tmp_path_factory.mktemp("configs")
+    for stage in range(4):
+        (folder / f"{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    return [str(folder / f"{stage}.json") for stage in range(4)]
+
+
+SLOW = [(0, []), (1, []), (2, []), (3, []), (0, ["--any-number"]), (1, ["--any-number"]), (3, ["--any-number"])]
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"), [(2, ["--any-number"]), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_two_networks_resume_exactly_and_agree_with_one_rank(
+    stage: int, more: list[str], configs: list[str], tmp_path: Path
+) -> None:
+    two = check_killed_and_resumed(
+        "two_networks.py", [*STEPS, *BATCH, *more, "--deepspeed-config", configs[stage]], tmp_path
+    )
+    run("two_networks.py", [*STEPS, *BATCH, "--deepspeed-config", configs[0], "--out", "one"], 1, tmp_path)
+    for ours, alone in zip(two, lines(tmp_path / "one"), strict=True):
+        assert (
+            ours.keys() == alone.keys() >= {"loss", "grad_norm", "term", "judge_loss", "judge_real", "judge_grad_norm"}
+        )
+        assert ours == pytest.approx(alone, rel=2e-5, abs=1e-6)
+    assert two[-1]["points"] > two[-1]["samples"] / 8, "rows are ragged"
+
+
+def test_points_as_parameters_resume_exactly_without_an_engine_of_deepspeed(tmp_path: Path) -> None:
+    whole = check_killed_and_resumed("images_as_parameters.py", STEPS, tmp_path)
+    assert whole[-1]["eval/loss"] != whole[3]["eval/loss"]
+    assert "sample_s" in (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_a_chain_killed_in_its_second_stage_continues_there(tmp_path: Path) -> None:
+    words = ["--steps", "3000", "--save-every", "100", "--log-every", "1000", "--eval-every", "3000", "--out", "out"]
+    command = [sys.executable, str(TOYS / "stages.py"), *words]
+    env = cpu_environment(PYTHONPATH=str(ROOT))
+    with (tmp_path / "log").open("a") as log:
+        killed = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=log, start_new_session=True)
+        wait_until(lambda: any((tmp_path / "out" / "two" / "checkpoints").glob("step*")))
+        children = subprocess.run(["pgrep", "-P", str(killed.pid)], capture_output=True, text=True).stdout.split()
+        for process in map(int, [str(killed.pid), *children]):
+            os.kill(process, signal.SIGKILL)
+        killed.wait()
+    first = (tmp_path / "out" / "one" / "run.json").stat().st_mtime_ns
+    assert json.loads((tmp_path / "out" / "one" / "run.json").read_text())["result"]["stopped"] == "finished"
+    assert "result" not in json.loads((tmp_path / "out" / "two" / "run.json").read_text())
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "one" / "run.json").stat().st_mtime_ns == first, "the first stage ran again"
+    assert "from step" in (tmp_path / "out" / "two.log").read_text().rpartition("--- resumed")[2]
+    assert json.loads((tmp_path / "out" / "two" / "run.json").read_text())["result"]["step"] == 3000
+    changed = subprocess.run(
+        [*command, "--lr", "0.2"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert changed.returncode == 2 and "was begun with lr 0.1, now it is 0.2" in changed.stderr
+    launched = cpu_environment(PYTHONPATH=str(ROOT), WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
+    refused = subprocess.run(command, cwd=tmp_path, env=launched, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert f"without a launcher: python {TOYS / 'stages.py'} --steps 3000" in refused.stderr
+
+
+MISTAKES = {
+    "two backwards": "16 backward passes before Step.update, the engine counts on 8",
+    "set rows": "Step.rows cannot be set; Step.supervise takes the rows of this rank",
+    "late rows": "Step.supervise comes before the first Step.backward",
+    "unfrozen": "a loss of the engine 'student' passes through 'judge', called as an engine",
+    "taken name": "the log has 'loss' for something else",
+    "no scalar": "the loss is a sum over rows, a scalar; got the shape [2]",
+    "no update": "a step ended after Step.backward without Step.update of student",
+    "twice": "Step.update of the engine 'student' without a Step.backward since its last update",
+    "break": "the loop over Run.steps was left before its last step; raise Stopped",
+}
+
+
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 3))])
+def test_a_mistake_is_one_clear_line_and_trains_nothing(stage: int, configs: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(TOYS / "mistakes_worker.py"), configs[stage], str(tmp_path), *MISTAKES]
+    done = subprocess.run(
+        command, env=cpu_environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for mistake, (said, steps) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert said.startswith(MISTAKES[mistake]) and "\n" not in said
+        assert steps == 0, f"{mistake} trained"
+
+
+def test_terms_that_differ_between_ranks_are_refused_at_once(configs: list[str], tmp_path: Path) -> None:
+    words = [*STEPS, *BATCH, "--deepspeed-config", configs[1], "--out", "run", "--mistake", "other terms"]
+    assert all(process.wait(60) for process in begin("two_networks.py", words, 2, tmp_path))
+    for rank, name in enumerate(("term", "other")):
+        assert (
+            f"LoopError: ranks have other terms than this one: loss, {name}, points"
+            in (tmp_path / f"{rank}.log").read_text()
+        )
+    assert not lines(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("without", "message"), [("judge", "nothing of the engine 'judge'"), ("share", "nothing of 'share'")]
+)
+def test_a_checkpoint_that_lacks_something_is_one_line(
+    without: str, message: str, configs: list[str], tmp_path: Path
+) -> None:
+    words = [*STEPS, *BATCH, "--deepspeed-config", configs[0], "--out", "run", "--max-minutes", "1e-9"]
+    run("two_networks.py", words, 1, tmp_path)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step*")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    if without == "judge":
+        manifest = {name: digest for name, digest in manifest.items() if not name.startswith("judge/")}
+        for file in (checkpoint / "judge").iterdir():
+            file.unlink()
+        (checkpoint / "judge").rmdir()
+    else:
+        state = torch.load(checkpoint / "state.pt", weights_only=True)
+        torch.save(state | {"kept": {}}, checkpoint / "state.pt")
+        del manifest["state.pt"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (process,) = begin("two_networks.py", ["--out", "run", "--resume"], 1, tmp_path)
+    assert process.wait(60) == 2
+    assert message in (tmp_path / "0.log").read_text().splitlines()[-1]
