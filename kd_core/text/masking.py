@@ -48,7 +48,7 @@ def masking_vocabulary(tokenizer: "PreTrainedTokenizerFast") -> MaskingVocabular
     return MaskingVocabulary(int(tokenizer.mask_token_id), is_special, ids[~is_special[ids]])
 
 
-def mask_tokens(
+def _mask(
     rows_BT: np.ndarray,
     sample_ids_B: np.ndarray,
     *,
@@ -68,24 +68,10 @@ def mask_tokens(
         epoch: of all rows, or int [B].
 
     Returns:
-        input_ids int64 [B, T]; positions int64 [N], indices into the B * T positions, ascending; labels int64 [N].
+        input_ids [B, T]; the supervised columns [B, K], ascending; their labels [B, K]; all int64.
 
     Source: Devlin et al. 2018, section 3.1. There each position is drawn by itself; here their number in a row is fixed.
     """
-    masked = _mask(rows_BT, sample_ids_B, seed=seed, epoch=epoch, fraction=fraction, tokenizer=tokenizer)
-    input_ids_BT, columns_BK, labels_BK = masked
-    return input_ids_BT, _flat_positions(columns_BK, rows_BT.shape[1]), labels_BK.reshape(-1)
-
-
-def _mask(
-    rows_BT: np.ndarray,
-    sample_ids_B: np.ndarray,
-    *,
-    seed: int,
-    epoch: int | np.ndarray,
-    fraction: float,
-    tokenizer: "PreTrainedTokenizerFast",
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     vocabulary = masking_vocabulary(tokenizer)
     T = rows_BT.shape[1]
     K = round(fraction * T)
@@ -177,7 +163,7 @@ class MaskedBatches:
         corpus: of `prepare`.
         seed: of order and masks, >= 0.
         global_batch_size: G, rows a step over all ranks; a multiple of `micro_batch_size * world_size`.
-        mask_fraction: of the positions of a row, see `mask_tokens`.
+        mask_fraction: of the positions of a row, see `_mask`.
         mask_seed: of the masks; None: `seed`.
         mask_patterns: epoch e has the masks of epoch e mod this; None: new masks in each epoch.
         position: where to begin; a `Step.position` continues after that step.

@@ -42,12 +42,12 @@ ARMS = ("baseline", "against")
 BOOKKEEPING = cli.FREE_ON_RESUME | {"seed", "steps"}
 OF_A_RUN = BOOKKEEPING | {"teachers"}
 OPTIMIZER = {"lr", "warmup_fraction", "clip", "weight_decay", "momentum", "dropout"}
-COMPUTING = {"micro_batch_size", "deepspeed_config", "compile", "gradient_checkpointing", "fused_head"}
+COMPUTING = {"micro_batch_size", "deepspeed_config", "compile", "gradient_checkpointing", "fused_head", "softmax_axis"}
 COMPUTING |= {"teacher_placement", "teacher_deepspeed_config", "teacher_ahead"}
 METHOD = {field.name for field in dataclasses.fields(DistillFlags)} - {
     field.name for field in dataclasses.fields(RunFlags)
 }
-METHOD = METHOD - {"teachers"} - COMPUTING | {"teacher_dtype", "softmax_axis"}
+METHOD = METHOD - {"teachers"} - COMPUTING | {"teacher_dtype"}
 OF_AN_ARM = OF_A_RUN | METHOD | OPTIMIZER | COMPUTING
 # Below so many shared evaluations the report warns of the straight lines between them: a speed-up of 2 on a loss that
 # falls as 1 / sqrt(steps) reads 1.85 to 1.99 with 8 of them, at the five targets.

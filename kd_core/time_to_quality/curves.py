@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
+from scipy.interpolate import PchipInterpolator
 
 CONFIDENCE = 0.95
 # A group of runs, one a seed.
@@ -185,20 +187,7 @@ def monotone_cubic(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
     x, y = x[piece], y[piece]
     if len(x) == 1:
         return y[0]
-    gaps = np.diff(x)[:, None]
-    rates = np.diff(y, axis=0) / gaps
-    slopes = np.concatenate([rates[:1], rates])
-    if len(rates) > 1:
-        weights = (2 * gaps[1:] + gaps[:-1]) * rates[1:] + (gaps[1:] + 2 * gaps[:-1]) * rates[:-1]
-        product = 3 * (gaps[1:] + gaps[:-1]) * rates[1:] * rates[:-1]
-        slopes[1:-1] = np.divide(product, weights, out=np.zeros_like(product), where=product > 0)
-        for end, inner in ((0, 1), (-1, -2)):
-            slope = rates[end] + gaps[end] * (rates[end] - rates[inner]) / (gaps[end] + gaps[inner])
-            slopes[end] = np.clip(slope, np.minimum(0, 3 * rates[end]), np.maximum(0, 3 * rates[end]))
-    k = min(int(np.searchsorted(x, at, side="right")), len(x) - 1) - 1
-    gap, u = x[k + 1] - x[k], (at - x[k]) / (x[k + 1] - x[k])
-    value = y[k] + (y[k + 1] - y[k]) * u**2 * (3 - 2 * u)
-    return value + gap * u * (1 - u) * (slopes[k] * (1 - u) - slopes[k + 1] * u)
+    return np.asarray(PchipInterpolator(x, y)(at))
 
 
 def log_interval(baseline: Reached, against: Reached) -> tuple[float, float] | None:
@@ -214,7 +203,7 @@ def log_interval(baseline: Reached, against: Reached) -> tuple[float, float] | N
     middle, variance = baseline.means[0] - against.means[0], variances.sum()
     half = 0.0
     if variance > 0:
-        half = student_t(variance**2 / (variances**2 / (counts - 1)).sum()) * math.sqrt(variance)
+        half = quantile(variance**2 / (variances**2 / (counts - 1)).sum()) * math.sqrt(variance)
     return middle - half, middle + half
 
 
@@ -226,9 +215,6 @@ def _one_group(groups: list[BySeed]) -> list[BySeed]:
     return [{seed: sum(group[seed] for group in groups) for seed in seeds}]
 
 
-def student_t(df: float, confidence: float = CONFIDENCE) -> float:
-    """The two-sided quantile of Student's t: as t = sqrt(df) tan(a), a has the density cos(a)^(df - 1)."""
-    angles = np.linspace(0, math.pi / 2, 20_001)
-    density = np.cos(angles) ** (df - 1)
-    mass = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
-    return math.sqrt(df) * math.tan(float(np.interp(confidence * mass[-1], mass, angles)))
+def quantile(df: float) -> float:
+    """The two-sided quantile of Student's t at `CONFIDENCE`."""
+    return float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, df))

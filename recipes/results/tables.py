@@ -26,7 +26,7 @@ from kd_core.glue import report as glue_report
 from kd_core.study import Study, read_study, write_reports
 from kd_core.teachers.sources import CACHE_PREFIX
 from kd_core.time_to_quality import comparison as time_to_quality
-from kd_core.time_to_quality.curves import student_t
+from kd_core.time_to_quality.curves import quantile
 
 HERE = Path(__file__).parent
 TEMPLATE = "README.md.jinja"
@@ -215,14 +215,14 @@ def mean_and_interval(values: Sequence[float], digits: int) -> str:
     mean = float(np.mean(values))
     if len(values) < 2:
         return f"{mean:.{digits}f}"
-    half = student_t(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return f"{mean:.{digits}f} ({mean - half:.{digits}f} to {mean + half:.{digits}f})"
 
 
 def ratio_and_interval(values: Sequence[float]) -> str:
     """Geometric mean and its 95 % interval."""
     logs = np.log(values)
-    half = student_t(len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
+    half = quantile(len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
     middle, low, high = (math.exp(float(logs.mean()) + shift) for shift in (0.0, -half, half))
     return f"{middle:.2f}" + ("" if math.isnan(half) else f" ({low:.2f} to {high:.2f})")
 

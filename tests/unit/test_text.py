@@ -644,9 +644,12 @@ def masked(tmp_path):
     corpus = make_corpus(tmp_path, count=3000)
     rows = np.array(corpus.rows(0)[:4000])
     ids = np.arange(len(rows), dtype=np.int64)
-    mask = lambda rows, ids, **s: text.mask_tokens(
-        rows, ids, **{"seed": 3, "epoch": 0, "fraction": 0.25, "tokenizer": corpus.tokenizer} | s
-    )
+
+    def mask(rows, ids, **settings):
+        settings = {"seed": 3, "epoch": 0, "fraction": 0.25, "tokenizer": corpus.tokenizer} | settings
+        (micro,) = text.masked_micro_batches(rows, ids, micro_batch_size=len(rows), **settings)
+        return micro.input_ids.numpy(), micro.positions.numpy(), micro.labels.numpy()
+
     return corpus, rows, ids, mask
 
 
