@@ -33,7 +33,7 @@ from kd_core.kernels.softmax_kl import softmax_kl_sum
 from kd_core.runs import folders, jobs
 from kd_core.system import files, ranks
 from kd_core.text.tokenizer import load_tokenizer
-from kd_core.training import schedules as schedule
+from kd_core.training import schedules
 from kd_core.training.processes import end_process
 
 RECIPE = Path(__file__).stem
@@ -161,7 +161,7 @@ def fine_tune(job: FineTuning) -> int:
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=peak, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay / peak, fused=True
     )
-    factor = {"linear": schedule.linear_warmup_decay, "cosine": schedule.linear_warmup_cosine}[job.schedule]
+    factor = {"linear": schedules.linear_warmup_decay, "cosine": schedules.linear_warmup_cosine}[job.schedule]
     if job.compile and steps >= COMPILED_FROM:
         student.compile(dynamic=True)
     log = glue_report.Log(folder, folders.describe(RECIPE, job))

@@ -20,12 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from kd_core.cache import logits as cache_logits
-from kd_core.cache import records as cache
-from kd_core.images import batches as images
-from kd_core.images import classifiers
-from kd_core.images import evaluation as classification
-from kd_core.images import sources as image_sources
+from kd_core.cache import logits, records
+from kd_core.images import classifiers, sources
+from kd_core.images.batches import MicroBatch, ValidationBatches, load, num_workers, on_device, training_batch
+from kd_core.images.evaluation import classification_metrics, validation_sums
 from kd_core.images.flags import ImageFlags
 from kd_core.images.views import MIN_SIZE
 from kd_core.system import ranks
@@ -35,7 +33,7 @@ from kd_core.training.processes import join
 
 
 @dataclass(frozen=True)
-class BuildFlags(cache_logits.BuildFlags, ImageFlags):
+class BuildFlags(logits.BuildFlags, ImageFlags):
     """Computes a classifier's answers for every training image once; what was killed is continued by the same command.
 
     `--preset baseline-90`, `mild-36` or `cifar`: the views of the recipe's preset.
@@ -73,12 +71,12 @@ def build(flags: BuildFlags) -> None:
     """Fills `--out` with the answers of `--teacher`; joins the process group.
 
     Raises:
-        FileNotFoundError, ValueError: as `images.prepare`, `resnets.load_classifier` and `cache.build`.
+        FileNotFoundError, ValueError: as `sources.prepare`, `classifiers.load_classifier` and `records.build`.
     """
     classifiers.check_source(flags.teacher, "--teacher")
     progress = ranks.local_rank() == 0
     data = join(
-        lambda: image_sources.prepare(
+        lambda: sources.prepare(
             flags.data, decoded_gib=flags.decoded_gib, max_corrupt=flags.max_corrupt, progress=progress
         )
     )
@@ -95,7 +93,7 @@ def build(flags: BuildFlags) -> None:
         **_source(data),
         **flags.settings,
     }
-    layout = cache.Layout(
+    layout = records.Layout(
         flags.fields("logits", 1, columns), len(data.train), flags.view_patterns, flags.micro_batch_size
     )
     unreadable: set[int] = set()
@@ -103,66 +101,66 @@ def build(flags: BuildFlags) -> None:
     def answer(indices: range) -> np.ndarray:
         return layout.pack(indices, _answers(flags, data, model, layout.batches(indices), unreadable))
 
-    cache.build(
+    records.build(
         Path(flags.out), settings, layout, answer, lambda _: None, functools.partial(_score, flags, data, model)
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Views(Dataset[images.MicroBatch]):
+class _Views(Dataset[MicroBatch]):
     """Micro-batches of given images under given patterns."""
 
     flags: BuildFlags
-    split: image_sources.Split
+    split: sources.Split
     batches: Sequence[tuple[np.ndarray, np.ndarray]]
 
-    def __getitem__(self, number: int) -> images.MicroBatch:
+    def __getitem__(self, number: int) -> MicroBatch:
         flags = self.flags
         view = flags.view
         nvjpeg = flags.decoder == "nvjpeg" and self.split.encoded is not None
-        return images.training_batch(self.split, view, view.size, flags.view_seed, *self.batches[number], nvjpeg=nvjpeg)
+        return training_batch(self.split, view, view.size, flags.view_seed, *self.batches[number], nvjpeg=nvjpeg)
 
 
 @torch.no_grad()
 def _answers(
     flags: BuildFlags,
-    data: image_sources.ImageSet,
+    data: sources.ImageSet,
     model: Any,
     batches: Sequence[tuple[np.ndarray, np.ndarray]],
     unreadable: set[int],
 ) -> Iterator[dict[str, Tensor]]:
     """The answers of `batches`. A run asks for an unreadable image's successor, so that its own record does not matter."""
-    workers = images.num_workers(None, data.train, flags.randaugment)
-    made = images.load(_Views(flags, data.train, batches), range(len(batches)), workers=workers)
+    workers = num_workers(None, data.train, flags.randaugment)
+    made = load(_Views(flags, data.train, batches), range(len(batches)), workers=workers)
     for (ids_B, _), micro in zip(batches, made, strict=True):
         unreadable.update(ids_B[ids_B != micro.sample_ids.numpy()].tolist())
-        image_sources.check_corrupt(len(unreadable), len(data.train), flags.max_corrupt, flags.data)
-        logits_BC = model(images.on_device(micro, ranks.device()))
+        sources.check_corrupt(len(unreadable), len(data.train), flags.max_corrupt, flags.data)
+        logits_BC = model(on_device(micro, ranks.device()))
         if flags.top_k:
-            yield cache_logits.top_k(logits_BC, flags.top_k, flags.temperatures)
+            yield logits.top_k(logits_BC, flags.top_k, flags.temperatures)
         else:
             yield {"logits": logits_BC}
 
 
-def _score(flags: BuildFlags, data: image_sources.ImageSet, model: Any) -> dict[str, float]:
+def _score(flags: BuildFlags, data: sources.ImageSet, model: Any) -> dict[str, float]:
     """The teacher on the validation images, as the recipe measures it."""
-    batches = images.ValidationBatches(
+    batches = ValidationBatches(
         data.validation, flags.eval_resize, flags.eval_size, flags.micro_batch_size, rank=0, world_size=1
     )
-    workers = images.num_workers(None, data.validation)
-    return classification.classification_metrics(classification.validation_sums(model, batches, workers=workers))
+    workers = num_workers(None, data.validation)
+    return classification_metrics(validation_sums(model, batches, workers=workers))
 
 
 # --- using ------------------------------------------------------------------------------------------------------------
 
 
-def views(cfg: Any, data: image_sources.ImageSet) -> dict[str, int]:
-    """Checks the caches of `--teachers` against the run, as `cache_logits.check`.
+def views(cfg: Any, data: sources.ImageSet) -> dict[str, int]:
+    """Checks the caches of `--teachers` against the run, as `logits.check`.
 
     Returns:
-        `view_seed` and `view_patterns` of `images.TrainBatches`, which the caches share; empty without one.
+        `view_seed` and `view_patterns` of `batches.TrainBatches`, which the caches share; empty without one.
     """
-    return cache_logits.check(cfg, BuildFlags, {"kind": "images", **_source(data)})
+    return logits.check(cfg, BuildFlags, {"kind": "images", **_source(data)})
 
 
 def load_teacher(cfg: Any, classes: Sequence[str], path: str) -> nn.Module:
@@ -175,13 +173,13 @@ def load_teacher(cfg: Any, classes: Sequence[str], path: str) -> nn.Module:
         ValueError: as `classifiers.load_classifier`.
     """
     if folder := cache_folder(path):
-        return cache_logits.CachedLogits(folder, len(classes))
+        return logits.CachedLogits(folder, len(classes))
     return classifiers.load_teacher(
         path, classes, flag="--teachers", size=cfg.teacher_size, autocast=cfg.teacher_dtype == "bf16",
         split=cfg.teacher_placement == "zero3",
     )  # fmt: skip
 
 
-def _source(data: image_sources.ImageSet) -> dict[str, str]:
+def _source(data: sources.ImageSet) -> dict[str, str]:
     names = hashlib.sha256(json.dumps(data.classes).encode()).hexdigest()[:16]
     return {"data": data.fingerprint, "classes": names}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_core import cli
-from kd_core.cache import records as cache
+from kd_core.cache import records
 from kd_core.runs import folders
 from kd_core.system import ranks
 from kd_core.teachers.sources import CachedTeacher, cache_folder
@@ -100,7 +100,7 @@ def check(cfg: Any, flags: type[BuildFlags], expected: Mapping[str, Any]) -> dic
         `flags.SHARED` of the caches, which must have them alike; empty without a cache.
 
     Raises:
-        FileNotFoundError, ValueError: as `cache.require`; or top-k answers at a temperature that was not built, or for a
+        FileNotFoundError, ValueError: as `records.require`; or top-k answers at a temperature that was not built, or for a
             method that needs raw logits.
     """
     ours = {**expected, **{name: getattr(cfg, name) for name in flags.AGREE}}
@@ -109,7 +109,7 @@ def check(cfg: Any, flags: type[BuildFlags], expected: Mapping[str, Any]) -> dic
         answered = [one.get("fingerprint") for one in folders.check_folder(cfg).get("teachers", ())]
         return {name: one[name] for one in answered if isinstance(one, dict) for name in flags.SHARED}
     for folder in filter(None, map(cache_folder, cfg.teachers if cfg.distils else ())):
-        header = cache.require(folder, ours | shared)
+        header = records.require(folder, ours | shared)
         shared = {name: header[name] for name in flags.SHARED}
         used = {cfg.temperature, cfg.temperature if cfg.temperature_stop is None else cfg.temperature_stop}
         if header["top_k"] and not (len(used) == 1 and used <= set(header["temperatures"])):
@@ -130,11 +130,11 @@ class CachedLogits(CachedTeacher):
 
     def __init__(self, folder: Path, columns: int) -> None:
         super().__init__()
-        header = cache.read_header(folder)
-        self.score = cache.read_manifest(folder)["score"]
+        header = records.read_header(folder)
+        self.score = records.read_manifest(folder)["score"]
         self.fingerprint = {name: value for name, value in header.items() if name != "teacher"}
         self.dtype, self.is_top_k = DTYPES[header["teacher_dtype"]], bool(header["top_k"])
-        self._records = cache.Records(folder, cache.Layout(**header["layout"]))
+        self._records = records.Records(folder, records.Layout(**header["layout"]))
         self._temperatures, self._columns = header["temperatures"], columns
         self.head: nn.Module = nn.Identity()  # makes the logits of whole rows
 

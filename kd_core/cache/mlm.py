@@ -23,17 +23,16 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 from transformers.utils.logging import disable_progress_bar
 
-from kd_core.cache import logits as cache_logits
-from kd_core.cache import records as cache
+from kd_core.cache import logits, records
 from kd_core.kernels.softmax_kl import softmax_kl
 from kd_core.runs.sources import model_source
 from kd_core.system import ranks
 from kd_core.system.digests import weights_digest
 from kd_core.teachers.sources import cache_folder
 from kd_core.text import bert
-from kd_core.text import masking as text
 from kd_core.text.corpus import IGNORE_INDEX, Corpus, prepare
 from kd_core.text.flags import MaskingFlags
+from kd_core.text.masking import MicroBatch, masked_micro_batches, validation_batches
 from kd_core.text.order import sample_id
 from kd_core.text.pretrained import load_pretrained
 from kd_core.text.tokenizer import require_same_tokenizer, tokenizer_digest
@@ -41,7 +40,7 @@ from kd_core.training.processes import join
 
 
 @dataclass(frozen=True)
-class BuildFlags(cache_logits.BuildFlags, MaskingFlags):
+class BuildFlags(logits.BuildFlags, MaskingFlags):
     """Computes a teacher's answers for every row of a corpus once. What was killed is continued by the same command."""
 
     mask_patterns: int = 4
@@ -66,7 +65,7 @@ def build(flags: BuildFlags) -> None:
     """Fills `--out` with the answers of `--teacher`; joins the process group.
 
     Raises:
-        FileNotFoundError, ValueError: as `text.prepare`, `teachers.load_pretrained` and `cache.build`.
+        FileNotFoundError, ValueError: as `corpus.prepare`, `pretrained.load_pretrained` and `records.build`.
     """
     disable_progress_bar()  # Hugging Face's, for files that load in a moment
     corpus = join(
@@ -77,7 +76,7 @@ def build(flags: BuildFlags) -> None:
     )  # fmt: skip
     source = model_source(flags.teacher, "--teacher")
     require_same_tokenizer(corpus.tokenizer, source, flag="--teacher")
-    columns, dtype = len(corpus.tokenizer), cache_logits.DTYPES[flags.teacher_dtype]
+    columns, dtype = len(corpus.tokenizer), logits.DTYPES[flags.teacher_dtype]
     flags.check("top_k", flags.top_k < columns, f"below the size of the vocabulary, {columns}")
     model = load_pretrained(
         BertForMaskedLM, flags.teacher, columns, flag="--teacher", seq_len=flags.seq_len, dtype=dtype
@@ -92,7 +91,7 @@ def build(flags: BuildFlags) -> None:
         **flags.settings,
     }
     fields = flags.fields("hidden", round(flags.mask_fraction * flags.seq_len), model.config.hidden_size)
-    layout = cache.Layout(fields, len(corpus.rows(0)), flags.mask_patterns, flags.micro_batch_size)
+    layout = records.Layout(fields, len(corpus.rows(0)), flags.mask_patterns, flags.micro_batch_size)
     model.to(ranks.device())
 
     def companions(folder: Path) -> None:
@@ -103,7 +102,9 @@ def build(flags: BuildFlags) -> None:
     def answer(indices: range) -> np.ndarray:
         return layout.pack(indices, _answers(flags, corpus, model, layout.batches(indices)))
 
-    cache.build(Path(flags.out), settings, layout, answer, companions, functools.partial(_score, flags, corpus, model))
+    records.build(
+        Path(flags.out), settings, layout, answer, companions, functools.partial(_score, flags, corpus, model)
+    )
 
 
 @torch.no_grad()
@@ -111,19 +112,19 @@ def _answers(
     flags: BuildFlags, corpus: Corpus, model: Any, batches: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> Iterator[dict[str, Tensor]]:
     for rows_B, patterns_B in batches:
-        (micro,) = text.masked_micro_batches(
+        (micro,) = masked_micro_batches(
             corpus.rows(0)[rows_B], sample_id(np.zeros_like(rows_B), rows_B), micro_batch_size=len(rows_B),
             seed=flags.mask_seed, epoch=patterns_B, fraction=flags.mask_fraction, tokenizer=corpus.tokenizer,
         )  # fmt: skip
         hidden_ND = _hidden(model, micro.to(ranks.device()))
         if flags.top_k:
             logits_NV = model.cls(hidden_ND)[:, : len(corpus.tokenizer)]
-            yield cache_logits.top_k(logits_NV, flags.top_k, flags.temperatures)
+            yield logits.top_k(logits_NV, flags.top_k, flags.temperatures)
         else:
             yield {"hidden": hidden_ND}
 
 
-def _hidden(model: Any, micro: text.MicroBatch) -> Tensor:
+def _hidden(model: Any, micro: MicroBatch) -> Tensor:
     return model.bert(micro.input_ids).last_hidden_state.flatten(0, 1)[micro.positions]
 
 
@@ -131,7 +132,7 @@ def _hidden(model: Any, micro: text.MicroBatch) -> Tensor:
 def _score(flags: BuildFlags, corpus: Corpus, model: Any) -> dict[str, float]:
     """The teacher's validation loss, as the recipe measures it."""
     sums = torch.zeros(2, device=ranks.device())
-    for micro in text.validation_batches(corpus, micro_batch_size=flags.micro_batch_size, rank=0, world_size=1):
+    for micro in validation_batches(corpus, micro_batch_size=flags.micro_batch_size, rank=0, world_size=1):
         micro = micro.to(ranks.device())
         _, label_N = softmax_kl(model.cls(_hidden(model, micro))[:, : len(corpus.tokenizer)], None, micro.labels)
         sums += torch.stack([label_N.sum(), (micro.labels != IGNORE_INDEX).sum()])
@@ -143,13 +144,13 @@ def _score(flags: BuildFlags, corpus: Corpus, model: Any) -> dict[str, float]:
 
 
 def masking(cfg: Any, corpus: Corpus) -> dict[str, int]:
-    """Checks the caches of `--teachers` against the run, as `cache_logits.check`.
+    """Checks the caches of `--teachers` against the run, as `logits.check`.
 
     Returns:
-        `mask_seed` and `mask_patterns` of `text.MaskedBatches`, which the caches share; empty without one.
+        `mask_seed` and `mask_patterns` of `masking.MaskedBatches`, which the caches share; empty without one.
     """
     source = {"tokenizer": tokenizer_digest(corpus.tokenizer), "data": corpus.fingerprint}
-    return cache_logits.check(cfg, BuildFlags, {"kind": "mlm", **source})
+    return logits.check(cfg, BuildFlags, {"kind": "mlm", **source})
 
 
 def load_teacher(cfg: Any, vocab_size: int, path: str) -> nn.Module:
@@ -166,7 +167,7 @@ def load_teacher(cfg: Any, vocab_size: int, path: str) -> nn.Module:
     return bert.load_teacher(path, vocab_size, seq_len=cfg.seq_len, dtype=cfg.teacher_dtype)
 
 
-class CachedBert(cache_logits.CachedLogits):
+class CachedBert(logits.CachedLogits):
     """A BERT whose answers come from a cache that `masking` has checked."""
 
     def __init__(self, folder: Path, columns: int) -> None:

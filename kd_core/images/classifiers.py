@@ -19,7 +19,7 @@ from kd_core.system.ranks import rank
 from kd_core.training.engine import Engine, gathered_state_dict
 
 
-def save(folder: str, model: Classifier, state: dict[str, Tensor], classes: Sequence[str], **view: int) -> None:
+def save(folder: Path, model: Classifier, state: dict[str, Tensor], classes: Sequence[str], **view: int) -> None:
     """Writes `model.safetensors`, a torchvision state dict, and `config.json`: what the model is, knows and sees.
 
     Args:
@@ -27,10 +27,9 @@ def save(folder: str, model: Classifier, state: dict[str, Tensor], classes: Sequ
         view: `image_size`, the side in pixels that it was trained at, and further facts for the reader.
     """
     config = {**model.net.built_as, "classes": list(classes), "mean": model.mean, "std": model.std, **view}  # type: ignore[dict-item]
-    Path(folder).mkdir(parents=True, exist_ok=True)
     state = {name.removeprefix("net."): tensor.contiguous() for name, tensor in state.items()}
-    save_file(state, Path(folder) / "model.safetensors")
-    (Path(folder) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def load_net(folder: str, flag: str) -> tuple[nn.Module, dict[str, Any]]:

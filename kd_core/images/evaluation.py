@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_core.images import batches as images
+from kd_core.images.batches import ValidationBatches, load, num_workers
 from kd_core.images.flags import ImageFlags
 from kd_core.images.sources import ImageSet
 from kd_core.system import ranks
@@ -41,10 +41,10 @@ def classification_sums(logits_BC: Tensor, labels_B: Tensor, counted_B: Tensor) 
 
 
 @torch.no_grad()
-def validation_sums(model: Any, batches: images.ValidationBatches, *, workers: int) -> Tensor:
+def validation_sums(model: Any, batches: ValidationBatches, *, workers: int) -> Tensor:
     """`classification_sums` of this rank's share of the validation images, by a model in evaluation."""
     sums, left_out = torch.zeros(NUM_SUMS, device=ranks.device()), 0
-    for micro in images.load(batches, range(len(batches)), workers=workers):
+    for micro in load(batches, range(len(batches)), workers=workers):
         pixels, labels, counted = ranks.to_device(micro.pixels, micro.labels, micro.counted)
         sums += classification_sums(model(pixels), labels, counted)
         left_out += int(micro.corrupt)
@@ -64,10 +64,10 @@ def evaluate(
         prefix: of the metrics' names, where a run evaluates several models.
     """
     model.eval()
-    batches = images.ValidationBatches(
+    batches = ValidationBatches(
         data.validation, cfg.eval_resize, cfg.eval_size, micro_batch_size, ranks.rank(), ranks.world_size()
     )
-    sums = validation_sums(model, batches, workers=images.num_workers(cfg.workers, data.validation))
+    sums = validation_sums(model, batches, workers=num_workers(cfg.workers, data.validation))
     scores = classification_metrics(ranks.total(sums))
     return {prefix + name.removeprefix("eval/"): value for name, value in scores.items()}
 

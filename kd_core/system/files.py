@@ -75,12 +75,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def replace_folder(folder: Path, *savers: Callable[[str], Any]) -> None:
-    """Has `savers` write into a hidden folder, then renames it to `folder`: complete or absent."""
+def replace_folder(folder: Path, *savers: Callable[[Path], Any]) -> None:
+    """Has `savers` write into a hidden folder, which is there, then renames it to `folder`: complete or absent."""
     hidden = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
     for save in savers:
-        save(str(hidden))
+        save(hidden)
     shutil.rmtree(folder, ignore_errors=True)
     hidden.rename(folder)
 

@@ -104,6 +104,7 @@ def gather(
     pool.known = [one | facts[source_of(path)] | {"device_bytes": int(size)} for one, path, size in rows]
     run.update(teachers=pool.known)
     run.at_end(lambda: tell_costs(run, pool))
+    torch.manual_seed(cfg.seed)  # so that what the recipe builds next does not follow from the teachers
     return pool
 
 

@@ -39,7 +39,8 @@ def folder(tmp_path: Path) -> Path:
 def teacher(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = resnets.Classifier(resnets.build_net("resnet8", 4))
-    classifiers.save(str(tmp_path / "teacher"), model, model.state_dict(), CLASSES, image_size=20)
+    (tmp_path / "teacher").mkdir()
+    classifiers.save(tmp_path / "teacher", model, model.state_dict(), CLASSES, image_size=20)
     return tmp_path / "teacher"
 
 

@@ -89,7 +89,7 @@ def test_the_classifier_normalises_and_resizes() -> None:
 
 def test_files_bring_the_network_back(tmp_path: Path) -> None:
     model = resnets.Classifier(resnets.build_net("resnet14", 3, blurpool=True))
-    classifiers.save(str(tmp_path), model, model.state_dict(), ["a", "b", "c"], image_size=32)
+    classifiers.save(tmp_path, model, model.state_dict(), ["a", "b", "c"], image_size=32)
     loaded = classifiers.load_classifier(str(tmp_path), ("a", "b", "c"), flag="--teachers").eval()
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(loaded(pixels), model.eval()(pixels))
