@@ -126,7 +126,7 @@ build_data = batches.build  # by its fingerprint, launch files know the runs tha
 def checked_data(cfg: Config) -> ImageSet:
     """What bad input makes fail, cheapest first, before any model is built: models, data."""
     if cfg.ema_half_life:
-        engines.require_stage(cfg, 2, "--ema-half-life")
+        engines.require_stage(cfg, 2, f"--ema-half-life {cfg.ema_half_life}")
     for path in cfg.teachers if window.still_needed(cfg) else ():
         if not sources.cache_folder(path):
             classifiers.check_source(path, "--teachers")

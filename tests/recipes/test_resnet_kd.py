@@ -274,7 +274,7 @@ def test_bad_flags(attempt: Attempt) -> None:
     assert "--workers must be at least 0 (1 with --randaugment)" in attempt("--randaugment", 9, "--workers", 0)
     assert "--global-batch-size must be at most" in attempt("--global-batch-size", 1024)
     message = attempt("--ema-half-life", 2, "--deepspeed-config", "zero3_bf16.json")
-    assert "--ema-half-life must be 0 with ZeRO stage 3" in message
+    assert "--ema-half-life 2 needs ZeRO stage 2 or below, zero3_bf16.json has 3; choose another file" in message
     assert "--ema-half-life must be at most a quarter of --steps, 2, got 3" in attempt("--ema-half-life", 3)
     assert "--student resnet9 is no folder" in attempt("--student", "resnet9")
 

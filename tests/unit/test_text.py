@@ -476,7 +476,7 @@ def test_sentencepiece(tmp_path, kind):
     assert (tokenizer.cls_token_id, tokenizer.sep_token_id) == (original.bos_id(), original.eos_id())
     assert sorted([tokenizer.pad_token_id, tokenizer.mask_token_id]) == [120, 121]
     corpus = make_corpus(tmp_path, tokenizer=str(tmp_path / "spm.model"))
-    assert next(make_batches(corpus)).tokens == 12 * round(0.15 * SEQ_LEN)
+    assert next(make_batches(corpus)).rows == 12 * round(0.15 * SEQ_LEN)
     tokenizer.save_pretrained(tmp_path / "hf")
     saved = load_tokenizer(str(tmp_path / "hf"))
     assert same_tokenizer(saved, tokenizer)
@@ -756,7 +756,7 @@ def test_a_global_batch_does_not_depend_on_its_split(tmp_path, world_size, micro
         ids, inputs = columns([ranks[step] for ranks in split])
         expected_ids, expected_inputs = columns([whole[step]])
         assert torch.equal(ids, expected_ids) and torch.equal(inputs, expected_inputs)
-        assert sum(ranks[step].tokens for ranks in split) == whole[step].tokens
+        assert sum(ranks[step].rows for ranks in split) == whole[step].rows
         assert all(len(ranks[step].micro_batches) == 12 // world_size // micro_batch_size for ranks in split)
         for micro in split[-1][step].micro_batches:
             assert micro.input_ids.shape == (micro_batch_size, SEQ_LEN)
