@@ -166,7 +166,7 @@ def all_reduce_ms(num_bytes: float, gpus: int, plan: Plan) -> float:
 
 
 def window_share(steps: int, start: float, stop: float, every: int = 1) -> float:
-    """Share of the `steps` that distil: every so many-th with start <= step / steps < stop, as `schedule.distillation`."""
+    """Share of the `steps` that distil: every so many-th with start <= step / steps < stop, as `teachers.window.turn`."""
     return math.ceil((first_step(stop, steps) - first_step(start, steps)) / every) / steps
 
 

@@ -82,8 +82,12 @@ class Config(DistillFlags, TrainFlags, MaskingFlags):
 build_data = corpus.build  # by its fingerprint, launch files know the runs that can share a teacher
 
 
-def checked_data(cfg: Config) -> corpus.Corpus:
-    """What bad input makes fail, cheapest first, before any model is built: models, data, tokenizers."""
+def checked_data(cfg: Config) -> tuple[corpus.Corpus, dict[str, int]]:
+    """What bad input makes fail, cheapest first, before any model is built: models, data, tokenizers, caches.
+
+    Returns:
+        the data, and the masks of the caches of --teachers.
+    """
     models = [("--student", cfg.student)] * (bert.size_of(cfg.student) is None)
     models += [
         ("--teachers", path) for path in cfg.teachers if window.still_needed(cfg) and not sources.cache_folder(path)
@@ -93,7 +97,7 @@ def checked_data(cfg: Config) -> corpus.Corpus:
     data.check_batch(cfg.global_batch_size)
     for flag, source in found:
         tokenizer.require_same_tokenizer(data.tokenizer, source, flag=flag)
-    return data
+    return data, mlm.masking(cfg, data)
 
 
 def train_step(cfg: Config, student: Any, teachers: pool.TeacherPool, step: Step) -> None:
@@ -121,15 +125,15 @@ def train_step(cfg: Config, student: Any, teachers: pool.TeacherPool, step: Step
         **now._asdict(),
         loss=now.loss(terms),
         tokens=step.line["samples"] * cfg.seq_len,
-        supervised_tokens=int(step.rows),
+        supervised_tokens=int(terms["rows"]),
     )
 
 
 def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
     """Runs the recipe with the command line `typed` over a launch file's `preset`; returns the exit code."""
     with start(__file__, Config, typed, preset) as run:
-        cfg, data = run.cfg, run.prepare(checked_data)
-        vocab_size, masks = len(data.tokenizer), mlm.masking(cfg, data)
+        cfg, (data, masks) = run.cfg, run.prepare(checked_data)
+        vocab_size = len(data.tokenizer)
 
         def evaluate(model: Any) -> dict[str, float]:
             return bert.evaluate(model, data, micro_batch_size=cfg.micro_batch_size)

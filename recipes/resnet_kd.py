@@ -123,8 +123,8 @@ class Config(DistillFlags, TrainFlags, ImageFlags):
 build_data = batches.build  # by its fingerprint, launch files know the runs that can share a teacher
 
 
-def checked_data(cfg: Config) -> ImageSet:
-    """What bad input makes fail, cheapest first, before any model is built: models, data."""
+def checked_data(cfg: Config) -> tuple[ImageSet, dict[str, int]]:
+    """What bad input makes fail, cheapest first, before any model is built: models, data, caches, whose views it gives."""
     if cfg.ema_half_life:
         engines.require_stage(cfg, 2, f"--ema-half-life {cfg.ema_half_life}")
     for path in cfg.teachers if window.still_needed(cfg) else ():
@@ -134,7 +134,7 @@ def checked_data(cfg: Config) -> ImageSet:
         classifiers.check_student(cfg.student)
     data = build_data(cfg)
     data.check_batch(cfg.global_batch_size)
-    return data
+    return data, cached.views(cfg, data)
 
 
 def train_step(cfg: Config, student: Any, teachers: pool.TeacherPool, step: Step) -> None:
@@ -159,8 +159,8 @@ def train_step(cfg: Config, student: Any, teachers: pool.TeacherPool, step: Step
 def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
     """Runs the recipe with the command line `typed` over a launch file's `preset`; returns the exit code."""
     with start(__file__, Config, typed, preset) as run:
-        cfg, data = run.cfg, run.prepare(checked_data)
-        classes, views = data.classes, cached.views(cfg, data)
+        cfg, (data, views) = run.cfg, run.prepare(checked_data)
+        classes = data.classes
 
         def score(model: Any) -> dict[str, float]:
             return evaluation.evaluate(cfg, model, data, micro_batch_size=cfg.micro_batch_size)

@@ -130,7 +130,7 @@ def _answers(
     unreadable: set[int],
 ) -> Iterator[dict[str, Tensor]]:
     """The answers of `batches`. A run asks for an unreadable image's successor, so that its own record does not matter."""
-    workers = num_workers(None, data.train, flags.randaugment)
+    workers = num_workers(flags.workers, data.train, flags.randaugment)
     made = load(_Views(flags, data.train, batches), range(len(batches)), workers=workers)
     for (ids_B, _), micro in zip(batches, made, strict=True):
         unreadable.update(ids_B[ids_B != micro.sample_ids.numpy()].tolist())
@@ -147,7 +147,7 @@ def _score(flags: BuildFlags, data: sources.ImageSet, model: Any) -> dict[str, f
     batches = ValidationBatches(
         data.validation, flags.eval_resize, flags.eval_size, flags.micro_batch_size, rank=0, world_size=1
     )
-    workers = num_workers(None, data.validation)
+    workers = num_workers(flags.workers, data.validation)
     return classification_metrics(validation_sums(model, batches, workers=workers))
 
 

@@ -2,9 +2,10 @@
 
     image -> random crop, flip, RandAugment, a function of (seed, epoch, image) -> uint8 batch -> device
 
-With cached teachers the seed is the caches' and epochs repeat a few patterns. So neither ranks nor worker processes change what a step learns from, a resumed run needs its step only, and teacher and
-student see the same pixels. Images held decoded are cropped in batches by the rank itself; encoded ones are decoded by
-worker processes, a micro-batch each. Normalisation is the models' own, on the device.
+With cached teachers the seed is the caches' and epochs repeat a few patterns. So neither ranks nor worker processes change
+what a step learns from, a resumed run needs its step only, and teacher and student see the same pixels. Images held decoded
+are cropped in batches by the rank itself; encoded ones are decoded by worker processes, a micro-batch each. Normalisation
+is the models' own, on the device.
 
 Shapes: B images, S the side of a view.
 """
@@ -68,8 +69,7 @@ class MicroBatch:
         if self.mixing:
             mixup, cutmix, num_classes = self.mixing
             pixels, labels = mix(pixels, labels, mixup, cutmix, num_classes=num_classes)
-        corrupt = self.corrupt.to(device, non_blocking=True)
-        return replace(self, pixels=pixels, labels=labels, corrupt=corrupt, jpegs=(), mixing=None)
+        return replace(self, pixels=pixels, labels=labels, jpegs=(), mixing=None)
 
     def pin_memory(self) -> "MicroBatch":
         return replace(
@@ -78,7 +78,6 @@ class MicroBatch:
             labels=self.labels.pin_memory(),
             sample_ids=self.sample_ids.pin_memory(),
             counted=self.counted.pin_memory(),
-            corrupt=self.corrupt.pin_memory(),
         )
 
 
@@ -87,11 +86,7 @@ class Step:
     """What one rank feeds to one optimizer step; the step says where the data stands."""
 
     micro_batches: list[MicroBatch]
-
-    @property
-    def rows(self) -> int:
-        """Images."""
-        return sum(len(micro.labels) for micro in self.micro_batches)
+    total_rows: int  # images over all ranks
 
     @property
     def counts(self) -> dict[str, float]:
@@ -311,7 +306,7 @@ def steps(batches: TrainBatches, first: int, *, workers: int) -> Iterator[Step]:
     """The optimizer steps from number `first` on."""
     micros = load(batches, range(first * batches.accum, batches.steps * batches.accum), workers=workers)
     while group := list(itertools.islice(micros, batches.accum)):
-        yield Step(group)
+        yield Step(group, batches.global_batch_size)
 
 
 def build(cfg: ImageFlags) -> ImageSet:

@@ -16,7 +16,7 @@ from kd_core.images.resnets import NAMES, BatchNorm, Classifier, build_net, fold
 from kd_core.runs.sources import model_source
 from kd_core.system.files import replace_folder
 from kd_core.system.ranks import rank
-from kd_core.training.engine import Engine, gathered_state_dict
+from kd_core.training.engine import Engine, LoopError, gathered_state_dict
 
 
 def save(folder: Path, model: Classifier, state: dict[str, Tensor], classes: Sequence[str], **view: int) -> None:
@@ -100,6 +100,9 @@ def export(cfg: ImageFlags, engine: Engine, classes: Sequence[str], folder: Path
         part: of the engine's module, where the network is a submodule.
     """
     state = gathered_state_dict(engine, part)
+    if not isinstance(engine.module.get_submodule(part), Classifier):
+        parts = [name for name, module in engine.module.named_modules() if isinstance(module, Classifier)]
+        raise LoopError(f"what is exported is a Classifier; give part=, one of {parts}, got {part!r}")
     if rank() == 0:
         view = {"image_size": cfg.train_size, "eval_resize": cfg.eval_resize, "eval_size": cfg.eval_size}
         replace_folder(folder, lambda hidden: save(hidden, engine.module.get_submodule(part), state, classes, **view))

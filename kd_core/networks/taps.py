@@ -28,8 +28,10 @@ def features(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]
     layers, taken = dict(model.named_modules()), dict[str, Any]()
     for name in names:
         if name not in layers:
-            known = ", ".join(one for one in layers if one.count(".") <= name.count(".") and one)
-            raise ValueError(f"{type(model).__name__} has no layer {name!r}; it has {known}")
+            near = [one for one in layers if one.endswith("." + name)] or [one for one in layers if one.count(".") < 2][
+                1:
+            ]
+            raise ValueError(f"{type(model).__name__} has no layer {name!r}; it has {', '.join(near)}")
 
     def keep(name: str) -> Any:
         return lambda _, __, output: taken.__setitem__(name, output)

@@ -19,12 +19,14 @@ import torch
 
 from kd_core import cli
 from kd_core.runs.flags import RunFlags
-from kd_core.runs.folders import next_free
+from kd_core.runs.folders import next_free, remove_if_empty
 from kd_core.runs.jobs import Job, check_unchanged, locked, places, run_all
 
 
-def run(file: str, config: type[RunFlags], typed: Sequence[str] | None, stages: Mapping[str, str]) -> int:
-    """Runs the recipe `file` for each of `stages`, with the flags `typed` and over them those of the stage.
+def run(
+    file: str, config: type[RunFlags], typed: Sequence[str] | None, stages: Mapping[str, str], preset: str = ""
+) -> int:
+    """Runs the recipe `file` for each of `stages`: with a launch file's flags `preset`, over them those `typed`, then the stage's.
 
     A stage is started on all GPUs of the machine, or without one on NUM_GPUS ranks (default 1), so the chain itself is
     started without a launcher. --out names the folder of all stages; --resume is understood by itself.
@@ -38,7 +40,7 @@ def run(file: str, config: type[RunFlags], typed: Sequence[str] | None, stages: 
     Raises:
         SystemExit: with 2, a flag that is wrong for any stage, before the first begins; or the code of a stage that failed.
     """
-    with cli.one_line_errors():
+    with cli.one_line_errors() as undo:
         words = list(sys.argv[1:] if typed is None else typed)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
@@ -46,8 +48,10 @@ def run(file: str, config: type[RunFlags], typed: Sequence[str] | None, stages: 
                 f"python {file} {shlex.join(word for word in words if not word.startswith('--local'))}"
             )
         words = [word for word in words if word != "--resume" and not word.startswith("--local")]
+        words = [*shlex.split(preset, comments=True), *words]
         out, words = cli.take(words, "--out")
         folder = Path(out) if out else next_free(Path("runs") / Path(file).stem)
+        undo.callback(remove_if_empty, folder)
         count = torch.cuda.device_count()
         ranks = count or int(os.environ.get("NUM_GPUS", "1"))
         made: dict[str, Job] = {}
@@ -70,5 +74,7 @@ def run(file: str, config: type[RunFlags], typed: Sequence[str] | None, stages: 
 def summary(job: Job) -> str:
     """A finished stage in a few words."""
     result = json.loads((job.folder / "run.json").read_text())["result"]
-    scores = " ".join(f"{name} {value:.4f}" for name, value in result.items() if name.startswith("eval/"))
+    scores = " ".join(
+        f"{name} {value:.4f}" for name, value in result.items() if name.startswith("eval/") and value is not None
+    )
     return f"{job.name} {scores}, {result['train_s']:.0f} s of training"

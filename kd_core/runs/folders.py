@@ -65,7 +65,10 @@ def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path
         return folder
     try:
         if cfg.out is None:
-            folder = next_free(Path("runs") / recipe)
+            parent = Path("runs") / recipe
+            for made in (path for path in (parent.parent, parent) if not path.exists()):
+                undo.callback(remove_if_empty, made)
+            folder = next_free(parent)
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
         elif not folder.exists():
             folder.mkdir(parents=True)
@@ -77,6 +80,12 @@ def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path
             f"--out {folder} cannot be written ({error.strerror}); choose a folder on a disk with room"
         ) from None
     return folder
+
+
+def remove_if_empty(folder: Path) -> None:
+    """For what was made before anything was put into it."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def next_free(parent: Path) -> Path:

@@ -24,11 +24,11 @@ from kd_core.system import memory
 from kd_core.system.clock import Stopwatch
 from kd_core.system.digests import stored, tensor_digest, weights_digest
 from kd_core.system.ranks import device, rank, total, world_size
-from kd_core.teachers.flags import TeacherFlags
+from kd_core.teachers.flags import DistillFlags, TeacherFlags
 from kd_core.teachers.placement import PinnedTeachers, held_by, place
 from kd_core.teachers.samplers import draw_teachers
 from kd_core.teachers.sources import CachedTeacher, source_of
-from kd_core.teachers.window import closed, turn
+from kd_core.teachers.window import closed, mix, turn
 from kd_core.training.engine import destroy_engines
 from kd_core.training.loop import Run, Step
 
@@ -66,7 +66,7 @@ def gather(
         columns: V, the columns of their logits that mean something; None for all.
         chance_loss: `eval/loss` of a guess; a teacher above it is warned of.
         ask: what a teacher is asked for in place of logits, from the model and a micro-batch on the device: hidden states,
-            attention, a head's input. One teacher a step then, and no caches, which hold logits.
+            attention, a head's input. One teacher a step then, no caches, which hold logits, and no torch.compile of teachers.
         describe: facts of a model that the recipe builds by, such as a width; they stand in `TeacherPool.known`, behind the
             closed window too, when no model is loaded any more.
 
@@ -79,6 +79,8 @@ def gather(
         alone = cfg.sampler != "all" and cfg.draws == 1
         cfg.check("sampler", alone or not cfg.distils, "one that draws one teacher a step, whose inside is asked for")
         cfg.check("teachers", not (cfg.cached and cfg.distils), "models, as caches hold only their logits")
+        whole = cfg.teacher_placement != "zero3" or not cfg.distils
+        cfg.check("teacher_placement", whole, "another than zero3, which splits the model whose inside is asked for")
     if cfg.teachers and not cfg.distils:
         run.say("--teachers are not used: --kd-ratio is 0")
     if closed(cfg, run.first):
@@ -103,6 +105,7 @@ def gather(
     rows = zip(known, cfg.teachers, sizes, strict=True)
     pool.known = [one | facts[source_of(path)] | {"device_bytes": int(size)} for one, path, size in rows]
     run.update(teachers=pool.known)
+    run.before_step(pool.release_if_closed)
     run.at_end(lambda: tell_costs(run, pool))
     torch.manual_seed(cfg.seed)  # so that what the recipe builds next does not follow from the teachers
     return pool
@@ -169,7 +172,8 @@ class TeacherPool:
             model.requires_grad_(False)
         self.models = dict(enumerate(models))
         self._digests = {model: tensor_digest(model.named_buffers()) for model in models}
-        for model in self._digests if getattr(cfg, "compile", False) else ():
+        # A compiled model takes no hooks any more, by which `ask` may look into it.
+        for model in self._digests if getattr(cfg, "compile", False) and ask is None else ():
             model.compile()
 
     def __len__(self) -> int:
@@ -228,7 +232,7 @@ class TeacherPool:
     def draw(self, step: int, of_rank: int | None = None) -> tuple[int, ...]:
         """Indices of the teachers that answer a rank, by default this one, at `step`; none outside the window."""
         cfg, now, of_rank = self._cfg, turn(self._cfg, step), rank() if of_rank is None else of_rank
-        if now is None:
+        if now is None or (isinstance(cfg, DistillFlags) and not mix(cfg, step).kd_ratio):
             return ()
         held = held_by(cfg, of_rank)
         drawn = draw_teachers(
@@ -248,15 +252,12 @@ class TeacherPool:
         """Each micro-batch of the step on the device, with a function that gives what the drawn teachers say of it.
 
         They say their logits [N, V], or what `ask` is. Call the function as late as possible: teachers that run ahead have
-        until then. It gives None where none is drawn. Once the window has closed, the teachers are let go here.
+        until then. It gives None where none is drawn.
 
         Args:
             micro_batches: a `MicroBatch` each; None for the step's own.
             temperature: of the ensemble, when several answer, and of cached answers.
         """
-        if len(self) and closed(self._cfg, step.number):
-            self.release()
-            self._say(f"step {step.number}: the window has closed, the teachers are released")
         drawn = self.draw(step.number)
         step.log(teacher=self.names(step.number))
         upcoming = self.draw(step.number + self._cfg.window.every) if self._pinned else ()
@@ -286,8 +287,9 @@ class TeacherPool:
 
         def receive() -> Any:
             torch.cuda.current_stream().wait_event(done)
-            for tensor in tree_leaves(said):
-                tensor.record_stream(torch.cuda.current_stream())
+            for leaf in tree_leaves(said):
+                if isinstance(leaf, Tensor):
+                    leaf.record_stream(torch.cuda.current_stream())
             return said
 
         return receive
@@ -328,6 +330,12 @@ class TeacherPool:
                 raise RuntimeError(
                     f"teacher {self._cfg.teachers[index]} has changed its buffers in the run; do not use it"
                 )
+
+    def release_if_closed(self, step: int) -> None:
+        """Lets the teachers go once no step from `step` on asks them."""
+        if len(self) and closed(self._cfg, step):
+            self.release()
+            self._say(f"step {step}: the window has closed, the teachers are released")
 
     def release(self) -> None:
         """Gives the teachers' memory back to the device and, on a CPU, to the operating system."""

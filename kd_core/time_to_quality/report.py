@@ -1,6 +1,6 @@
 """How a comparison is told: a table on the terminal, report.md, report.json, and two figures.
 
-Takes the dictionary that `kd_core.time_to_quality.report` makes, and knows nothing of how it was measured.
+Takes the dictionary that `comparison.report` makes, and knows nothing of how it was measured.
 """
 
 import json

@@ -8,7 +8,6 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,7 @@ from torch import Tensor, nn
 from kd_core.system.ranks import device, gathered, world_size
 from kd_core.training.flags import TrainFlags
 from kd_core.training.plain import PlainEngine
-
-# A rank that hangs ends the run after this long. DeepSpeed's own setting covers one of its groups only.
-COLLECTIVE_TIMEOUT = timedelta(minutes=15)
+from kd_core.training.processes import limit_collectives
 
 Engine = Any  # a DeepSpeed engine or a PlainEngine
 
@@ -123,10 +120,7 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer | None, config
     quiet = contextlib.nullcontext() if os.environ.get("KD_VERBOSE") else contextlib.redirect_stdout(None)
     with quiet:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    c10d = dist.distributed_c10d
-    set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # public since torch 2.15
-    for group in list(c10d._world.pg_map):
-        set_timeout(COLLECTIVE_TIMEOUT, group)
+    limit_collectives()  # of the groups that DeepSpeed has made
     return engine
 
 
@@ -181,9 +175,18 @@ def require_stage(cfg: TrainFlags, most: int, what: str) -> None:
 def for_backwards(config: dict[str, Any], backwards: int | None) -> dict[str, Any]:
     """The DeepSpeed config of an engine that has `backwards` backward passes a micro-batch and update; None: any number.
 
-    DeepSpeed counts them to know the last, during which it reduces gradients; with None it reduces in the update.
+    DeepSpeed counts them to know the last, during which it reduces gradients; with None it reduces in the update, on ZeRO 2
+    and 3 in every backward.
+
+    Raises:
+        ValueError: None and overlap_comm on a stage where DeepSpeed cannot have both.
     """
     if backwards is None:
+        zero = config.get("zero_optimization", {})
+        if zero.get("overlap_comm") and zero.get("stage", 0) < 2:
+            raise ValueError(
+                "--deepspeed-config has overlap_comm, which this recipe cannot use below ZeRO stage 2; set it to false"
+            )
         return config | {"managed_gradient_accumulation": False}
     accumulation = config["gradient_accumulation_steps"] * backwards
     batch = config["train_micro_batch_size_per_gpu"] * world_size() * accumulation  # bookkeeping: it must multiply out
@@ -250,15 +253,17 @@ def update(engine: Engine, lr: float) -> float:
         norm = _finite(engine.reduce())
         engine.step()
         return norm
+    trained = [param for param in engine.module.parameters() if param.requires_grad]
     plain_fp32 = not (engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled())
     if plain_fp32:  # the one mode in which DeepSpeed neither reports the norm nor skips a non-finite step
-        grads = [param.grad for param in engine.module.parameters() if param.grad is not None]
-        if (
-            not engine.managed_gradient_accumulation()
-        ):  # not reduced yet; DeepSpeed's mean of equal values changes nothing
-            for grad in grads:
-                dist.all_reduce(grad)
-                grad /= world_size()
+        unreduced = not engine.managed_gradient_accumulation()
+        for param in trained if unreduced else ():
+            if param.grad is None:  # only other ranks have one
+                param.grad = torch.zeros_like(param)
+        grads = [param.grad for param in trained if param.grad is not None]
+        for grad in grads if unreduced else ():  # DeepSpeed's own mean of equal values changes nothing then
+            dist.all_reduce(grad)
+            grad /= world_size()
         norm = _finite(float(torch.nn.utils.get_total_norm(grads, foreach=True)))
     engine.step()
     if not engine.was_step_applied():
@@ -274,7 +279,7 @@ def _finite(norm: float) -> float:
 
 def blame(error: NonFiniteStepError, micro_batches: Sequence[Any], losses: Sequence[Tensor]) -> NonFiniteStepError:
     """The error, with the samples whose loss is not finite; all of the step's if none is, or it cannot be told."""
-    sample_ids = [micro.sample_ids for micro in micro_batches]
+    sample_ids = [micro.sample_ids for micro in micro_batches if hasattr(micro, "sample_ids")]
     if sample_ids:
         told = losses if len(losses) == len(sample_ids) else [torch.zeros(())] * len(sample_ids)
         error.samples = suspects(sample_ids, told)
@@ -302,7 +307,13 @@ def gathered_state_dict(engine: Engine, part: str = "") -> dict[str, Tensor]:
 
     Args:
         part: name of a submodule, of which alone the state is wanted.
+
+    Raises:
+        LoopError: the module has no such part.
     """
+    if part not in dict(engine.module.named_modules()):
+        parts = ", ".join(name for name, _ in engine.module.named_children())
+        raise LoopError(f"{type(engine.module).__name__} has no part {part!r}; it has {parts}")
     if not isinstance(engine, PlainEngine) and engine.zero_optimization_stage() == 3:
         state = engine._zero3_consolidated_16bit_state_dict()
     else:

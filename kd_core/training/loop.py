@@ -16,11 +16,15 @@ is called back but `evaluate`, a plain function of no arguments.
 """
 
 import contextlib
+import functools
 import hashlib
+import io
 import math
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -32,6 +36,7 @@ from kd_core.runs import folders
 from kd_core.runs.flags import RunFlags
 from kd_core.runs.record import Record
 from kd_core.system.clock import Stopwatch
+from kd_core.system.digests import tensor_digest
 from kd_core.system.hashing import seed_step
 from kd_core.system.ranks import broadcast, device, gathered, rank, total, world_size
 from kd_core.training import checkpoints
@@ -39,11 +44,11 @@ from kd_core.training import engine as engines
 from kd_core.training.engine import Engine, LoopError, NonFiniteStepError
 from kd_core.training.flags import TrainFlags
 from kd_core.training.plain import PlainEngine
-from kd_core.training.processes import join, leave
+from kd_core.training.processes import join, leave, limit_collectives
 from kd_core.training.stop import StopSignal
 
-# Names of the log that no term may have.
-TAKEN = {"step", "samples", "loss", "lr", "grad_norm"}
+# Names of the log that no term may have; nor may it end in _s, as seconds do, or begin with eval/.
+TAKEN = {"step", "samples", "tokens", "loss", "lr", "grad_norm", "kd_ratio", "teacher", "rows"}
 
 
 class Stateful(Protocol):
@@ -59,11 +64,26 @@ D = TypeVar("D")
 
 
 class Stopped(Exception):
-    """The run ends here, without an export: `reason` and `fields` go into its result, `code` is the process's."""
+    """The run ends here, without an export: `reason` and `fields` go into its result, `code` is the process's.
+
+    To be raised on all ranks alike, within the loop over `Run.steps`.
+    """
 
     def __init__(self, reason: str, *, code: int = 1, **fields: Any) -> None:
         super().__init__(reason)
         self.reason, self.code, self.fields = reason, code, fields
+
+
+class Touched:
+    """Which parameters of an engine have got a gradient since its last update, and how often any has."""
+
+    def __init__(self) -> None:
+        self.parameters: set[int] = set()
+        self.times = 0
+
+    def note(self, index: int, _: Tensor) -> None:
+        self.parameters.add(index)
+        self.times += 1
 
 
 @contextlib.contextmanager
@@ -88,6 +108,8 @@ def start(file: str, config: type[C], typed: Sequence[str] | None = None, preset
                 raise LoopError("the loop over Run.steps was left before its last step; raise Stopped(reason)")
             run.finish("finished", step=cfg.steps)
         except Stopped as stop:
+            if not hasattr(run, "stop"):
+                raise LoopError("Stopped before Run.steps has begun; what a user can fix is a ValueError") from stop
             run.finish(stop.reason, code=stop.code, **stop.fields)
         except NonFiniteStepError as error:
             run.finish("non-finite", code=1, step=run.number + 1, error=str(error), sample_ids=list(error.samples))
@@ -114,9 +136,11 @@ class Run(Generic[C]):
         self._engines: dict[str, Engine] = {}
         self._after: dict[str, Callable[[nn.Module], Any]] = {}
         self._kept: dict[str, Stateful] = {}
+        self._before_step: list[Callable[[int], None]] = []
         self._at_end: list[Callable[[], None]] = []
         self.backward_of: Engine | None = None  # the engine whose loss is going backward
-        self.number, self.went_to_its_end = 0, False
+        self._touched: dict[str, Touched] = {}
+        self.number, self.went_to_its_end, self._saved = 0, False, False
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
@@ -124,8 +148,8 @@ class Run(Generic[C]):
         """Claims the run folder, calls `build` and joins the ranks; on each node local rank 0 goes first.
 
         Everything that bad input can make fail belongs into `build`, cheapest first: an error there ends the run before any
-        rank has joined and before any model is built. What it returns may have a `fingerprint`, which must not change on
-        resume: equal fingerprints give equal batches.
+        rank has joined and before any model is built. What it returns, or the first of a tuple, may have a `fingerprint`, which
+        must not change on resume: equal fingerprints give equal batches.
         """
 
         def on_each_rank() -> tuple[Path, D, str | None]:
@@ -133,7 +157,7 @@ class Run(Generic[C]):
                 self._ds_config = engines.load_config(self.cfg)
             folder = folders.claim_folder(self.cfg, self.recipe, self._undo)
             data = build(self.cfg)
-            fingerprint: str | None = getattr(data, "fingerprint", None)
+            fingerprint: str | None = getattr(data[0] if isinstance(data, tuple) else data, "fingerprint", None)
             if fingerprint is not None:
                 folders.check_data(self.cfg, fingerprint)
             return folder, data, fingerprint
@@ -153,6 +177,8 @@ class Run(Generic[C]):
         self.record = Record(self.folder, self.cfg)
         if fingerprint is not None:
             self.record.update(data=fingerprint)
+        self._began = time.monotonic()
+        limit_collectives()
         torch.manual_seed(self.cfg.seed)  # of what the recipe builds itself
         return data
 
@@ -174,6 +200,8 @@ class Run(Generic[C]):
         """
         if getattr(self.cfg, "compile", False):
             model.compile()
+        if not isinstance(self.cfg, TrainFlags):
+            raise LoopError("Run.engine needs a Config with TrainFlags, whose --deepspeed-config it takes")
         # DeepSpeed's list of optimizers tested with ZeRO has no SGD; the project's tests do.
         config = engines.for_backwards(self._ds_config, backwards) | {"zero_allow_untested_optimizer": True}
         return self._add(name, engines.initialize(model, optimizer, config), after)
@@ -199,11 +227,46 @@ class Run(Generic[C]):
         self._engines[name] = engine
         if after is not None:
             self._after[name] = after
-        # One engine alone cannot be passed through by another's loss.
-        guarded = list(self._engines.items()) if len(self._engines) == 2 else [(name, engine)]
-        for own, one in guarded if len(self._engines) > 1 else ():
-            self._guard(own, one)
+        if world_size() > 1 and not isinstance(engine, PlainEngine):  # which has no need of it
+            self._note_touched(name)
+        if len(self._engines) > 1:  # one alone cannot be passed through by another's loss
+            for own in list(self._engines) if len(self._engines) == 2 else [name]:
+                self._note_touched(own)
+                self._guard(own, self._engines[own])
         return engine
+
+    def _note_touched(self, name: str) -> None:
+        if name in self._touched:
+            return
+        touched = self._touched[name] = Touched()
+        for index, parameter in enumerate(self._engines[name].module.parameters()):
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(functools.partial(touched.note, index))
+
+    def touched(self, name: str) -> bytes:
+        """Which parameters of the engine have got a gradient since its last update, a bit each."""
+        bits = sum(1 << index for index in self._touched[name].parameters) if name in self._touched else 0
+        return bits.to_bytes(bits.bit_length() // 8 + 1, "little")
+
+    def backward(self, engine: Engine, name: str, loss_sum: Tensor, rows: Tensor) -> None:
+        """A backward pass of the engine's, in which no other engine's parameters may get a gradient."""
+        others = {own: touched.times for own, touched in self._touched.items() if own != name}
+        self.backward_of = engine
+        engines.backward(engine, loss_sum, rows)
+        self.backward_of = None
+        for own, times in others.items():
+            if self._touched[own].times != times:
+                raise LoopError(
+                    f"a loss of the engine {name!r} has given gradients to {own!r}; call the module of `with frozen(engine) as "
+                    "module`, or detach what comes from it"
+                )
+
+    def updated(self, name: str, engine: Engine) -> None:
+        """After an update of the engine."""
+        if name in self._touched:
+            self._touched[name].parameters.clear()
+        if after := self._after.get(name):
+            after(engine.module)
 
     def _guard(self, name: str, engine: Engine) -> None:
         """Has a loss of another engine refused that passes through this one's outputs.
@@ -272,8 +335,12 @@ class Run(Generic[C]):
         """A field of run.json, as rank 0 has it; call on every rank."""
         return broadcast(self.record.fields.get(field, default))
 
+    def before_step(self, function: Callable[[int], None]) -> None:
+        """Has `function` called with the number of each step before it begins, outside of the training's seconds."""
+        self._before_step.append(function)
+
     def at_end(self, function: Callable[[], None]) -> None:
-        """Has `function` called when the run ends or stops, on every rank, before its result is written."""
+        """Has `function` called once, after the last step or when the run stops, on every rank."""
         self._at_end.append(function)
 
     # --- training -----------------------------------------------------------------------------------------------------
@@ -285,19 +352,23 @@ class Run(Generic[C]):
 
         Args:
             batches: one a step, from `first` and `position` on; None for methods without data. A batch has what it has of
-                `micro_batches`, of `rows` (supervised rows of this rank, which its losses are summed over), of `counts`
-                (sums for the log, by name) and of `position` (where the data stands after it; None where the step says it).
+                `micro_batches`, of `rows` (supervised rows of this rank, which its losses are summed over) or `total_rows` (of
+                all ranks, where they are known), of `counts` (sums for the log, by name) and of `position` (where the data
+                stands after it; None where the step says it). Without micro-batches there is one row a rank.
             evaluate: metrics "eval/..." over all ranks; the time that it takes is not the training's.
 
         Raises:
             Stopped: a signal or --max-minutes, once the checkpoint is written; the `with` of `start` takes it.
         """
         cfg, ahead = self.cfg, None if batches is None else iter(batches)
-        self._set_up.close()  # what is wrong from here on is no user's flag
-        self.stop = StopSignal(cfg.max_minutes)
+        self._state = {}
         self.record.begin(cfg, self.first)
+        self._set_up.close()  # what is wrong from here on is no user's flag
+        self.stop = StopSignal(cfg.max_minutes, self._began)
         for number in range(self.first, cfg.steps):
             self.number, last = number, number + 1 == cfg.steps
+            for function in self._before_step:
+                function(number)
             with self.clock.part("train"):
                 with self.clock.part("data", on_host=True):
                     batch = None if ahead is None else next(ahead, None)
@@ -316,7 +387,13 @@ class Run(Generic[C]):
                 self._save(getattr(batch, "position", None))
             if self.stop.agreed and not last:
                 raise Stopped(self.stop.agreed, code=130 if self.stop.agreed == "SIGINT" else 0, step=number + 1)
+        self._end()
         self.went_to_its_end = True
+
+    def _end(self) -> None:
+        functions, self._at_end = self._at_end, []
+        for function in functions:
+            function()
 
     def _write(self, step: "Step", *, write: bool) -> None:
         evaluated = any(name.startswith("eval/") for name in step.line)
@@ -325,17 +402,26 @@ class Run(Generic[C]):
         self.record.line(values, write=write)
 
     def _save(self, position: Any) -> None:
-        state = {
+        for name, engine in self._engines.items() if world_size() > 1 else ():
+            if len(set(gathered(tensor_digest(engine.module.named_buffers())))) > 1:
+                raise LoopError(
+                    f"ranks have other buffers of {name!r}, such as running statistics; average them after each update by "
+                    "Run.engine(..., after=), as images.resnets.average_batch_norm does"
+                )
+        state: dict[str, Any] = {
             "position": None if position is None else tuple(position),
             "clocks": gathered((self.clock.read(wait=True), self.clock.calls)),
             "kept": {name: one.state_dict() for name, one in self._kept.items()},
         }
+        if not self._saved:  # what would not come back is found at the first checkpoint, not at the resume
+            for name, kept in state["kept"].items():
+                _require_loadable(name, kept)
+        self._saved = True
         checkpoints.save(self._checkpoints, self.number + 1, self._engines, state, self.cfg.keep)
 
     def finish(self, stopped: str, *, code: int = 0, **fields: Any) -> None:
         """Writes the result and leaves the process group; `start` calls it."""
-        for function in self._at_end:
-            function()
+        self._end()
         self.record.finish(stopped, **fields)
         leave()
         self.code = code
@@ -352,8 +438,13 @@ class Step:
     def __init__(self, run: Run[Any], number: int, batch: Any) -> None:
         self._run, self.number, self.batch = run, number, batch
         self.micro_batches: Sequence[Any] = getattr(batch, "micro_batches", ())
-        self._own_rows: Tensor | float = getattr(batch, "rows", 1)
         self._rows: Tensor | None = None
+        if (everywhere := getattr(batch, "total_rows", None)) is not None:
+            self._rows = torch.full((), float(everywhere), device=device())
+        elif (own := getattr(batch, "rows", None)) is not None:
+            self._rows = total(own)
+        elif not self.micro_batches:
+            self._rows = torch.full((), float(world_size()), device=device())
         self.line: dict[str, Any] = {"step": number + 1}
         if isinstance(run.cfg, TrainFlags):
             self.line["samples"] = (number + 1) * run.cfg.global_batch_size
@@ -368,7 +459,7 @@ class Step:
     def rows(self) -> Tensor:
         """Scalar, supervised rows over all ranks: what sums are divided by."""
         if self._rows is None:
-            self._rows = total(self._own_rows)
+            raise LoopError("the batch has micro-batches and no rows; say how many there are by Step.supervise")
         return self._rows
 
     @rows.setter
@@ -383,7 +474,7 @@ class Step:
         """
         if self._losses:
             raise LoopError("Step.supervise comes before the first Step.backward of an update")
-        self._own_rows, self._rows = rows, None
+        self._rows = total(rows)
 
     @property
     def random(self) -> torch.Generator:
@@ -410,11 +501,10 @@ class Step:
         name = self._run.name_of(engine)
         _refuse(terms)
         for what, value in {"the loss": loss_sum, **terms}.items():
-            if value.ndim:
-                raise LoopError(f"{what} is a sum over rows, a scalar; got the shape {list(value.shape)}")
-        self._run.backward_of = engine
-        engines.backward(engine, loss_sum, self.rows)
-        self._run.backward_of = None
+            if not isinstance(value, Tensor) or value.ndim:
+                got = f"the shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise LoopError(f"{what} is a sum over rows, a tensor without dimensions; got {got}")
+        self._run.backward(engine, name, loss_sum, self.rows)
         self._losses.setdefault(name, []).append(loss_sum.detach())
         for term, value in terms.items():
             self._terms.setdefault(name, {}).setdefault(term, []).append(value.detach())
@@ -428,7 +518,8 @@ class Step:
             self._counts.setdefault(name, []).append(value.detach().to(device()))
 
     def update(self, engine: Engine, *, lr: float) -> dict[str, float]:
-        """Takes the engine's optimizer step. Returns its loss and the terms since its last update, means over all ranks.
+        """Takes the engine's optimizer step. Returns its loss and the terms since its last update, means over all ranks, the
+        counts, and the `rows` that were supervised.
 
         Raises:
             LoopError: a number of backward passes that the engine does not count on, or terms that ranks do not share.
@@ -440,22 +531,32 @@ class Step:
         losses, terms = self._losses.pop(name), self._terms.pop(name, {})
         counts, self._counts = self._counts, {}
         engines.check_backwards(engine, len(losses))
+        if both := sorted(terms.keys() & counts.keys()):
+            raise LoopError(f"{both[0]!r} is a term and a count; call one by another name")
         sums = {"loss": losses, **terms, **counts}
         # The one place of an update where the host waits for the GPU. Votes to stop travel along, and what says that ranks
         # sum the same things.
         stop = self._run.stop
-        shared = float(zlib.crc32(",".join(sums).encode()) % 2**12)
-        mine = torch.cat([_summed(sums.values()), stop.votes(), torch.full((1,), shared, device=device())])
-        mine = nn.functional.pad(mine, (0, -len(mine) % 32))  # or ranks with other terms would wait for each other
+        names = zlib.crc32(",".join([name, *sums]).encode()) % 2**12
+        touched = zlib.crc32(self._run.touched(name)) % 2**12
+        agree = [torch.full((1,), float(value), device=device()) for value in (names, touched)]
+        mine = torch.cat([stop.votes(), *agree, _summed(sums.values())])
+        mine = nn.functional.pad(mine, (0, -len(mine) % 64))  # or ranks with other terms would wait for each other
         *read, rows = torch.cat([total(mine), self.rows[None]]).tolist()
-        votes = len(sums) + len(stop.REASONS)
-        if read[votes] != shared * world_size():
+        votes, (all_names, all_touched, *read) = read[: len(stop.REASONS)], read[len(stop.REASONS) :]
+        if all_names != names * world_size():
+            own = ", ".join(sums)
             raise LoopError(
-                f"ranks have other terms than this one: {', '.join(sums)}; give all the same names, in order"
+                f"ranks have other terms than this one's of {name!r}: {own}; give all the same names, in order"
+            )
+        if all_touched != touched * world_size():
+            raise LoopError(
+                f"other parameters of {name!r} have a gradient on this rank than elsewhere, so reductions would mix them up; "
+                "use the same ones on every rank, or take Run.plain_engine"
             )
         if not rows > 0:
             raise LoopError(f"the step has {rows} supervised rows over all ranks; there must be some")
-        stop.count(read[len(sums) : votes])
+        stop.count(votes)
         self._agreed = True
         values = {term: one if term in counts else one / rows for term, one in zip(sums, read, strict=False)}
         try:
@@ -464,11 +565,10 @@ class Step:
             values |= {"lr": lr, "grad_norm": engines.update(engine, lr)}
         except NonFiniteStepError as error:
             raise engines.blame(error, self.micro_batches, losses) from None
-        if after := self._run._after.get(name):
-            after(engine.module)
+        self._run.updated(name, engine)
         prefix = self._run.prefix(engine)
         self.line |= {term if term in counts else prefix + term: value for term, value in values.items()}
-        return values
+        return values | {"rows": rows}
 
     def log(self, **values: Any) -> None:
         """Adds values to the step's line."""
@@ -482,8 +582,19 @@ class Step:
             self._run.stop.count(total(self._run.stop.votes()).tolist())
 
 
+def _require_loadable(name: str, kept: Any) -> None:
+    file = io.BytesIO()
+    torch.save(kept, file)
+    try:
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    except UnpicklingError:
+        raise LoopError(
+            f"the state of {name!r} could not be loaded again; it may hold tensors, numbers, strings and containers of them"
+        ) from None
+
+
 def _refuse(names: Mapping[str, Any]) -> None:
-    taken = sorted(TAKEN.intersection(names))
+    taken = sorted(name for name in names if name in TAKEN or name.endswith("_s") or name.startswith("eval/"))
     if taken:
         raise LoopError(f"the log has {taken[0]!r} for something else; call the term by another name")
 

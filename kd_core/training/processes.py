@@ -20,6 +20,8 @@ from kd_core.system.ranks import local_rank
 
 T = TypeVar("T")
 
+# A rank that hangs ends the run after this long. DeepSpeed's own setting covers one of its groups only.
+COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 # The other ranks wait this long at the door while local rank 0 reads and tokenises.
 PREPARE_TIMEOUT = timedelta(hours=24)
 
@@ -63,6 +65,14 @@ def _init_distributed() -> None:
     deepspeed.init_distributed(timeout=PREPARE_TIMEOUT, verbose=False)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def limit_collectives() -> None:
+    """From now on a collective that a rank does not come to ends the run after COLLECTIVE_TIMEOUT."""
+    c10d = dist.distributed_c10d
+    set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # public since torch 2.15
+    for group in list(c10d._world.pg_map):
+        set_timeout(COLLECTIVE_TIMEOUT, group)
 
 
 def _keep_freed_memory() -> None:

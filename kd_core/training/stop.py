@@ -21,10 +21,11 @@ class StopSignal:
 
     REASONS = ("SIGTERM", "SIGINT", "max-minutes")
 
-    def __init__(self, max_minutes: float | None = None) -> None:
+    def __init__(self, max_minutes: float | None = None, began: float | None = None) -> None:
         self.agreed = ""
         self._mine = ""
-        self._deadline = time.monotonic() + 60 * max_minutes if max_minutes and rank() == 0 else math.inf
+        began = time.monotonic() if began is None else began
+        self._deadline = began + 60 * max_minutes if max_minutes and rank() == 0 else math.inf
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 

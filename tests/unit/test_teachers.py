@@ -52,7 +52,7 @@ class FakeRun:
         self.said: list[str] = []
         self.say, self.update = self.said.append, self.fields.update
         self.recall, self.ends = self.fields.get, list[Any]()
-        self.at_end = self.ends.append
+        self.at_end = self.before_step = self.ends.append
 
 
 @pytest.fixture
@@ -160,6 +160,13 @@ def test_draws_need_no_state_and_end_with_the_window() -> None:
     draws = [pool_of(cfg).draw(step) for step in range(40)]
     assert draws[10:20] == [(0,), (), (1,), (), (2,), (), (3,), (), (0,), ()]
     assert not any(draws[:10] + draws[20:])
+
+
+def test_no_teacher_is_asked_where_its_term_has_no_weight() -> None:
+    falling = pool_of(flags(kd_ratio_stop=0.0, kd_stop=0.5))
+    assert falling.draw(18) and not falling.draw(19)
+    rising = pool_of(flags(kd_ratio=0.0, kd_ratio_stop=0.5))
+    assert rising.draw(1) and not rising.draw(0)
 
 
 def test_weights_are_those_given_or_measured() -> None:
@@ -306,9 +313,12 @@ def test_answers_come_from_models_by_inputs_and_from_caches_by_keys_and_are_coun
             expected = linear(*micro.inputs)[:, :6] if step != 1 else micro.keys[0][:, None] * 2.0 * torch.ones(6)
             torch.testing.assert_close(answer(), expected)
     assert (clock.calls["teacher"], clock.calls["teacher/0"], clock.calls["teacher/1"]) == (6, 4, 2)
-    closed = pool_of(flags(kd_stop=0.0))
-    assert [answer() for _, answer in closed.answers(step_of(0, micro_batches))] == [None, None]
+    closed = pool_of(flags(kd_stop=0.5))
+    closed.release_if_closed(19)
+    assert len(closed) == 4
+    closed.release_if_closed(20)
     assert not len(closed), "released"
+    assert [answer() for _, answer in closed.answers(step_of(20, micro_batches))] == [None, None]
 
 
 class FakeEvent:

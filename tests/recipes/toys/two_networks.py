@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import softplus
@@ -44,6 +45,11 @@ class Share:
         self.value = state
 
 
+class Unloadable(Share):
+    def state_dict(self) -> Any:
+        return np.float64(self.value)
+
+
 def network(outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, outputs))
 
@@ -75,6 +81,10 @@ def train_step(cfg: Config, generator: Any, judge: Any, share: Share, step: Step
             loss = softplus(-module(generator(noise))).sum()
         if cfg.mistake == "unfrozen":
             loss = softplus(-judge(generator(more))).sum()
+        if cfg.mistake == "unfrozen module":
+            loss = softplus(-judge.module(generator(more))).sum()
+        if cfg.mistake == "other parameters":  # of one size, so that their reductions are taken for one another
+            loss = generator.module[2 * rank()].weight.sum()
         terms = {"other" if rank() and cfg.mistake == "other terms" else "term": share.value * loss.detach()}
         if cfg.mistake == "taken name":
             terms["loss"] = loss
@@ -97,7 +107,9 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         generator = run.engine(first, torch.optim.AdamW(first.parameters(), lr=cfg.lr), backwards=backwards)
         adamw = torch.optim.AdamW(second.parameters(), lr=cfg.lr)
         judge = run.engine(second, adamw, name="judge", backwards=backwards)
-        share = Share()
+        if cfg.mistake == "other buffers":
+            second.register_buffer("number", torch.tensor(float(rank())))
+        share: Share = Unloadable() if cfg.mistake == "unloadable" else Share()
         run.keep(share=share)
         for step in run.steps(evaluate=lambda: {"eval/loss": share.value}):
             train_step(cfg, generator, judge, share, step)
