@@ -16,7 +16,6 @@ is called back but `evaluate`, a plain function of no arguments.
 """
 
 import contextlib
-import functools
 import hashlib
 import io
 import math
@@ -29,7 +28,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from kd_core import cli
 from kd_core.runs import folders
@@ -43,6 +41,7 @@ from kd_core.training import checkpoints
 from kd_core.training import engine as engines
 from kd_core.training.engine import Engine, LoopError, NonFiniteStepError
 from kd_core.training.flags import TrainFlags
+from kd_core.training.guards import Guards
 from kd_core.training.plain import PlainEngine
 from kd_core.training.processes import join, leave, limit_collectives
 from kd_core.training.stop import StopSignal
@@ -72,18 +71,6 @@ class Stopped(Exception):
     def __init__(self, reason: str, *, code: int = 1, **fields: Any) -> None:
         super().__init__(reason)
         self.reason, self.code, self.fields = reason, code, fields
-
-
-class Touched:
-    """Which parameters of an engine have got a gradient since its last update, and how often any has."""
-
-    def __init__(self) -> None:
-        self.parameters: set[int] = set()
-        self.times = 0
-
-    def note(self, index: int, _: Tensor) -> None:
-        self.parameters.add(index)
-        self.times += 1
 
 
 @contextlib.contextmanager
@@ -134,12 +121,11 @@ class Run(Generic[C]):
     def __init__(self, recipe: str, cfg: C, undo: contextlib.ExitStack, set_up: contextlib.ExitStack) -> None:
         self.recipe, self.cfg, self._undo, self._set_up = recipe, cfg, undo, set_up
         self._engines: dict[str, Engine] = {}
-        self._after: dict[str, Callable[[nn.Module], Any]] = {}
+        self.after: dict[str, Callable[[nn.Module], Any]] = {}
         self._kept: dict[str, Stateful] = {}
         self._before_step: list[Callable[[int], None]] = []
         self._at_end: list[Callable[[], None]] = []
-        self.backward_of: Engine | None = None  # the engine whose loss is going backward
-        self._touched: dict[str, Touched] = {}
+        self.guards = Guards()
         self.number, self.went_to_its_end, self._saved = 0, False, False
 
     # --- set-up -------------------------------------------------------------------------------------------------------
@@ -226,71 +212,9 @@ class Run(Generic[C]):
             checkpoints.load(self._checkpoints, self._checkpoint, engine, name, first=not self._engines)
         self._engines[name] = engine
         if after is not None:
-            self._after[name] = after
-        if world_size() > 1 and not isinstance(engine, PlainEngine):  # which has no need of it
-            self._note_touched(name)
-        if len(self._engines) > 1:  # one alone cannot be passed through by another's loss
-            for own in list(self._engines) if len(self._engines) == 2 else [name]:
-                self._note_touched(own)
-                self._guard(own, self._engines[own])
+            self.after[name] = after
+        self.guards.add(name, engine)
         return engine
-
-    def _note_touched(self, name: str) -> None:
-        if name in self._touched:
-            return
-        touched = self._touched[name] = Touched()
-        for index, parameter in enumerate(self._engines[name].module.parameters()):
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(functools.partial(touched.note, index))
-
-    def touched(self, name: str) -> bytes:
-        """Which parameters of the engine have got a gradient since its last update, a bit each."""
-        bits = sum(1 << index for index in self._touched[name].parameters) if name in self._touched else 0
-        return bits.to_bytes(bits.bit_length() // 8 + 1, "little")
-
-    def backward(self, engine: Engine, name: str, loss_sum: Tensor, rows: Tensor) -> None:
-        """A backward pass of the engine's, in which no other engine's parameters may get a gradient."""
-        others = {own: touched.times for own, touched in self._touched.items() if own != name}
-        self.backward_of = engine
-        engines.backward(engine, loss_sum, rows)
-        self.backward_of = None
-        for own, times in others.items():
-            if self._touched[own].times != times:
-                raise LoopError(
-                    f"a loss of the engine {name!r} has given gradients to {own!r}; call the module of `with frozen(engine) as "
-                    "module`, or detach what comes from it"
-                )
-
-    def updated(self, name: str, engine: Engine) -> None:
-        """After an update of the engine."""
-        if name in self._touched:
-            self._touched[name].parameters.clear()
-        if after := self._after.get(name):
-            after(engine.module)
-
-    def _guard(self, name: str, engine: Engine) -> None:
-        """Has a loss of another engine refused that passes through this one's outputs.
-
-        DeepSpeed would take it for this engine's own: its reductions would begin, and ZeRO 1 to 3 would train on them.
-        """
-
-        def check(gradient: Tensor) -> Tensor:
-            if self.backward_of not in (None, engine):
-                raise LoopError(
-                    f"a loss of the engine {self.name_of(self.backward_of)!r} passes through {name!r}, called as an engine; "
-                    f"call the module of `with frozen(engine) as module`, or detach its output"
-                )
-            return gradient
-
-        def watched(output: Any) -> Any:
-            if isinstance(output, Tensor) and output.requires_grad:
-                output = output.view_as(
-                    output
-                )  # so that this hook comes before those of DeepSpeed, which are on the output
-                output.register_hook(check)
-            return output
-
-        engine.register_forward_hook(lambda _, __, outputs: tree_map(watched, outputs))
 
     def name_of(self, engine: Engine) -> str:
         """The name that `engine` was given."""
@@ -504,7 +428,8 @@ class Step:
             if not isinstance(value, Tensor) or value.ndim:
                 got = f"the shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise LoopError(f"{what} is a sum over rows, a tensor without dimensions; got {got}")
-        self._run.backward(engine, name, loss_sum, self.rows)
+        with self._run.guards.backward(name):
+            engines.backward(engine, loss_sum, self.rows)
         self._losses.setdefault(name, []).append(loss_sum.detach())
         for term, value in terms.items():
             self._terms.setdefault(name, {}).setdefault(term, []).append(value.detach())
@@ -538,7 +463,7 @@ class Step:
         # sum the same things.
         stop = self._run.stop
         names = zlib.crc32(",".join([name, *sums]).encode()) % 2**12
-        touched = zlib.crc32(self._run.touched(name)) % 2**12
+        touched = zlib.crc32(self._run.guards.used(name)) % 2**12
         agree = [torch.full((1,), float(value), device=device()) for value in (names, touched)]
         mine = torch.cat([stop.votes(), *agree, _summed(sums.values())])
         mine = nn.functional.pad(mine, (0, -len(mine) % 64))  # or ranks with other terms would wait for each other
@@ -565,7 +490,9 @@ class Step:
             values |= {"lr": lr, "grad_norm": engines.update(engine, lr)}
         except NonFiniteStepError as error:
             raise engines.blame(error, self.micro_batches, losses) from None
-        self._run.updated(name, engine)
+        self._run.guards.updated(name)
+        if after := self._run.after.get(name):
+            after(engine.module)
         prefix = self._run.prefix(engine)
         self.line |= {term if term in counts else prefix + term: value for term, value in values.items()}
         return values | {"rows": rows}
