@@ -76,7 +76,16 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(folder / f"{stage}.json") for stage in range(4)]
 
 
-SLOW = [(0, []), (1, []), (2, []), (3, []), (0, ["--any-number"]), (1, ["--any-number"]), (3, ["--any-number"])]
+SLOW = [
+    (1, ["--any-number", "--counted"]),
+    (0, []),
+    (1, []),
+    (2, []),
+    (3, []),
+    (0, ["--any-number"]),
+    (1, ["--any-number"]),
+    (3, ["--any-number"]),
+]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +110,12 @@ def test_points_as_parameters_resume_exactly_without_an_engine_of_deepspeed(tmp_
     whole = check_killed_and_resumed("images_as_parameters.py", STEPS, tmp_path)
     assert whole[-1]["eval/loss"] != whole[3]["eval/loss"]
     assert "sample_s" in (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_a_search_without_any_engine_resumes_exactly(tmp_path: Path) -> None:
+    whole = check_killed_and_resumed("search.py", STEPS, tmp_path)
+    assert whole[-1]["eval/width"] == max(line["width"] for line in whole)
+    assert len({line["width"] for line in whole}) > 4
 
 
 def test_a_chain_killed_in_its_second_stage_continues_there(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import nn
 
 from kd_core.images import classifiers, resnets
 from kd_core.images import evaluation as classification
+from kd_core.images.flags import ImageFlags
 from kd_core.losses.labels import label_loss
 from kd_core.training import optimizers
+from kd_core.training.engine import LoopError
 from kd_core.training.kept import Ema
 
 
@@ -31,6 +34,21 @@ def test_torchvision_networks_load_torchvisions_weights_and_compute_the_same() -
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_a_student_beside_a_projector_is_exported_alone(tmp_path: Path) -> None:
+    classes, module = ("a", "b", "c"), nn.Module()
+    module.student = resnets.Classifier(resnets.build_net("resnet8", 3))
+    module.projector = nn.Conv2d(16, 8, 1)
+    engine = SimpleNamespace(module=module, zero_optimization_stage=lambda: 0)
+    cfg = ImageFlags(train_size=32, eval_resize=32, eval_size=32)
+    classifiers.export(cfg, engine, classes, tmp_path / "hf", part="student")
+    loaded = classifiers.load_classifier(str(tmp_path / "hf"), classes, flag="--student")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.student.parameters(), strict=True))
+    with pytest.raises(LoopError, match=r"give part=, one of \['student'\], got ''"):
+        classifiers.export(cfg, engine, classes, tmp_path / "hf")
+    with pytest.raises(LoopError, match="Module has no part 'studnt'; it has student, projector"):
+        classifiers.export(cfg, engine, classes, tmp_path / "hf", part="studnt")
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50"])

@@ -26,6 +26,8 @@ class Config(TrainFlags):
 
     any_number: bool = False
     """Engines of any number of backward passes; the discriminator then has two a micro-batch."""
+    counted: bool = False
+    """With --any-number: the discriminator's engine is told of its two."""
     mistake: str = ""
     """What to do wrong."""
 
@@ -106,6 +108,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         backwards = None if cfg.any_number else 1
         generator = run.engine(first, torch.optim.AdamW(first.parameters(), lr=cfg.lr), backwards=backwards)
         adamw = torch.optim.AdamW(second.parameters(), lr=cfg.lr)
+        backwards = 2 if cfg.counted else backwards
         judge = run.engine(second, adamw, name="judge", backwards=backwards)
         if cfg.mistake == "other buffers":
             second.register_buffer("number", torch.tensor(float(rank())))
