@@ -17,15 +17,16 @@ import torch
 
 from kd_core.cache import images as cached
 from kd_core.images import batches, classifiers, evaluation
-from kd_core.images.flags import ImageFlags
-from kd_core.images.resnets import NAMES, average_batch_norm, synchronize_batch_norm
+from kd_core.images.flags import ImageFlags, TeacherViewFlags
+from kd_core.images.resnets import average_batch_norm, synchronize_batch_norm
 from kd_core.images.sources import ImageSet
-from kd_core.images.views import MIN_SIZE, View
+from kd_core.images.views import View
 from kd_core.losses.distillation import distillation_sum
 from kd_core.losses.labels import label_loss
 from kd_core.system.ranks import device
-from kd_core.teachers import pool, sources, window
+from kd_core.teachers import window
 from kd_core.teachers.flags import DistillFlags
+from kd_core.teachers.pool import TeacherPool
 from kd_core.training import engine as engines
 from kd_core.training.flags import TrainFlags
 from kd_core.training.kept import Best, Ema
@@ -36,15 +37,13 @@ from kd_core.training.schedules import linear_warmup_cosine
 
 
 @dataclass(frozen=True)
-class Config(DistillFlags, TrainFlags, ImageFlags):
+class Config(DistillFlags, TrainFlags, TeacherViewFlags, ImageFlags):
     """ResNets with a distillation window. `--preset baseline-90`, `mild-36` or `cifar`; `--load RUN_JSON`."""
 
     student: str = "resnet50"
     """resnet8 to resnet110 (6n + 2, for 32 x 32), torchvision's resnet18 to resnet152 and wide ones, or a run folder."""
     teachers: tuple[str, ...] = ()
     """Run folders, models of torchvision such as resnet101 or resnet101:IMAGENET1K_V1, or cache:FOLDER."""
-    teacher_size: int | None = None
-    """Side of the teachers' view, pixels; default: each one's own; 0: as the student's."""
     mixup: float = 0.0
     """Alpha of MixUp; 0: none. With --cutmix too, each micro-batch draws one of the two."""
     cutmix: float = 0.0
@@ -69,8 +68,6 @@ class Config(DistillFlags, TrainFlags, ImageFlags):
     """The batch that --lr is for, from which it is scaled linearly; default: --global-batch-size."""
     ema_half_life: int = 0
     """Evaluate and export a moving average of the weights with this half-life, in steps; 0: the weights."""
-    teacher_dtype: Literal["bf16", "fp32"] = "bf16"
-    """What the teachers compute in."""
     # The authors' released settings for ResNet-50 on ImageNet.
     steps: int = 56_250
     global_batch_size: int = 2048
@@ -106,7 +103,6 @@ class Config(DistillFlags, TrainFlags, ImageFlags):
         most = self.steps // 4  # the average then holds at most a sixteenth of its first weights
         self.check("ema_half_life", self.ema_half_life <= most, f"at most a quarter of --steps, {most}")
         self.check("lr_batch_size", self.lr_batch_size is None or self.lr_batch_size >= 1, "at least 1")
-        self.check("teacher_size", (self.teacher_size or MIN_SIZE) >= MIN_SIZE, f"0, or at least {MIN_SIZE}")
         for name, only in (("mixup", 0), ("cutmix", 0), ("resize_from", 1)):
             possible = not self.cached or getattr(self, name) == only
             self.check(name, possible, f"{only} for cached teachers, who saw other pixels")
@@ -124,20 +120,13 @@ build_data = batches.build  # by its fingerprint, launch files know the runs tha
 
 
 def checked_data(cfg: Config) -> tuple[ImageSet, dict[str, int]]:
-    """What bad input makes fail, cheapest first, before any model is built: models, data, caches, whose views it gives."""
+    """What bad input makes fail, before any model is built; the images, and the views of cached teachers."""
     if cfg.ema_half_life:
         engines.require_stage(cfg, 2, f"--ema-half-life {cfg.ema_half_life}")
-    for path in cfg.teachers if window.still_needed(cfg) else ():
-        if not sources.cache_folder(path):
-            classifiers.check_source(path, "--teachers")
-    if cfg.student not in NAMES:
-        classifiers.check_student(cfg.student)
-    data = build_data(cfg)
-    data.check_batch(cfg.global_batch_size)
-    return data, cached.views(cfg, data)
+    return cached.prepare(cfg)
 
 
-def train_step(cfg: Config, student: Any, teachers: pool.TeacherPool, step: Step) -> None:
+def train_step(cfg: Config, student: Any, teachers: TeacherPool, step: Step) -> None:
     """The method: one optimizer step."""
     now = window.mix(cfg, step.number)
     micro_batches = [micro.mixed(cfg.mixup, cfg.cutmix, teachers.columns) for micro in step.micro_batches]
@@ -160,13 +149,8 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
     """Runs the recipe with the command line `typed` over a launch file's `preset`; returns the exit code."""
     with start(__file__, Config, typed, preset) as run:
         cfg, (data, views) = run.cfg, run.prepare(checked_data)
-        classes = data.classes
-
-        def score(model: Any) -> dict[str, float]:
-            return evaluation.evaluate(cfg, model, data, micro_batch_size=cfg.micro_batch_size)
-
-        load = functools.partial(cached.load_teacher, cfg, classes)
-        teachers = pool.gather(run, load, score, columns=len(classes), chance_loss=math.log(len(classes)))
+        classes, score = data.classes, functools.partial(evaluation.evaluate, cfg, data)
+        teachers = cached.gather(run, data, score)
         bias = -math.log(len(classes)) if cfg.loss == "bce" else None
         model = classifiers.build_student(cfg.student, classes, seed=cfg.seed, blurpool=cfg.blurpool, last_bias=bias)
         if cfg.sync_bn:
@@ -174,7 +158,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         sgd = DecoupledSGD if cfg.decoupled else torch.optim.SGD
         optimizer = sgd(decay_groups(model, cfg.weight_decay), lr=cfg.peak_lr, momentum=cfg.momentum)
         student = run.engine(model, optimizer, after=average_batch_norm)
-        ema, best, corrupt = Ema(student.module, cfg.ema_half_life), Best("eval/accuracy"), batches.Corrupt(run, data)
+        ema, best = Ema(student.module, cfg.ema_half_life), Best("eval/accuracy")
         run.keep(ema=ema, best=best)
 
         def evaluate() -> dict[str, float]:
@@ -187,7 +171,6 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         for step in run.steps(batches.batches(run, data, **views), evaluate):
             train_step(cfg, student, teachers, step)
             ema.update(step.number + 1)
-            corrupt.check(step)
         with ema.applied():
             classifiers.export(cfg, student, classes, run.folder / "hf")
     return run.code

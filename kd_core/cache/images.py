@@ -10,7 +10,8 @@ Shapes: B images, C classes.
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,24 +24,28 @@ from torch.utils.data import Dataset
 from kd_core.cache import logits, records
 from kd_core.images import classifiers, sources
 from kd_core.images.batches import MicroBatch, ValidationBatches, load, num_workers, on_device, training_batch
+from kd_core.images.batches import build as build_data
 from kd_core.images.evaluation import classification_metrics, validation_sums
-from kd_core.images.flags import ImageFlags
-from kd_core.images.views import MIN_SIZE
+from kd_core.images.flags import ImageFlags, TeacherViewFlags
+from kd_core.images.resnets import NAMES
+from kd_core.images.sources import ImageSet
 from kd_core.system import ranks
 from kd_core.system.digests import weights_digest
+from kd_core.teachers import pool
+from kd_core.teachers.pool import TeacherPool
 from kd_core.teachers.sources import cache_folder
+from kd_core.teachers.window import still_needed
+from kd_core.training.loop import Run
 from kd_core.training.processes import join
 
 
 @dataclass(frozen=True)
-class BuildFlags(logits.BuildFlags, ImageFlags):
+class BuildFlags(logits.BuildFlags, TeacherViewFlags, ImageFlags):
     """Computes a classifier's answers for every training image once; what was killed is continued by the same command.
 
     `--preset baseline-90`, `mild-36` or `cifar`: the views of the recipe's preset.
     """
 
-    teacher_size: int | None = None
-    """Side of the teacher's view; default: its own; 0: --train-size."""
     view_patterns: int = 4
     """Different views of each image: epoch e of a run uses pattern e mod this."""
     view_seed: int = 17
@@ -59,7 +64,6 @@ class BuildFlags(logits.BuildFlags, ImageFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("teacher_size", (self.teacher_size or MIN_SIZE) >= MIN_SIZE, f"0, or at least {MIN_SIZE}")
         self.check("view_patterns", self.view_patterns >= 1, "at least 1")
         self.check("view_seed", self.view_seed >= 0, "at least 0")
 
@@ -124,7 +128,7 @@ class _Views(Dataset[MicroBatch]):
 @torch.no_grad()
 def _answers(
     flags: BuildFlags,
-    data: sources.ImageSet,
+    data: ImageSet,
     model: Any,
     batches: Sequence[tuple[np.ndarray, np.ndarray]],
     unreadable: set[int],
@@ -142,7 +146,7 @@ def _answers(
             yield {"logits": logits_BC}
 
 
-def _score(flags: BuildFlags, data: sources.ImageSet, model: Any) -> dict[str, float]:
+def _score(flags: BuildFlags, data: ImageSet, model: Any) -> dict[str, float]:
     """The teacher on the validation images, as the recipe measures it."""
     batches = ValidationBatches(
         data.validation, flags.eval_resize, flags.eval_size, flags.micro_batch_size, rank=0, world_size=1
@@ -154,13 +158,39 @@ def _score(flags: BuildFlags, data: sources.ImageSet, model: Any) -> dict[str, f
 # --- using ------------------------------------------------------------------------------------------------------------
 
 
-def views(cfg: Any, data: sources.ImageSet) -> dict[str, int]:
+def views(cfg: Any, data: ImageSet) -> dict[str, int]:
     """Checks the caches of `--teachers` against the run, as `logits.check`.
 
     Returns:
         `view_seed` and `view_patterns` of `batches.TrainBatches`, which the caches share; empty without one.
     """
     return logits.check(cfg, BuildFlags, {"kind": "images", **_source(data)})
+
+
+def prepare(cfg: Any) -> tuple[ImageSet, dict[str, int]]:
+    """What bad input makes fail, cheapest first, before any model is built: models, data, caches; for `Run.prepare`.
+
+    Args:
+        cfg: `ImageFlags`, `TrainFlags`, `TeacherFlags` and `TeacherViewFlags` with a `student`.
+
+    Returns:
+        the images, and the `views` of the caches of --teachers.
+    """
+    for path in cfg.teachers if still_needed(cfg) else ():
+        if not cache_folder(path):
+            classifiers.check_source(path, "--teachers")
+    if cfg.student not in NAMES:
+        classifiers.check_student(cfg.student)
+    data = build_data(cfg)
+    data.check_batch(cfg.global_batch_size)
+    return data, views(cfg, data)
+
+
+def gather(run: Run[Any], data: ImageSet, score: Callable[[Any], dict[str, float]], **asked: Any) -> TeacherPool:
+    """The teachers of an image recipe: `pool.gather`, which takes what is `asked`."""
+    load = functools.partial(load_teacher, run.cfg, data.classes)
+    columns = len(data.classes)
+    return pool.gather(run, load, score, columns=columns, chance_loss=math.log(columns), **asked)
 
 
 def load_teacher(cfg: Any, classes: Sequence[str], path: str) -> nn.Module:
@@ -180,6 +210,6 @@ def load_teacher(cfg: Any, classes: Sequence[str], path: str) -> nn.Module:
     )  # fmt: skip
 
 
-def _source(data: sources.ImageSet) -> dict[str, str]:
+def _source(data: ImageSet) -> dict[str, str]:
     names = hashlib.sha256(json.dumps(data.classes).encode()).hexdigest()[:16]
     return {"data": data.fingerprint, "classes": names}

@@ -15,7 +15,7 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +87,7 @@ class Step:
 
     micro_batches: list[MicroBatch]
     total_rows: int  # images over all ranks
+    check: Callable[[loop.Step], None] = lambda _: None  # called after the step
 
     @property
     def counts(self) -> dict[str, float]:
@@ -314,29 +315,23 @@ def build(cfg: ImageFlags) -> ImageSet:
     return prepare(cfg.data, decoded_gib=cfg.decoded_gib, max_corrupt=cfg.max_corrupt, progress=local_rank() == 0)
 
 
-class Corrupt:
-    """Stops a run whose training images cannot be decoded, above --max-corrupt of those that it has seen."""
+def corrupt_limit(run: Run[Any], images: int) -> Callable[[loop.Step], None]:
+    """What stops the run once more of its training images than --max-corrupt of those seen could not be decoded."""
+    total = 0
 
-    def __init__(self, run: Run[Any], data: ImageSet) -> None:
-        self._run, self._images, self._count = run, len(data.train), 0
-
-    def check(self, step: loop.Step) -> None:
-        """Counts the step's, over all ranks; after its update.
-
-        Raises:
-            Stopped: there are too many.
-        """
-        cfg, corrupt = self._run.cfg, int(step.line["corrupt_images"])
+    def check(step: loop.Step) -> None:
+        nonlocal total
+        cfg, corrupt = run.cfg, int(step.line["corrupt_images"])
         step.log(corrupt_images=corrupt)
-        self._count += corrupt
-        seen = (step.number + 1 - self._run.first) * cfg.global_batch_size
-        if self._count > cfg.max_corrupt * max(self._images, seen):
-            error = f"{self._count} images could not be decoded"
-            raise loop.Stopped("corrupt-images", step=step.number + 1, error=error)
+        total += corrupt
+        if total > cfg.max_corrupt * max(images, (step.number + 1 - run.first) * cfg.global_batch_size):
+            raise loop.Stopped("corrupt-images", step=step.number + 1, error=f"{total} images could not be decoded")
+
+    return check
 
 
 def batches(run: Run[Any], data: ImageSet, **views: int) -> Iterator[Step]:
-    """The run's optimizer steps from where it stands.
+    """The run's optimizer steps from where it stands; images that cannot be decoded stop it above --max-corrupt.
 
     Args:
         views: `view_seed` and `view_patterns` of `TrainBatches`, where caches have their own.
@@ -350,4 +345,6 @@ def batches(run: Run[Any], data: ImageSet, **views: int) -> Iterator[Step]:
         data.train, cfg.view, cfg.steps, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size, rank(), world_size(),
         nvjpeg=cfg.decoder == "nvjpeg" and data.train.encoded is not None, **views,
     )  # fmt: skip
-    return steps(made, run.first, workers=num_workers(cfg.workers, data.train, cfg.randaugment))
+    check = corrupt_limit(run, len(data.train))
+    ahead = steps(made, run.first, workers=num_workers(cfg.workers, data.train, cfg.randaugment))
+    return (replace(step, check=check) for step in ahead)

@@ -11,12 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kd_core.images.flags import ImageFlags
+from kd_core.images.flags import ClassifierFlags, ImageFlags
 from kd_core.images.resnets import NAMES, BatchNorm, Classifier, build_net, fold_batch_norm
 from kd_core.runs.sources import model_source
 from kd_core.system.files import replace_folder
 from kd_core.system.ranks import rank
 from kd_core.training.engine import Engine, LoopError, gathered_state_dict
+from kd_core.training.optimizers import decay_groups
 
 
 def save(folder: Path, model: Classifier, state: dict[str, Tensor], classes: Sequence[str], **view: int) -> None:
@@ -91,6 +92,11 @@ def build_student(
         return Classifier(build_net(name, len(classes), blurpool=blurpool, last_bias=last_bias))
     check_student(name)
     return load_classifier(name, classes, flag="--student", size=0)
+
+
+def sgd(cfg: ClassifierFlags, model: nn.Module) -> torch.optim.SGD:
+    """As `ClassifierFlags` say, without decay on batch normalisation and biases."""
+    return torch.optim.SGD(decay_groups(model, cfg.weight_decay), lr=cfg.lr, momentum=cfg.momentum)
 
 
 def export(cfg: ImageFlags, engine: Engine, classes: Sequence[str], folder: Path, *, part: str = "") -> None:

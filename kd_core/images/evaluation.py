@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_core.images.batches import ValidationBatches, load, num_workers
-from kd_core.images.flags import ImageFlags
 from kd_core.images.sources import ImageSet
 from kd_core.system import ranks
 from kd_core.system.terminal import say
@@ -54,18 +53,17 @@ def validation_sums(model: Any, batches: ValidationBatches, *, workers: int) -> 
 
 
 @torch.no_grad()
-def evaluate(
-    cfg: ImageFlags, model: Any, data: ImageSet, *, micro_batch_size: int, prefix: str = "eval/"
-) -> dict[str, float]:
+def evaluate(cfg: Any, data: ImageSet, model: Any, *, prefix: str = "eval/") -> dict[str, float]:
     """Loss (nats), top-1, top-5 and expected calibration error on the validation images, over all ranks.
 
     Args:
+        cfg: `ImageFlags` and `TrainFlags`.
         model: what gives logits [B, C] for pixels; it is left in evaluation.
         prefix: of the metrics' names, where a run evaluates several models.
     """
     model.eval()
     batches = ValidationBatches(
-        data.validation, cfg.eval_resize, cfg.eval_size, micro_batch_size, ranks.rank(), ranks.world_size()
+        data.validation, cfg.eval_resize, cfg.eval_size, cfg.micro_batch_size, ranks.rank(), ranks.world_size()
     )
     sums = validation_sums(model, batches, workers=num_workers(cfg.workers, data.validation))
     scores = classification_metrics(ranks.total(sums))

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from kd_core.cli import Flags
 from kd_core.images.views import MIN_SIZE, View
+from kd_core.training.flags import TrainFlags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,3 +56,54 @@ class ImageFlags(Flags):
     def view(self) -> View:
         """How a training view is made."""
         return View(self.train_size, self.crop, self.min_scale, self.randaugment)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherViewFlags(Flags):
+    """What teachers see, and what they compute in."""
+
+    teacher_size: int | None = None
+    """Side of the teachers' view, pixels; default: each one's own; 0: as the student's."""
+    teacher_dtype: Literal["bf16", "fp32"] = "bf16"
+    """What the teachers compute in; a cache stores it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("teacher_size", (self.teacher_size or MIN_SIZE) >= MIN_SIZE, f"0, or at least {MIN_SIZE}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierFlags(TrainFlags, ImageFlags):
+    """A classifier trained by SGD, as methods on images share it: by default a small ResNet on images of 32 x 32."""
+
+    student: str = "resnet8"
+    """resnet8 to resnet110 (6n + 2, for 32 x 32), torchvision's resnet18 to resnet152 and wide ones, or a run folder."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 5e-4
+    """Added to the gradient of matrices and filters."""
+    # He et al. 2015, section 4.2, for a few epochs of CIFAR on a CPU.
+    train_size: int = 32
+    eval_resize: int = 32
+    eval_size: int = 32
+    crop: Literal["resized", "padded"] = "padded"
+    steps: int = 2000
+    global_batch_size: int = 128
+    micro_batch_size: int = 64
+    lr: float = 0.2
+    eval_every: int = 500
+    deepspeed_config: str = "zero0_fp32_cpu.json"
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        # torchvision's reference for ResNets: 90 epochs of ImageNet, batch 256.
+        "imagenet": dict(
+            student="resnet18", data="ILSVRC/imagenet-1k", train_size=224, eval_resize=256, eval_size=224, crop="resized",
+            steps=450_000, global_batch_size=256, micro_batch_size=32, lr=0.1, weight_decay=1e-4, eval_every=5000,
+            save_every=5000, deepspeed_config="zero1_bf16.json",
+        ),
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("momentum", "weight_decay"):
+            self.check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")

@@ -277,8 +277,9 @@ class Run(Generic[C]):
         Args:
             batches: one a step, from `first` and `position` on; None for methods without data. A batch has what it has of
                 `micro_batches`, of `rows` (supervised rows of this rank, which its losses are summed over) or `total_rows` (of
-                all ranks, where they are known), of `counts` (sums for the log, by name) and of `position` (where the data
-                stands after it; None where the step says it). Without micro-batches there is one row a rank.
+                all ranks, where they are known), of `counts` (sums for the log, by name), of `check` (called with the step after
+                it, to raise Stopped) and of `position` (where the data stands after it; None where the step says it).
+                Without micro-batches there is one row a rank.
             evaluate: metrics "eval/..." over all ranks; the time that it takes is not the training's.
 
         Raises:
@@ -304,6 +305,8 @@ class Run(Generic[C]):
                 step = Step(self, number, batch)
                 yield step
                 step.close()
+            if check := getattr(batch, "check", None):
+                check(step)
             if evaluate and (last or (not self.stop.agreed and (number + 1) % cfg.eval_every == 0)):
                 step.log(**evaluate())
             self._write(step, write=last or bool(self.stop.agreed) or (number + 1) % cfg.log_every == 0)
