@@ -1,9 +1,7 @@
-"""What keeps the house in order: import directions, the root, thin recipes, and the smoke command of each one's header."""
+"""What keeps the house in order: import directions, the root and thin recipes."""
 
 import ast
 import graphlib
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, cpu_environment
+from tests.conftest import ROOT
 
 CORE = ROOT / "kd_core"
 RECIPES = sorted(
@@ -162,20 +160,3 @@ def test_only_known_names_stand_at_the_root() -> None:
         "CHANGELOG.md",
     }
     assert {name for name in names if not name.startswith(".")} <= allowed
-
-
-def run_smoke_command(recipe: Path, folder: Path) -> None:
-    header = ast.get_docstring(ast.parse(recipe.read_text())) or ""
-    match = re.search(r"^Smoke:\s+python (.+)$", header, re.MULTILINE)
-    assert match, f"{recipe} has no line 'Smoke: python ...'"
-    words = shlex.split(match.group(1))
-    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
-    done = subprocess.run(command, cwd=folder, env=cpu_environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-# GLUE's starts from a pretrained run: tests/recipes/test_glue.py.
-@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem != "glue"], ids=lambda path: path.stem)
-def test_the_smoke_command_of_the_header_runs(recipe: Path, tmp_path: Path) -> None:
-    run_smoke_command(recipe, tmp_path)
-    assert (tmp_path / "runs" / recipe.stem / "1" / "hf" / "model.safetensors").exists()

@@ -30,8 +30,8 @@ from kd_core.training import checkpoints
 from recipes import glue as recipe
 from tests.benchmarks import glue_step
 from tests.conftest import ROOT, cpu_environment, deepspeed
-from tests.invariants.test_structure import run_smoke_command
 from tests.recipes.conftest import SMALL, metrics
+from tests.recipes.test_every_recipe import command, header, run
 
 FAST = ["--batch-size", "8", "--epochs", "1", "--seeds", "1", "--max-length", "24", "--lr", "1e-3"]
 
@@ -124,7 +124,7 @@ def test_the_smoke_command_of_the_header_runs(student: Path, glue_folder: Path, 
     (tmp_path / "glue").symlink_to(glue_folder)
     (tmp_path / "runs" / "bert_kd").mkdir(parents=True)
     (tmp_path / "runs" / "bert_kd" / "1").symlink_to(student)
-    run_smoke_command(ROOT / "recipes" / "glue.py", tmp_path)
+    run(command(header(ROOT / "recipes" / "glue.py")["Smoke"]), 1, tmp_path)
     assert record(tmp_path / "runs" / "glue" / "1")["models"].keys() == {"runs-bert_kd-1"}
 
 
