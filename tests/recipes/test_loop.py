@@ -106,6 +106,7 @@ def test_two_networks_resume_exactly_and_agree_with_one_rank(
     assert two[-1]["points"] > two[-1]["samples"] / 8, "rows are ragged"
 
 
+@pytest.mark.slow
 def test_points_as_parameters_resume_exactly_without_an_engine_of_deepspeed(tmp_path: Path) -> None:
     whole = check_killed_and_resumed("images_as_parameters.py", STEPS, tmp_path)
     assert whole[-1]["eval/loss"] != whole[3]["eval/loss"]
@@ -178,8 +179,16 @@ def test_a_mistake_is_one_clear_line_and_trains_nothing(stage: int, configs: lis
     ("mistake", "message"),
     [
         ("other terms", "ranks have other terms than this one's of 'student': loss, "),
-        ("other parameters", "other parameters of 'student' have a gradient on this rank than elsewhere"),
-        ("other buffers", "ranks have other buffers of 'judge', such as running statistics"),
+        pytest.param(
+            "other parameters",
+            "other parameters of 'student' have a gradient on this rank than elsewhere",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "other buffers",
+            "ranks have other buffers of 'judge', such as running statistics",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_differs_between_ranks_is_refused_on_all(
