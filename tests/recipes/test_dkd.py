@@ -1,0 +1,46 @@
+"""Decoupled knowledge distillation: the loss that is trained is the equation, and bad flags are one line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes.logits.dkd import main
+from tests.conftest import ROOT
+from tests.recipes.conftest import Attempt, metrics
+from tests.recipes.test_every_recipe import run
+
+SMALL = "--data synthetic:10x32 --global-batch-size 16 --micro-batch-size 8".split()
+
+
+def test_the_loss_is_the_equation_and_the_weight_rises(tmp_path: Path) -> None:
+    recipe = [sys.executable, str(ROOT / "recipes" / "logits" / "dkd.py"), *SMALL, "--log-every", "1"]
+    run([*recipe, "--steps", "2", "--out", "teacher"], 1, tmp_path)
+    taught = ["--teachers", "teacher", "--alpha", "0.5", "--beta", "2", "--kd-warmup", "0.5"]
+    run([*recipe, "--steps", "8", *taught, "--out", "run"], 1, tmp_path)
+    lines = metrics(tmp_path / "run")
+    assert [line["kd_weight"] for line in lines] == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
+    for line in lines:
+        kd = 0.5 * line["class_kl"] + 2 * line["others_kl"]
+        assert line["loss"] == pytest.approx(line["label_loss"] + line["kd_weight"] * kd, rel=1e-5)
+    assert lines[-1]["class_kl"] > 0 and lines[-1]["others_kl"] > 0
+    assert {line["class_kl"] for line in metrics(tmp_path / "teacher")} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--alpha -1", "--alpha must be a finite number, at least 0, got -1.0"),
+        ("--beta nan", "--beta must be a finite number, at least 0, got nan"),
+        ("--temperature 0", "--temperature must be a finite number above 0, got 0.0"),
+        ("--kd-warmup 2", "--kd-warmup must be in [0, 1], got 2.0"),
+        ("--student resnet9", "--student resnet9 is no folder and no known size"),
+        ("--teachers nowhere/x/y", "--teachers nowhere/x/y is no folder and no model of torchvision"),
+        ("--data nowhere/x/y", "--data nowhere/x/y"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in Attempt(main, [*SMALL], tmp_path, capsys)(*words.split())
