@@ -52,7 +52,8 @@ class FakeRun:
         self.said: list[str] = []
         self.say, self.update = self.said.append, self.fields.update
         self.recall, self.ends = self.fields.get, list[Any]()
-        self.at_end = self.before_step = self.ends.append
+        self.befores: list[Any] = []
+        self.at_end, self.before_step = self.ends.append, self.befores.append
 
 
 @pytest.fixture
@@ -274,6 +275,16 @@ def test_what_was_known_of_teachers_is_known_behind_the_closed_window() -> None:
     run: Any = FakeRun(flags(teachers=("a",), kd_stop=0.5), first=20, teachers=known)
     pool = gather(run, lambda _: pytest.fail("loaded"), describe=lambda model: {"width": 1})
     assert pool.known == known
+
+
+def test_the_run_lets_the_teachers_go_before_the_first_step_behind_the_window(alone: None) -> None:
+    run: Any = FakeRun(flags(teachers=("a",), kd_stop=0.5))
+    pool = gather(run, lambda _: torch.nn.Linear(4, 8))
+    for step, left in ((0, 1), (19, 1), (20, 0)):
+        for function in run.befores:
+            function(step)
+        assert len(pool) == left
+    assert run.said[-1] == "step 20: the window has closed, the teachers are released"
 
 
 def test_a_teacher_is_asked_for_what_the_method_needs(alone: None) -> None:
