@@ -1,8 +1,8 @@
-"""A matched study: arms x lengths x seeds of one recipe, interleaved and resumable, then the time-to-quality reports.
+"""A matched study: arms x lengths x seeds, interleaved and resumable, then what it says.
 
-    bash launch/study.sh STUDY.json [--out DIR] [--jobs N]      (the same: python -m kd_core.study)
+    bash launch/study.sh STUDY [--out DIR] [--jobs N]      (the same: python -m kd_core.study)
 
-A study file, of which the entries from `flags` on may be left out:
+STUDY is a study file, or a folder that holds one as study.json. Its entries, of which those from `flags` on may be left out:
 
     {
       "recipe": "recipes/bert_kd.py",
@@ -12,193 +12,166 @@ A study file, of which the entries from `flags` on may be left out:
       "seeds": [1, 2],
       "flags": "--student tiny --data embedded",
       "teacher": "--student mini --steps 300",
+      "prepare": {"cache": "-m kd_core.cache build --teacher {teacher} --student tiny"},
       "metric": "eval/loss",
       "lower_is_better": true,
       "may_differ": [],
-      "ranks": 1
+      "ranks": 1,
+      "claim": {"arm": "dkd", "against": "kd", "criterion": "...", "paper": "..."}
     }
 
-An arm is the flags that it adds to `flags`; `lengths` are --steps; `teacher`, flags over `flags` too, is trained first and
-named {teacher} in the arms; `metric`, `lower_is_better` (for a metric that the report does not know) and `may_differ` are
-the report's flags; `ranks` is the number of processes (GPUs) of one run. Runs lie in DIR/<arm>/<steps>/<seed>,
-their output beside them in <seed>.log, the reports of each arm against `baseline` in DIR/report/<arm>.
+An arm is the flags that it adds to `flags`, or {"flags": ..., "recipe": ..., "seeds": [...]} where it has a recipe or seeds of
+its own; `lengths` are --steps; `teacher`, flags over `flags` too, is trained first and named {teacher} in the arms; `prepare`
+are commands of Python that run after it, in their order, each with --out added and its folder named {cache} likewise: a
+recipe's, or one that ends with a manifest.json. `metric`, `lower_is_better` (for a metric that the report does not know) and
+`may_differ` are the report's flags; `ranks` is the number of processes (GPUs) of one run.
+
+Runs lie in DIR/<arm>/<steps>/<seed>, their output beside them in <seed>.log. What they said stands in two small files as well,
+runs.json and runs.csv (kd_core/runs/lean.py), in DIR or, where STUDY is a folder, in that: a run that stands there is not run
+again, so a study goes on in a later clone. At the end come the time-to-quality reports of each arm against `baseline`, in
+DIR/report/<arm>; of a study with a `claim`, which is about a method, kd_core.compare's tables in their place.
 
 The same call continues a study that was stopped or killed. What has finished is kept, so arms, lengths and seeds can be
 added; a flag that would alter a run already begun is refused.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
 import runpy
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kd_core import cli
-from kd_core.runs import jobs
+from kd_core import cli, compare
+from kd_core.runs import jobs, lean
+from kd_core.runs.design import REPORT, TEACHER, Study, interleaved, read_study, study_file
 from kd_core.system import files
 from kd_core.time_to_quality import comparison as time_to_quality
 from kd_core.time_to_quality import curves
 
-TEACHER, REPORT = "teacher", "report"  # folders of the study beside those of the arms
-NO_ARM = (TEACHER, f"{TEACHER}.log", REPORT, "study.json")
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """The study file's entries; the module's docstring says what they mean."""
-
-    recipe: str
-    arms: dict[str, str]
-    baseline: str
-    lengths: list[int]
-    seeds: list[int]
-    flags: str = ""
-    teacher: str | None = None
-    metric: str = "eval/loss"
-    lower_is_better: bool | None = None
-    may_differ: Sequence[str] = ()
-    ranks: int = 1
-
-    def __post_init__(self) -> None:
-        def different(values: Any, least: int) -> bool:
-            whole = isinstance(values, list) and all(type(value) is int and value >= least for value in values)
-            return whole and 0 < len(values) == len(set(values))
-
-        def are_flags(text: Any) -> bool:
-            try:
-                return isinstance(text, str) and shlex.split(text) is not None
-            except ValueError:  # a quote that does not close
-                return False
-
-        arms = self.arms if isinstance(self.arms, dict) else {}
-        arms_ok = len(arms) > 1 and all(
-            are_flags(flags) and re.fullmatch(r"\w[\w.+-]*", name) and name not in NO_ARM
-            for name, flags in arms.items()
-        )
-        fields_ok = isinstance(self.may_differ, Sequence) and all(isinstance(name, str) for name in self.may_differ)
-        checks = {
-            "recipe": (isinstance(self.recipe, str), "the file of a recipe"),
-            "arms": (arms_ok, f"two or more names (not {' or '.join(NO_ARM)}), each with its flags as one text"),
-            "baseline": (self.baseline in list(arms), f"one of the arms {list(arms)}"),
-            "lengths": (different(self.lengths, 1), "a list of different numbers of steps"),
-            "seeds": (different(self.seeds, 0), "a list of different seeds"),
-            "flags": (are_flags(self.flags), "flags as one text, its quotes closed"),
-            "teacher": (self.teacher is None or are_flags(self.teacher), "flags as one text, its quotes closed"),
-            "metric": (isinstance(self.metric, str), "the name of an evaluation metric, such as eval/loss"),
-            "lower_is_better": (isinstance(self.lower_is_better, bool | None), "true or false"),
-            "may_differ": (not isinstance(self.may_differ, str) and fields_ok, "a list of fields of the runs' config"),
-            "ranks": (type(self.ranks) is int and self.ranks > 0, "a number of processes, at least 1"),
-        }
-        for name, (ok, allowed) in checks.items():
-            if not ok:
-                raise ValueError(f'"{name}" must be {allowed}, got {json.dumps(getattr(self, name))}')
-
 
 @dataclasses.dataclass(frozen=True)
 class Run(jobs.Job):
-    """One training of the design: `name` is its folder within the study's."""
+    """One job of the design: `name` is its folder within the study's. Without `config` it is no run of a recipe."""
 
-    config: Any
+    recipe: str = ""
+    config: Any = None
 
     @property
     def arm(self) -> str:
         return self.name.split("/")[0]
 
-
-def read_study(file: Path) -> Study:
-    """The study that `file` describes.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, an unknown or a missing entry, a value that is not allowed.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; give a study file such as launch/example_study.json")
-    fields = dataclasses.fields(Study)
-    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
-    try:
-        entries = json.loads(file.read_text())
-        wrong = sorted(needed - set(entries)) + sorted(set(entries) - {field.name for field in fields})
-        if wrong:
-            known = ", ".join(field.name for field in fields)
-            problem = "lacks" if wrong[0] in needed else "has an unknown entry"
-            raise ValueError(f'{problem} "{wrong[0]}"; its entries are {known}')
-        return Study(**entries)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {error}") from None
+    @property
+    def fields(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config)
 
 
-def interleaved(study: Study) -> Iterator[tuple[str, int, int]]:
-    """(arm, steps, seed) in the order of running: arms innermost, their order rotated from block to block.
-
-    So a machine that drifts hits all arms alike, and after each seed there is a complete, if small, design.
-    """
-    arms = list(study.arms)
-    for i, seed in enumerate(study.seeds):
-        for j, steps in enumerate(study.lengths):
-            first = (i + j) % len(arms)
-            yield from ((arm, steps, seed) for arm in arms[first:] + arms[:first])
+def _recipe(name: str) -> tuple[str, Any]:
+    """The file of the recipe `name`, here or in the project, and its Config."""
+    root = Path(__file__).resolve().parents[1]
+    file = next((path for path in (Path(name), root / name) if path.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f'"recipe" {name} does not exist; give a file such as recipes/bert_kd.py')
+    config_type = runpy.run_path(str(file)).get("Config")
+    if config_type is None:
+        raise ValueError(f'"recipe" {name} has no Config; give a file such as recipes/bert_kd.py')
+    return str(file), config_type
 
 
 def design(study: Study, out: Path) -> list[Run]:
-    """All runs of `study` under the folder `out`, in their order; the teacher's first if it has one.
+    """All runs of `study` under the folder `out`, in their order; first those that prepare the others.
 
     Raises:
-        FileNotFoundError: the recipe does not exist.
-        ValueError: a flag that the recipe refuses or the study sets, {teacher} without the entry "teacher", or runs of
+        FileNotFoundError: a recipe does not exist.
+        ValueError: a flag that a recipe refuses or the study sets, {teacher} without the entry "teacher", or runs of
             which the report could say nothing: arms that cannot be compared, an unknown metric.
     """
     time_to_quality.direction(study.metric, study.lower_is_better)
-    root = Path(__file__).resolve().parents[1]
-    recipe = next((path for path in (Path(study.recipe), root / study.recipe) if path.is_file()), None)
-    if recipe is None:
-        raise FileNotFoundError(f'"recipe" {study.recipe} does not exist; give a file such as recipes/bert_kd.py')
-    config_type = runpy.run_path(str(recipe)).get("Config")
-    if config_type is None:
-        raise ValueError(f'"recipe" {study.recipe} has no Config; give a file such as recipes/bert_kd.py')
-    start = [str(recipe)] if study.ranks == 1 else ["-m", "kd_core.launch", str(recipe)]
+    recipes = functools.cache(_recipe)
+    before: list[str] = []  # what has been prepared
 
-    def run(name: str, flags: str, *own: object) -> Run:
-        words = shlex.split(f"{study.flags} {flags}")
+    def job(name: str, recipe: str, words: list[str], own: Sequence[object] = ()) -> Run:
         for word in words:
             if word.split("=")[0] in ("--out", "--resume", *own):
                 raise ValueError(f"the study itself sets {word}; remove it")
-            if "{teacher}" in word and study.teacher is None:
-                raise ValueError('{teacher} needs the entry "teacher", the flags that train it')
-        words = [word.replace("{teacher}", str(out / TEACHER)) for word in words]
-        words += [str(word) for word in ("--out", out / name, *own)]
+            for other in re.findall(r"{([\w.+-]+)}", word):
+                if other not in before:
+                    raise ValueError(
+                        f'{{{other}}} needs the entry "{other}", the flags that train it, or one of "prepare"'
+                    )
+        words = [re.sub(r"{([\w.+-]+)}", lambda found: str(out / found[1]), word) for word in words]
+        words += [str(word) for word in (*own, "--out", out / name)]
+        needs = tuple(before)
+        if not recipe:
+            return Run(name, out / name, [sys.executable, *words], 0, needs, False, product="manifest.json")
+        file, config_type = recipes(recipe)
+        start = [file] if study.ranks == 1 else ["-m", "kd_core.launch", file]
         config = cli.parse(config_type, words)
-        needs = (TEACHER,) if study.teacher is not None and name != TEACHER else ()
-        return Run(name, out / name, [sys.executable, *start, *words], config.steps, needs, True, config)
+        return Run(name, out / name, [sys.executable, *start, *words], config.steps, needs, True, recipe, config)
+
+    def prepared(name: str, recipe: str, words: list[str]) -> Run:
+        made = job(name, recipe, words)
+        before.append(name)
+        return made
 
     def arm_run(arm: str, steps: int, seed: int) -> Run:
+        own = study.arm(arm)
         try:
-            return run(f"{arm}/{steps}/{seed}", study.arms[arm], "--steps", steps, "--seed", seed)
+            words = shlex.split(f"{study.flags} {own.flags}")
+            return job(f"{arm}/{steps}/{seed}", own.recipe, words, ("--steps", steps, "--seed", seed))
         except ValueError as error:
             raise ValueError(f'arm "{arm}": {error}') from None
 
-    teacher = [run(TEACHER, study.teacher)] if study.teacher is not None else []
+    first = []
+    if study.teacher is not None:
+        first.append(prepared(TEACHER, study.recipe, shlex.split(f"{study.flags} {study.teacher}")))
+    for name, command in study.prepare.items():
+        script, *words = shlex.split(command)
+        first.append(prepared(name, script, words) if script.endswith(".py") else prepared(name, "", [script, *words]))
     runs = [arm_run(*point) for point in interleaved(study)]
+    check_alike(study, runs)
+    return first + runs
 
-    def planned(arm: str) -> list[curves.Run]:
-        own = ((run.folder, dataclasses.asdict(run.config)) for run in runs if run.arm == arm)
-        return [curves.Run(*pair, np.empty(0), np.empty((0, 6)), window_s=None) for pair in own]
 
-    for arm in study.arms:
-        if arm != study.baseline:
-            time_to_quality.refuse_unlike(planned(study.baseline), planned(arm), study.may_differ)
-    return teacher + runs
+def check_alike(study: Study, runs: Sequence[Run]) -> None:
+    """Raises ValueError unless the arms can be compared with the baseline.
+
+    Where the reports are of time, they say in what arms may differ. Where the study is about a method, an arm differs in its
+    own flags, and in what its recipe alone has; a default that another recipe sets otherwise would go unseen.
+    """
+    by_arm = {arm: [run for run in runs if run.arm == arm] for arm in study.arms}
+    for arm, own in by_arm.items():
+        if arm == study.baseline:
+            continue
+        if study.claim is None:
+            time_to_quality.refuse_unlike(_planned(by_arm[study.baseline]), _planned(own), study.may_differ)
+            continue
+        words = shlex.split(f"{study.arm(arm).flags} {study.arm(study.baseline).flags}")
+        said = {word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}
+        ours, theirs = own[0].fields, by_arm[study.baseline][0].fields
+        for name in sorted(set(ours) & set(theirs) - said - set(study.may_differ) - time_to_quality.OF_A_RUN):
+            if ours[name] != theirs[name]:
+                raise ValueError(
+                    f'arm "{arm}" has {name} {ours[name]!r} by its recipe, "{study.baseline}" has {theirs[name]!r}; set it '
+                    'in "flags", or in the arm if it is to differ, or name it in "may_differ"'
+                )
+
+
+def _planned(runs: Sequence[Run]) -> list[curves.Run]:
+    return [curves.Run(run.folder, run.fields, np.empty(0), np.empty((0, 6)), window_s=None) for run in runs]
 
 
 def summary(run: Run, metric: str) -> str:
     """A finished run in a few words."""
+    if run.product:
+        return f"{run.name} is made"
     result = json.loads((run.folder / "run.json").read_text())["result"]
     if metric not in result:
         known = ", ".join(name for name in result if "/" in name)
@@ -221,26 +194,67 @@ def write_reports(study: Study, runs: Path, out: Path) -> None:
             )  # fmt: skip
 
 
+def restore(runs: Sequence[Run], there: Mapping[str, lean.Lean], out: Path, ranks: int) -> None:
+    """The folders of those runs of an arm that stand `there`, as far as lines go: they count as finished.
+
+    Raises:
+        ValueError: one of them was made with another recipe, number of ranks or flag; nothing has been written then.
+    """
+    known = [run for run in runs if "/" in run.name and run.name in there and not (run.folder / "run.json").exists()]
+    for run in known:
+        record = there[run.name].record
+        before = {"recipe": record["recipe"], "ranks": record["world_size"]} | record["config"]
+        now = json.loads(lean.from_study(json.dumps(run.fields), out))
+        if changed := jobs.first_change(before, {"recipe": Path(run.recipe).stem, "ranks": ranks} | now):
+            raise ValueError(f"{run.name} in runs.json was made with {changed}; undo the change, or take that run out")
+    for run in known:
+        lean.restore(there[run.name], run.folder, out)
+
+
 def main() -> None:
     parser = cli.OneLineParser(prog="python -m kd_core.study", description=__doc__.split("\n")[0])
-    parser.add_argument("study", type=Path, metavar="STUDY.json", help="what to run; see the top of kd_core/study.py")
-    parser.add_argument("--out", type=Path, help="folder of the study; default runs/study/<name of the file>")
+    parser.add_argument(
+        "study",
+        type=Path,
+        metavar="STUDY",
+        help="what to run, a file or the folder of a study.json; see the top of kd_core/study.py",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the runs; default runs/study/<name of the file, or folder>")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, or one without a GPU")
     with cli.one_line_errors():
         args = parser.parse_args()
-        study = read_study(args.study)
-        out = args.out or Path("runs/study") / args.study.stem
+        file = study_file(args.study)
+        study = read_study(file)
+        out = args.out or Path("runs/study") / args.study.resolve().stem
         runs, at_once = design(study, out), jobs.places(args.jobs, study.ranks)
         if out.exists() and not (out / "study.json").is_file() and (out.is_file() or list(out.glob("[!.]*"))):
             raise ValueError(f"--out {out} exists and holds no study; choose another folder")
+        lines = args.study if args.study.is_dir() else out
+        there = lean.read(lines)
         out.mkdir(parents=True, exist_ok=True)
         with jobs.locked(out) as lock:
+            restore(runs, there, out, study.ranks)
             for run in runs:
-                recipe, config = Path(study.recipe).stem, dataclasses.asdict(run.config)
-                jobs.check_unchanged(run, config, recipe=recipe, ranks=study.ranks)
-            files.write_atomic(out / "study.json", args.study.read_text())
-            jobs.run_all(runs, at_once, lock, lambda run: summary(run, study.metric), out)
-            write_reports(study, out, out / REPORT)
+                if run.config:
+                    jobs.check_unchanged(run, run.fields, recipe=Path(run.recipe).stem, ranks=study.ranks)
+            if file != out / "study.json":
+                files.write_atomic(out / "study.json", file.read_text())
+
+            def collect() -> None:
+                made = {run.name: lean.of_run(run.folder, out) for run in runs if jobs.finished(run)}
+                lean.write(lines, there | made)
+
+            def told(run: Run) -> str:
+                collect()
+                return summary(run, study.metric)
+
+            of_arms = [run for run in runs if "/" in run.name]
+            jobs.run_all(of_arms if all(map(jobs.finished, of_arms)) else runs, at_once, lock, told, out)
+            collect()
+            if study.claim is None:
+                write_reports(study, out, out / REPORT)
+            else:
+                print(compare.told(study, lean.read(lines)))
 
 
 if __name__ == "__main__":

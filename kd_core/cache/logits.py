@@ -111,13 +111,14 @@ def check(cfg: Any, flags: type[BuildFlags], expected: Mapping[str, Any]) -> dic
     for folder in filter(None, map(cache_folder, cfg.teachers if cfg.distils else ())):
         header = records.require(folder, ours | shared)
         shared = {name: header[name] for name in flags.SHARED}
-        used = {cfg.temperature, cfg.temperature if cfg.temperature_stop is None else cfg.temperature_stop}
+        schedule = (getattr(cfg, name, None) for name in ("temperature", "temperature_stop"))
+        used = {temperature for temperature in schedule if temperature is not None}
         if header["top_k"] and not (len(used) == 1 and used <= set(header["temperatures"])):
             raise ValueError(
                 f"--teachers cache:{folder} holds the top {header['top_k']} at the temperatures {header['temperatures']}, "
                 f"the run uses {sorted(used)}; choose one of them, or build a cache of everything (--top-k 0)"
             )
-        if header["top_k"] and (cfg.divergence == "mse" or cfg.ensemble == "logits"):
+        if header["top_k"] and (getattr(cfg, "divergence", "") == "mse" or cfg.ensemble == "logits"):
             raise ValueError(
                 f"--teachers cache:{folder} holds the top {header['top_k']}, which give probabilities but no raw logits: "
                 "leave out --divergence mse and --ensemble logits, or build a cache of everything (--top-k 0)"

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Job:
         steps: its length, for the progress bar.
         needs: names of the jobs that must have finished before it starts.
         resumes: whether `command` with --resume continues it; otherwise it is begun anew.
+        product: where the command is no run's, the file of its folder that is there once it has finished.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Job:
     steps: int
     needs: tuple[str, ...]
     resumes: bool
+    product: str | None = field(default=None, kw_only=True)
 
     @property
     def log(self) -> Path:
@@ -65,15 +67,24 @@ def check_unchanged(job: Job, config: dict[str, Any], *, recipe: str, ranks: int
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} is no run's, or damaged ({what}); remove that folder") from None
-    for name, value in json.loads(json.dumps({"recipe": recipe, "ranks": ranks} | config)).items():
+    changed = first_change(before, {"recipe": recipe, "ranks": ranks} | config)
+    if changed:
+        raise ValueError(
+            f"{job.folder} was begun with {changed}; undo the change, remove that folder, or choose another --out"
+        )
+
+
+def first_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first entry that alters a run and is another `now`, in words; None without one."""
+    for name, value in json.loads(json.dumps(now)).items():
         if name not in FREE_ON_RESUME and before.get(name) != value:
-            raise ValueError(
-                f"{job.folder} was begun with {name} {json.dumps(before.get(name))}, now it is "
-                f"{json.dumps(value)}; undo the change, remove that folder, or choose another --out"
-            )
+            return f"{name} {json.dumps(before.get(name))}, now it is {json.dumps(value)}"
+    return None
 
 
 def finished(job: Job) -> bool:
+    if job.product:
+        return (job.folder / job.product).exists()
     file = job.folder / "run.json"
     return file.exists() and json.loads(file.read_text()).get("result", {}).get("stopped") == "finished"
 
@@ -242,7 +253,7 @@ def _run_all(jobs: Sequence[Job], at_once: Sequence[dict[str, str]], lock: int, 
                         raise SystemExit(failed)
                     continue
                 note = f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)}: {summary(job)}"
-                if all(job.name in other.needs for other in jobs if other is not job):
+                if waiting and all(job.name in other.needs for other in waiting):
                     # What all others waited for says nothing about the pace of the jobs to come.
                     first, began = sum(taken.values()), time.monotonic()
                     bar.initial, bar.start_t = first, time.time()

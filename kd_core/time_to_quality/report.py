@@ -16,6 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from kd_core.system.terminal import aligned, markdown_table
+
 METHODS = {"tradeoff": "Tradeoff curve", "learning": "Learning curve"}
 NAMES = {"baseline": "baseline", "against": "distilled"}
 EXPLANATION = (
@@ -58,7 +60,7 @@ def terminal(study: dict[str, Any]) -> str:
     lines = [headline(study)]
     for method, rows in _by_method(study):
         lines += ["", f"{METHODS[method]}: training seconds to {study['metric']} ({_direction(study)})"]
-        lines += [*_aligned(_rows(study, rows)), _reach(study, method)]
+        lines += [*aligned(_rows(study, rows)), _reach(study, method)]
     return "\n".join([*lines, "", *(f"- {note}" for note in [_teachers(study), *study["notes"]])])
 
 
@@ -67,7 +69,7 @@ def markdown(study: dict[str, Any]) -> str:
     lines = [f"# Time to equal {study['metric']}", "", f"**{headline(study)}**", ""]
     lines += ["![quality against training seconds](quality.svg)", "", "![speed-up against target](speedup.svg)", ""]
     lines += ["## What was compared", ""]
-    lines += _table(
+    lines += markdown_table(
         [["arm", "runs", "steps", "seeds", "teachers' training seconds"]]
         + [
             [
@@ -82,7 +84,7 @@ def markdown(study: dict[str, Any]) -> str:
     )
     lines += ["", "Where the first runs of the arms differ:", ""]
     differences = [[name, *map(str, pair)] for name, pair in study["differences"].items()]
-    lines += _table([["flag", *NAMES.values()], *differences])
+    lines += markdown_table([["flag", *NAMES.values()], *differences])
     for method, rows in _by_method(study):
         lines += [
             "",
@@ -91,9 +93,9 @@ def markdown(study: dict[str, Any]) -> str:
             f"{study['metric']}: {_direction(study)}. Seconds are of training. {_reach(study, method)}",
             "",
         ]
-        lines += _table(_rows(study, rows))
+        lines += markdown_table(_rows(study, rows))
         lines += ["", "What it took, and where the time went (seconds):", ""]
-        lines += _table(_parts(rows))
+        lines += markdown_table(_parts(rows))
     lines += ["", "## Notes", "", *(f"- {note}" for note in [_teachers(study), *study["notes"]]), ""]
     return "\n".join([*lines, *EXPLANATION, ""])
 
@@ -173,16 +175,6 @@ def _seconds(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _table(cells: list[list[str]]) -> list[str]:
-    rows = ["| " + " | ".join(row) + " |" for row in cells]
-    return [rows[0], "|---" * len(cells[0]) + "|", *rows[1:]]
-
-
-def _aligned(cells: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

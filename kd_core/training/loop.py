@@ -36,6 +36,7 @@ from kd_core.runs.record import Record
 from kd_core.system.clock import Stopwatch
 from kd_core.system.digests import tensor_digest
 from kd_core.system.hashing import seed_step
+from kd_core.system.memory import peak_gib
 from kd_core.system.ranks import broadcast, device, gathered, rank, total, world_size
 from kd_core.training import checkpoints
 from kd_core.training import engine as engines
@@ -349,7 +350,7 @@ class Run(Generic[C]):
     def finish(self, stopped: str, *, code: int = 0, **fields: Any) -> None:
         """Writes the result and leaves the process group; `start` calls it."""
         self._end()
-        self.record.finish(stopped, **fields)
+        self.record.finish(stopped, peak_memory_gib=peak_gib(), **fields)
         leave()
         self.code = code
 

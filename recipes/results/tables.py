@@ -22,7 +22,9 @@ import jinja2
 import numpy as np
 import scipy.stats
 
+from kd_core import compare
 from kd_core.glue import report as glue_report
+from kd_core.runs import lean
 from kd_core.study import Study, read_study, write_reports
 from kd_core.teachers.sources import CACHE_PREFIX
 from kd_core.time_to_quality import comparison as time_to_quality
@@ -368,8 +370,17 @@ def studies() -> list[str]:
     return sorted(file.parent.name for file in HERE.glob("*/study.json"))
 
 
+def methods() -> str:
+    """A row a study of a method, by its claim after its longest runs."""
+    rows = []
+    for file in sorted(HERE.glob("methods/*/study.json")):
+        study = read_study(file)
+        rows.append(compare.row(compare.compare(study, lean.read(file.parent), max(study.lengths))))
+    return table(compare.HEAD, rows)
+
+
 FOR_THE_PAGE: tuple[Callable[..., Any], ...] = (
-    arms, compared, crossings, equal_speed, gain, glue, glue_gap, milliseconds, online_totals, prepared, quality, single_runs, slower, speedup,
+    arms, compared, crossings, equal_speed, gain, glue, glue_gap, methods, milliseconds, online_totals, prepared, quality, single_runs, slower, speedup,
     teachers_quality, times, verdicts,
 )  # fmt: skip
 

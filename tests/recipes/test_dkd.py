@@ -8,7 +8,7 @@ import pytest
 from recipes.logits.dkd import main
 from tests.conftest import ROOT
 from tests.recipes.conftest import Attempt, metrics
-from tests.recipes.test_every_recipe import run
+from tests.recipes.test_every_recipe import begin, run
 
 SMALL = "--data synthetic:10x32 --global-batch-size 16 --micro-batch-size 8".split()
 
@@ -25,6 +25,23 @@ def test_the_loss_is_the_equation_and_the_weight_rises(tmp_path: Path) -> None:
         assert line["loss"] == pytest.approx(line["label_loss"] + line["kd_weight"] * kd, rel=1e-5)
     assert lines[-1]["class_kl"] > 0 and lines[-1]["others_kl"] > 0
     assert {line["class_kl"] for line in metrics(tmp_path / "teacher")} == {0.0}
+
+
+def test_the_answers_may_come_from_a_cache(tmp_path: Path) -> None:
+    recipe = [sys.executable, str(ROOT / "recipes" / "logits" / "dkd.py"), *SMALL, "--log-every", "1", "--steps", "2"]
+    run([*recipe, "--out", "teacher"], 1, tmp_path)
+    build = [sys.executable, "-m", "kd_core.cache", "build", "--kind", "images", "--preset", "cifar", *SMALL[:2]]
+    build += ["--teacher", "teacher", "--micro-batch-size", "8", "--teacher-dtype", "bf16"]
+    run([*build, "--out", "whole"], 1, tmp_path)
+    run([*recipe, "--teachers", "cache:whole", "--out", "run"], 1, tmp_path)
+    assert metrics(tmp_path / "run")[-1]["others_kl"] > 0
+    run([*build, "--top-k", "3", "--temperatures", "2", "--out", "top"], 1, tmp_path)
+    (refused,) = begin([*recipe, "--teachers", "cache:top", "--out", "refused"], 1, tmp_path)
+    assert refused.wait(120) == 2
+    last = (tmp_path / "0.log").read_text().splitlines()[-1]
+    assert last.startswith(
+        "error: --teachers cache:top holds the top 3 at the temperatures [2.0], the run uses [4.0]; choose"
+    )
 
 
 @pytest.mark.parametrize(

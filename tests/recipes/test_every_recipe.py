@@ -1,8 +1,6 @@
 """What holds for every recipe, by its header: the smoke command runs; killed with -9 on two ranks it resumes exactly."""
 
-import ast
 import json
-import re
 import shlex
 import signal
 import subprocess
@@ -12,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT, cpu_environment, free_port
+from tests.recipes.headers import command, header
 
 # GLUE's starts from a pretrained run: tests/recipes/test_glue.py.
 RECIPES = sorted(
@@ -22,40 +22,57 @@ RECIPES = sorted(
     for path in (ROOT / "recipes").rglob("[a-z]*.py")
     if "results" not in path.parts and path != ROOT / "recipes" / "glue.py"
 )
+# What recipes may be that none is yet: a chain of stages, one without a network.
+TOYS = [ROOT / "tests" / "recipes" / "toys" / name for name in ("stages.py", "search.py")]
 TIMES = {"train_s", "teacher_s", "data_s"}
 # What makes a smoke run long enough to be killed inside, of a recipe without a line `Kill:`.
 KILL = "--steps 8 --save-every 3 --eval-every 4 --log-every 1"
 Smoke = Callable[[Path], list[str]]
 
 
-def header(recipe: Path) -> dict[str, str]:
-    """The lines `Word:  text` of a recipe's docstring, each with its continuation."""
-    text = ast.get_docstring(ast.parse(recipe.read_text())) or ""
-    found = re.findall(r"^([A-Z]\w+):\s+(.*(?:\n\s+.*)*)", text, re.MULTILINE)
-    return {name: " ".join(value.split()) for name, value in found}
-
-
-def command(line: str) -> list[str]:
-    """A header's `python recipes/x.py ...`, by this Python and from anywhere."""
-    python, script, *words = shlex.split(line)
-    assert python == "python" and (ROOT / script).is_file(), f"not a command of a recipe: {line}"
-    return [sys.executable, str(ROOT / script), *words]
-
-
-def begin(words: list[str], ranks: int, folder: Path) -> list[subprocess.Popen[bytes]]:
-    """The ranks of a run, without a launcher between them and the test."""
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def begin(words: list[str], ranks: int, folder: Path, *, chain: bool = False) -> list[subprocess.Popen[bytes]]:
+    """The ranks of a run, without a launcher between them and the test; a chain starts the ranks of its stages itself."""
+    shared = {"PYTHONPATH": str(ROOT)}
+    if chain:
+        each = [{"NUM_GPUS": str(ranks)}]
+    else:
+        shared |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        each = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     started = []
-    for rank in range(ranks):
-        env = cpu_environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-        with (folder / f"{rank}.log").open("a") as log:
+    for number, own in enumerate(each):
+        with (folder / f"{number}.log").open("a") as log:
+            env = cpu_environment(**shared, **own)
             started.append(subprocess.Popen(words, cwd=folder, env=env, stderr=log))
     return started
 
 
-def run(words: list[str], ranks: int, folder: Path) -> None:
-    codes = [process.wait(240) for process in begin(words, ranks, folder)]
-    assert codes == [0] * ranks, (folder / "0.log").read_text()[-3000:]
+def run(words: list[str], ranks: int, folder: Path, *, chain: bool = False) -> None:
+    codes = [process.wait(240) for process in begin(words, ranks, folder, chain=chain)]
+    assert set(codes) == {0}, (folder / "0.log").read_text()[-3000:]
+
+
+def kill(started: list[subprocess.Popen[bytes]]) -> None:
+    """With -9: the ranks, or a chain and what it has started, at once, so that nothing is saved."""
+    processes = [psutil.Process(one.pid) for one in started]
+    for process in [*processes, *(child for one in processes for child in one.children(recursive=True))]:
+        process.send_signal(signal.SIGKILL)
+    for one in started:
+        one.wait()
+
+
+def stages(folder: Path) -> list[Path]:
+    """The run folder itself, or those of a chain's stages in the order in which they began."""
+    if (folder / "run.json").exists():
+        return [folder]
+    return sorted(
+        (file.parent for file in folder.glob("*/run.json")),
+        key=lambda stage: stage.with_suffix(".log").stat().st_ctime_ns,
+    )
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """Empty while the run goes on."""
+    return json.loads((folder / "run.json").read_text()).get("result", {})
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -94,31 +111,61 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
     return words
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def has_stages(recipe: Path) -> bool:
+    return "chain.run(" in recipe.read_text()
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *TOYS], ids=lambda path: path.stem)
 def test_the_smoke_command_of_the_header_runs(recipe: Path, smoke: Smoke, tmp_path: Path) -> None:
-    run(smoke(recipe), 1, tmp_path)
+    run(smoke(recipe), 1, tmp_path, chain=has_stages(recipe))
     (folder,) = (tmp_path / "runs" / recipe.stem).iterdir()
-    result = json.loads((folder / "run.json").read_text())["result"]
-    assert result["stopped"] == "finished"
-    assert not [name for name, value in result.items() if value is None], "a value that is not finite"
-    assert exported(folder)
+    assert len(stages(folder)) > 1 or not has_stages(recipe)
+    for stage in stages(folder):
+        assert result(stage)["stopped"] == "finished"
+        assert not [name for name, value in result(stage).items() if value is None], "a value that is not finite"
+    assert exported(folder) or recipe in TOYS
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_full_size_networks_of_the_command_can_be_built(recipe: Path, tmp_path: Path) -> None:
+    """On the meta device, so that the real command cannot rot; -s shows parameters and memory."""
+    script = [sys.executable, str(ROOT / "tests/recipes/on_meta.py"), str(recipe)]
+    env = cpu_environment(PYTHONPATH=str(ROOT))
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    print(recipe.stem, json.dumps(told, indent=1))
+    sizes = {one["name"]: one["parameters"] for one in [*told["trained"], *told["teachers"]]}
+    assert sizes, "its command builds no network"
+    published = {
+        "bert_kd": {"student": 110e6, "google-bert/bert-large-uncased": 335e6},
+        "dkd": {"student": 11.7e6, "resnet34": 21.8e6},
+    }
+    published |= {"resnet_kd": {"student": 25.6e6, "resnet101": 44.5e6}}
+    assert sizes == pytest.approx(published.get(recipe.stem, sizes), rel=0.01)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", [*RECIPES, *TOYS], ids=lambda path: path.stem)
 def test_kill_9_on_two_ranks_then_resume_gives_the_same_lines_and_bytes(
     recipe: Path, smoke: Smoke, tmp_path: Path
 ) -> None:
+    """A chain is killed in each of its stages, and goes on by the same call."""
+    chain = has_stages(recipe)
     words = [*smoke(recipe), *shlex.split(header(recipe).get("Kill", KILL))]
-    run([*words, "--out", "whole"], 2, tmp_path)
-    killed = begin([*words, "--out", "killed"], 2, tmp_path)
-    deadline = time.monotonic() + 240
-    while len(lines(tmp_path / "killed")) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    for process in killed:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert "result" not in json.loads((tmp_path / "killed" / "run.json").read_text()), "it ended before it was killed"
-    run([*words, "--out", "killed", "--resume"], 2, tmp_path)
-    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
-    assert exported(tmp_path / "killed") == exported(tmp_path / "whole")
+    run([*words, "--out", "whole"], 2, tmp_path, chain=chain)
+    whole = stages(tmp_path / "whole")
+    words += ["--out", "killed"]
+    for stage in whole:
+        other = tmp_path / "killed" / stage.relative_to(tmp_path / "whole")
+        killed = begin(words, 2, tmp_path, chain=chain)
+        deadline = time.monotonic() + 240
+        while len(lines(other)) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        kill(killed)
+        assert not result(other), f"{other} ended before it was killed"
+    run(words if chain else [*words, "--resume"], 2, tmp_path, chain=chain)
+    for stage in whole:
+        other = tmp_path / "killed" / stage.relative_to(tmp_path / "whole")
+        assert lines(other) == lines(stage)
+        assert exported(other) == exported(stage)

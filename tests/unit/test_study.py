@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -89,6 +90,8 @@ DESIGN: dict[str, Any] = {
     "teacher": "--steps 5",
 }
 
+CLAIM = {"arm": "kd", "against": "plain", "setting": "a pause", "criterion": "below", "paper": "-1"}
+
 
 class Folder:
     """A working folder with the recipe above and a study file, and the studies started in it."""
@@ -101,13 +104,13 @@ class Folder:
         (self.folder / "study.json").write_text(json.dumps(DESIGN | entries))
         return self.folder / "study.json"
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "kd_core.study", "study.json", "--out", "my out", *words]
+    def start(self, *words: str, study: str = "study.json") -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "kd_core.study", study, "--out", "my out", *words]
         pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         return subprocess.Popen(command, cwd=self.folder, env=cpu_environment(), **pipes)
 
-    def run(self, *words: str) -> tuple[int, list[str]]:
-        process = self.start(*words)
+    def run(self, *words: str, study: str = "study.json") -> tuple[int, list[str]]:
+        process = self.start(*words, study=study)
         _, err = process.communicate(timeout=120)
         return process.returncode, err.splitlines()
 
@@ -171,6 +174,12 @@ def test_arms_are_innermost_and_take_turns_in_going_first() -> None:
         ({"flags": "--data 'a b"}, '"flags" must be flags as one text, its quotes closed'),
         ({"teacher": '--data "a'}, '"teacher" must be flags as one text, its quotes closed'),
         ({"lower_is_better": 1}, '"lower_is_better" must be true or false, got 1'),
+        ({"arms": {"plain": "", "kd": {"flag": ""}}}, '"arms" must be two or more names'),
+        ({"arms": {"plain": "", "kd": {"seeds": []}}}, '"arms" must be two or more names'),
+        ({"prepare": {"kd": "x.py"}}, '"prepare" must be names'),
+        ({"prepare": {"cache": ""}}, '"prepare" must be names'),
+        ({"claim": {"arm": "kd"}}, '"claim" must be an object of against, arm, criterion, paper, setting'),
+        ({"claim": CLAIM | {"against": "none"}}, '"claim" must be an object of'),
         ({"may_differ": "data"}, '"may_differ" must be a list of fields of the runs\' config, got "data"'),
     ],
 )
@@ -192,6 +201,12 @@ def test_a_study_file_that_will_not_do(folder: Folder, entries: dict[str, Any], 
         ({"teacher": None}, 'arm "kd": {teacher} needs the entry "teacher"'),
         ({"metric": "eval/los"}, "--metric eval/los is not known here"),
         ({"arms": {"plain": "", "kd": "--data x"}}, "the arms must have the same data"),
+        ({"prepare": {"cache": "recipe.py --data {kd}"}}, '{kd} needs the entry "kd"'),
+        ({"prepare": {"cache": "-m caches --out x"}}, "the study itself sets --out; remove it"),
+        (
+            {"claim": CLAIM, "arms": {"plain": "", "kd": {"recipe": "other.py"}}},
+            'arm "kd" has save_s 2 by its recipe',
+        ),
         ({"may_differ": ["dataa"]}, "--may-differ dataa: no run has such a field"),
     ],
 )
@@ -199,6 +214,7 @@ def test_flags_are_refused_before_anything_runs(
     folder: Folder, entries: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder.folder)
+    (folder.folder / "other.py").write_text(RECIPE.replace("save_s: float = 0.5", "save_s: float = 2"))
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         study.design(study.read_study(folder.write(**entries)), folder.out)
     assert message in str(error.value)
@@ -249,6 +265,64 @@ def test_the_whole_design_runs_in_order_and_once(folder: Folder) -> None:
     assert code == 2
     assert lines[-1] == 'error: "metric" eval/los is none of those that my out/plain/20/3 has: eval/loss'
     assert len(folder.events()) == 20, "what had finished ran again"
+
+
+# What is no run writes manifest.json last, and says what it took.
+PRODUCT = """
+import json, sys
+from pathlib import Path
+out = Path(sys.argv[-1])
+out.mkdir()
+(out / "build.json").write_text(json.dumps({"seconds": 7.5}))
+(out / "manifest.json").write_text(json.dumps(sys.argv[1:]))
+"""
+
+
+def test_a_study_of_a_method_goes_on_in_a_later_clone(folder: Folder) -> None:
+    """What stands in the two small files is not run again; what is missing is, with what it needs."""
+    (folder.folder / "caches.py").write_text(PRODUCT)
+    (folder.folder / "method.py").write_text(RECIPE.replace("save_s: float", "beta: float = 1\n    save_s: float"))
+    kd = {"recipe": "method.py", "flags": "--teachers cache:{cache} --kd-ratio 0.5 --beta 2", "seeds": [1, 2, 3]}
+    entries = dict(
+        arms={"plain": "", "kd": kd}, prepare={"cache": "-m caches --teacher {teacher}"}, lengths=[20], claim=CLAIM
+    )
+    lines = folder.folder / "lines"
+    lines.mkdir()
+    (lines / "study.json").write_text(folder.write(**entries).read_text())
+
+    def run() -> tuple[str, list[list[str]]]:
+        before = len(folder.events())
+        command = [sys.executable, "-m", "kd_core.study", "lines", "--out", "my out"]
+        env = cpu_environment(PYTHONPATH=str(folder.folder))
+        done = subprocess.run(command, cwd=folder.folder, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, folder.events()[before:]
+
+    told, events = run()
+    begun = [event[2] for event in events if event[0] == "begun"]
+    assert begun == ["teacher", "plain/20/1", "kd/20/1", "kd/20/2", "plain/20/2", "kd/20/3"]
+    assert json.loads((folder.out / "cache/manifest.json").read_text())[:2] == ["--teacher", "my out/teacher"]
+    assert "verdict: does not count: `kd` is not better than `plain`; kd less plain +0.0000" in told
+    assert re.search(r"before the runs: teacher \d s, cache 8 s", told)
+    assert json.loads((lines / "runs.json").read_text())["arms"]["kd"]["config"]["teachers"] == ["cache:{study}/cache"]
+    files = {file.name: file.read_text() for file in lines.iterdir()}
+
+    shutil.rmtree(folder.out)  # a later clone
+    assert run() == (told, [])
+    assert {file.name: file.read_text() for file in lines.iterdir()} == files
+
+    shutil.rmtree(folder.out)
+    (lines / "study.json").write_text(folder.write(**entries, seeds=[1, 2, 4]).read_text())
+    _, events = run()
+    assert [event[2] for event in events if event[0] == "begun"] == ["teacher", "plain/20/4"]
+
+    shutil.rmtree(folder.out)
+    (lines / "study.json").write_text(folder.write(**entries, flags="--lr 0.5").read_text())
+    code, errors = folder.run(study="lines")
+    assert code == 2 and not folder.out.joinpath("plain").exists()
+    assert errors[-1].startswith(
+        "error: plain/20/1 in runs.json was made with lr 0.0005, now it is 0.5; undo the change"
+    )
 
 
 @pytest.mark.parametrize(

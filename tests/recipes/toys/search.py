@@ -1,4 +1,7 @@
-"""Scores one random network a step, and trains none: a recipe without an engine."""
+"""Scores one random network a step, and trains none: a recipe without an engine.
+
+Smoke:   python tests/recipes/toys/search.py --steps 4
+"""
 
 import dataclasses
 import time

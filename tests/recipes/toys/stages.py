@@ -1,4 +1,8 @@
-"""Two stages, each a run: a line is fitted, then another on what the first has found."""
+"""Two stages, each a run: a line is fitted, then another on what the first has found.
+
+Smoke:   python tests/recipes/toys/stages.py --steps 4
+Kill:    --steps 600 --save-every 100 --log-every 50 --eval-every 300
+"""
 
 import dataclasses
 import sys

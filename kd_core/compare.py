@@ -1,0 +1,315 @@
+"""Arms of a study at equal steps: paired differences over seeds, what a step and a run cost, and a verdict on a claim.
+
+    python -m kd_core.compare STUDY [--metric eval/loss] [--plot forest.png]
+
+STUDY is the folder of a study, with study.json, runs.json and runs.csv (kd_core/runs/lean.py). For each of its lengths:
+
+    value       mean over seeds of the metric in a run's last line, and their standard deviation
+    difference  of two arms in the seeds that both have, with the interval of Student's t
+    a step      training seconds over steps, as a multiple of the other arm's in the same seeds (geometric mean, interval of the
+                logarithm); interleaved runs share the machine's drift
+    memory      the most a process has held: on a GPU tensors, else all of the process
+    seconds     of training in a run; what the teacher and its answers cost stands apart, once for all runs
+
+A study's `claim` is that `arm` is better than `against`, after its longest runs:
+
+    holds here      the difference's interval lies on the good side of zero
+    contradicted    it lies on the bad side
+    not shown       zero is inside; half of the interval's width says what could have been seen
+
+The setting counts only if something can be seen there: where the study has an arm `kd`, plain distillation, that arm must
+be better than the baseline with an interval that excludes zero, and the teacher better than the baseline's mean.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_core import cli
+from kd_core.runs import lean
+from kd_core.runs.design import Study, read_study
+from kd_core.system.terminal import aligned
+from kd_core.time_to_quality.comparison import direction
+from kd_core.time_to_quality.curves import CONFIDENCE, quantile
+
+PLAIN = "kd"  # the arm of plain distillation, by its name
+SHARES = ("accuracy", "top1", "top5")  # metrics in [0, 1] that are told in percent
+HEAD = [
+    "recipe",
+    "setting",
+    "metric",
+    "method",
+    "control",
+    "difference",
+    "a step",
+    "GiB",
+    "seconds",
+    "verdict",
+    "published",
+]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `count` seeds and its interval at `CONFIDENCE`, which a single seed has not (nan)."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def half(self) -> float:
+        return (self.high - self.low) / 2
+
+    def told(self, digits: int, *, signed: bool = True) -> str:
+        shown = f"{self.mean:{'+' if signed else ''}.{digits}f}"
+        return shown if math.isnan(self.low) else f"{shown} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Student's t on `values`, one a seed."""
+    mean, count = float(np.mean(values)), len(values)
+    half = quantile(count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else math.nan
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def ratio_interval(values: Sequence[float]) -> Interval:
+    """Geometric mean of ratios, and the interval of its logarithm."""
+    logs = mean_interval(np.log(values).tolist())
+    return Interval(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), logs.count)
+
+
+def shown_as(metric: str) -> tuple[str, int, int]:
+    """A metric's name with its unit, the factor to that unit, and digits."""
+    return (f"{metric}, %", 100, 2) if metric.rpartition("/")[2] in SHARES else (metric, 1, 4)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A study's runs of one length.
+
+    Args:
+        study: what was run.
+        metric: what is compared, as the log names it.
+        better: 1 where higher is better, else -1.
+        steps: the length.
+        values: by arm and seed the metric at the end, in the unit of `shown_as`.
+        seconds: likewise, of training.
+        memory: by arm, GiB, the most of its runs; None where they do not say.
+        teachers: the metric of the teachers, by the runs' own evaluation.
+        prepared: seconds of what was made before the runs, by name.
+    """
+
+    study: Study
+    metric: str
+    better: int
+    steps: int
+    values: dict[str, dict[int, float]]
+    seconds: dict[str, dict[int, float]]
+    memory: dict[str, float | None]
+    teachers: list[float]
+    prepared: dict[str, float]
+
+    def difference(self, arm: str, other: str) -> Interval:
+        """Of `arm` less `other` in the seeds of both."""
+        ours, theirs = self.values[arm], self.values[other]
+        return mean_interval([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+
+    def cost(self, arm: str, other: str) -> Interval:
+        """Seconds of `arm` as a multiple of those of `other` in the seeds of both."""
+        ours, theirs = self.seconds[arm], self.seconds[other]
+        return ratio_interval([ours[seed] / theirs[seed] for seed in ours if seed in theirs])
+
+    def mean(self, arm: str) -> float:
+        return float(np.mean(list(self.values[arm].values())))
+
+    def side(self, difference: Interval) -> int:
+        """1 where the interval lies on the good side of zero, -1 on the bad one, 0 where zero is inside."""
+        return self.better * (int(difference.low > 0) - int(difference.high < 0))
+
+    @property
+    def shows_nothing(self) -> str:
+        """Why nothing can be seen in this setting; empty where something can."""
+        baseline = self.study.baseline
+        if PLAIN in self.values and self.side(self.difference(PLAIN, baseline)) != 1:
+            return f"`{PLAIN}` is not better than `{baseline}`"
+        if (
+            self.teachers
+            and self.better * (max(self.teachers, key=lambda x: self.better * x) - self.mean(baseline)) <= 0
+        ):
+            return f"no teacher is better than `{baseline}`"
+        return ""
+
+    @property
+    def verdict(self) -> str:
+        """Of the claim: what the head of this file says, or that the setting shows nothing."""
+        claim = self.study.claim
+        assert claim is not None
+        if self.shows_nothing:
+            return f"does not count: {self.shows_nothing}"
+        side = self.side(self.difference(claim["arm"], claim["against"]))
+        return {1: "holds here", 0: "not shown", -1: "contradicted"}[side]
+
+
+def compare(study: Study, runs: Mapping[str, lean.Lean], steps: int, metric: str | None = None) -> Compared:
+    """The runs of `steps` steps.
+
+    Raises:
+        ValueError: an arm without a run of that length, or a run without the metric.
+    """
+    metric = metric or study.metric
+    better = -1 if direction(metric, study.lower_is_better) else 1
+    scale = shown_as(metric)[1]
+    own = {arm: _of(runs, arm, steps) for arm in study.arms}
+    for arm, by_seed in own.items():
+        if not by_seed:
+            raise ValueError(
+                f'arm "{arm}" has no run of {steps} steps yet; python -m kd_core.study runs what is missing'
+            )
+        for run in by_seed.values():
+            if metric not in run.end:
+                raise ValueError(f"--metric must be one of {[name for name in run.end if '/' in name]}, got {metric}")
+    peaks = {
+        arm: [run.record["result"].get("peak_memory_gib") for run in by_seed.values()] for arm, by_seed in own.items()
+    }
+    asked = [
+        teacher for by_seed in own.values() for run in by_seed.values() for teacher in run.record.get("teachers", [])
+    ]
+    return Compared(
+        study, metric, better, steps,
+        values={arm: {seed: scale * run.end[metric] for seed, run in by_seed.items()} for arm, by_seed in own.items()},
+        seconds={arm: {seed: run.end["train_s"] for seed, run in by_seed.items()} for arm, by_seed in own.items()},
+        memory={arm: None if None in peaks[arm] else max(peaks[arm]) for arm in peaks},
+        teachers=sorted({scale * teacher[metric] for teacher in asked if teacher.get(metric) is not None}),
+        prepared={name: run.end["train_s"] for name, run in runs.items() if "/" not in name},
+    )  # fmt: skip
+
+
+def _of(runs: Mapping[str, lean.Lean], arm: str, steps: int) -> dict[int, lean.Lean]:
+    start = f"{arm}/{steps}/"
+    return {int(name.removeprefix(start)): run for name, run in runs.items() if name.startswith(start)}
+
+
+def told(study: Study, runs: Mapping[str, lean.Lean], metric: str | None = None) -> str:
+    """All lengths, and what follows for the claim, for the terminal."""
+    return "\n\n".join(_told(compare(study, runs, steps, metric)) for steps in sorted(study.lengths))
+
+
+def _told(at: Compared) -> str:
+    unit, _, digits = shown_as(at.metric)
+    claim, baseline = at.study.claim, at.study.baseline
+    others = [baseline, *([claim["against"]] if claim and claim["against"] != baseline else [])]
+    rows = [
+        ["arm", "seeds", "mean", "sd", *(f"less {other}" for other in others), f"a step, times {baseline}", "GiB", "s"]
+    ]
+    for arm, values in at.values.items():
+        spread = np.std(list(values.values()), ddof=1) if len(values) > 1 else math.nan
+        cells = [arm, str(len(values)), f"{at.mean(arm):.{digits}f}", f"{spread:.{digits}f}"]
+        cells += ["" if arm == other else at.difference(arm, other).told(digits) for other in others]
+        cells.append("" if arm == baseline else at.cost(arm, baseline).told(2, signed=False))
+        rows.append([*cells, _gib(at.memory[arm]), f"{np.mean(list(at.seconds[arm].values())):.0f}"])
+    lines = [
+        f"{unit}, {'higher' if at.better > 0 else 'lower'} is better, after {at.steps} steps; "
+        f"differences in the same seeds, {CONFIDENCE:.0%} intervals",
+        *aligned(rows),
+    ]
+    if at.teachers:
+        lines.append(f"teacher {', '.join(f'{value:.{digits}f}' for value in at.teachers)}")
+    if at.prepared:
+        lines.append(
+            "before the runs: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in at.prepared.items())
+        )
+    if claim and at.steps == max(at.study.lengths):
+        difference = at.difference(claim["arm"], claim["against"])
+        lines += [
+            f"verdict: {at.verdict}; {claim['arm']} less {claim['against']} {difference.told(digits)}, half-width "
+            f"{difference.half:.{digits}f}; published: {claim['paper']}",
+            f"criterion, written before: {claim['criterion']}",
+            "| " + " | ".join(row(at)) + " |",
+        ]
+    return "\n".join(lines)
+
+
+def _gib(peak: float | None) -> str:
+    return "" if peak is None else f"{peak:.2f}"
+
+
+def row(at: Compared) -> list[str]:
+    """The study's row of the table of methods; its head is `HEAD`."""
+    claim = at.study.claim
+    assert claim is not None
+    unit, _, digits = shown_as(at.metric)
+    arm, other = claim["arm"], claim["against"]
+    difference = at.difference(arm, other)
+    verdict = at.verdict + (f" (± {difference.half:.{digits}f})" if at.verdict == "not shown" else "")
+    once = sum(at.prepared.values())
+    return [
+        Path(at.study.arm(arm).recipe).stem, claim["setting"], unit,
+        f"{at.mean(arm):.{digits}f}", f"`{other}` {at.mean(other):.{digits}f}", difference.told(digits),
+        f"{at.cost(arm, other).told(2, signed=False)} of `{other}`", _gib(at.memory[arm]),
+        f"{np.mean(list(at.seconds[arm].values())):.0f}" + (f" + {once:.0f} once" if once else ""), verdict, claim["paper"],
+    ]  # fmt: skip
+
+
+def forest(groups: Mapping[str, Sequence[tuple[str, Interval, int]]], unit: str) -> Any:
+    """A figure of intervals, a line each, in groups.
+
+    Args:
+        groups: by heading (label, interval, 1 good or -1 bad or 0 undecided).
+        unit: what the axis says.
+    """
+    from matplotlib.figure import Figure
+
+    lines: list[tuple[str, Interval | None, int]] = []
+    for heading, own in groups.items():
+        lines += [(heading, None, 0), *own]
+    figure = Figure(figsize=(7, 0.6 + 0.28 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    colours = {1: "#00798c", 0: "#777777", -1: "#d1495b"}
+    for place, (_, interval, side) in enumerate(lines):
+        if interval is not None:
+            axes.plot([interval.low, interval.high], [place, place], color=colours[side], linewidth=2)
+            axes.plot(interval.mean, place, "o", color=colours[side], markersize=5)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(lines)), [label for label, *_ in lines])
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    return figure
+
+
+def main() -> None:
+    parser = cli.OneLineParser(prog="python -m kd_core.compare", description=__doc__.split("\n")[0])
+    parser.add_argument("study", type=Path, metavar="STUDY", help="folder of a study: study.json, runs.json, runs.csv")
+    parser.add_argument("--metric", help="default: the study's")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="all differences to the baseline as a forest plot, .png or .svg"
+    )
+    with cli.one_line_errors():
+        args: argparse.Namespace = parser.parse_args()
+        study, runs = read_study(args.study / "study.json"), lean.read(args.study)
+        if not runs:
+            raise FileNotFoundError(f"{args.study} has no runs.json; python -m kd_core.study {args.study} makes it")
+        print(told(study, runs, args.metric))
+        if args.plot:
+            plot(study, runs, args.metric).savefig(args.plot, dpi=150)
+
+
+def plot(study: Study, runs: Mapping[str, lean.Lean], metric: str | None = None) -> Any:
+    """Every arm against the baseline, a group a length."""
+    groups = {}
+    for steps in sorted(study.lengths):
+        at = compare(study, runs, steps, metric)
+        arms = [arm for arm in study.arms if arm != study.baseline]
+        pairs = [(arm, at.difference(arm, study.baseline)) for arm in arms]
+        groups[f"after {steps} steps"] = [(arm, interval, at.side(interval)) for arm, interval in pairs]
+    return forest(groups, f"{shown_as(metric or study.metric)[0]} less that of {study.baseline}")
+
+
+if __name__ == "__main__":
+    main()

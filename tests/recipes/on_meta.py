@@ -1,0 +1,92 @@
+"""Builds the networks of a recipe's `Command:` at full size on the meta device: no data, no weights, no training.
+
+    python tests/recipes/on_meta.py recipes/resnet_kd.py
+
+Prints a line of JSON: of each network that is trained, and of each teacher, parameters and the memory that it takes.
+"""
+
+import json
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+import torchvision
+from transformers import AutoConfig
+
+from kd_core.teachers import pool
+from kd_core.text import pretrained
+from kd_core.training.loop import Run
+from tests.recipes.headers import header, words_of
+
+# What the data of each kind says to a recipe, at full scale.
+CLASSES, VOCABULARY = [str(number) for number in range(1000)], range(30522)
+# Published configurations of what the headers name on the hub.
+LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+HUB: dict[str, Any] = {"google-bert/bert-large-uncased": ("bert", LARGE)}
+GIB = 2**30
+
+
+class Built(BaseException):
+    """Everything has been built; not an Exception, so that nothing on the way takes it for a failure."""
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def network(name: str, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Memory in bf16 training without ZeRO: weights and gradients of 2 bytes, a float32 copy, the optimizer's moments."""
+    count, moments = parameters(module), 2 if isinstance(optimizer, torch.optim.Adam) else 1
+    return {"name": name, "parameters": count, "training_gib": round(count * (2 + 2 + 4 + 4 * moments) / GIB, 3)}
+
+
+def teacher(name: str, module: torch.nn.Module) -> dict[str, Any]:
+    count = parameters(module)
+    return {"name": name, "parameters": count, "bf16_gib": round(2 * count / GIB, 3)}
+
+
+def prepared(run: Run[Any], _: Any) -> tuple[Any, dict[str, int]]:
+    return MagicMock(classes=CLASSES, tokenizer=VOCABULARY, seq_len=getattr(run.cfg, "seq_len", 0)), {}
+
+
+def build(recipe: Path) -> dict[str, list[dict[str, Any]]]:
+    told: dict[str, list[dict[str, Any]]] = {"trained": [], "teachers": []}
+
+    def engine(_: Run[Any], module: Any, optimizer: Any, name: str = "student", **__: Any) -> Any:
+        told["trained"].append(network(name, module, optimizer))
+        return MagicMock(module=module)
+
+    def gather(run: Run[Any], load: Any, *_: Any, **__: Any) -> Any:
+        told["teachers"] += [teacher(path, load(path)) for path in run.cfg.teachers]
+        return MagicMock(known=[{} for _ in run.cfg.teachers])
+
+    def steps(*_: Any, **__: Any) -> Any:
+        raise Built
+
+    def of_torchvision(name: str, weights: Any = None, **settings: Any) -> Any:
+        return made(name, weights=None, **settings)
+
+    def of_the_hub(model_class: Any, path: str, *_: Any, **settings: Any) -> Any:
+        kind, shape = HUB[path]
+        return model_class(AutoConfig.for_model(kind, **shape))
+
+    made = torchvision.models.get_model
+    torchvision.models.get_model = of_torchvision
+    Run.prepare, Run.engine, Run.plain_engine, Run.steps = prepared, engine, engine, steps  # type: ignore[method-assign, assignment]
+    Run.keep, Run.position, Run.first, pool.gather = MagicMock(), None, 0, gather  # type: ignore[method-assign, misc]
+    pretrained.load_pretrained = of_the_hub  # before a recipe's parts are imported, which take it from there
+    main = runpy.run_path(str(recipe))["main"]
+    try:
+        with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+            main([*words_of(header(recipe)["Command"]), "--out", f"{folder}/run"])
+    except Built:
+        return told
+    raise AssertionError(f"{recipe}: its command ended before run.steps")
+
+
+if __name__ == "__main__":
+    print(json.dumps(build(Path(sys.argv[1]).resolve())))

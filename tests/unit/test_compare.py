@@ -1,0 +1,134 @@
+"""What is said of a study's arms at equal steps, on runs whose numbers are known."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from kd_core import compare
+from kd_core.runs import lean
+from kd_core.runs.design import Study
+from tests.conftest import cpu_environment
+
+CLAIM = {"arm": "new", "against": "kd", "setting": "numbers", "criterion": "above zero", "paper": "+0.5"}
+LABELS, KD = [0.50, 0.52, 0.51, 0.49, 0.50], [0.53, 0.56, 0.55, 0.52, 0.54]
+DESIGN: dict[str, Any] = dict(
+    recipe="recipes/resnet_kd.py", baseline="labels", lengths=[10], seeds=[1, 2, 3, 4, 5], metric="eval/accuracy",
+    arms={"labels": "", "kd": "", "new": {"recipe": "recipes/logits/dkd.py"}}, claim=CLAIM,
+)  # fmt: skip
+
+
+def runs(teacher: float | None = 0.7, **arms: list[float]) -> dict[str, lean.Lean]:
+    """By arm the accuracies of seeds 1, 2, ...; a run of `new` takes twice as long as one of `labels`."""
+    made = {"teacher": lean.Lean({"result": {}}, [{"step": 5, "train_s": 100.0}])}
+    for arm, values in arms.items():
+        for seed, value in enumerate(values, 1):
+            asked = [] if teacher is None or arm == "labels" else [{"name": "t", "eval/accuracy": teacher}]
+            record = {"teachers": asked, "result": {"stopped": "finished", "peak_memory_gib": 1 + seed / 10}}
+            end = {"step": 10, "train_s": seed * (2.0 if arm == "new" else 1.0)}
+            made[f"{arm}/10/{seed}"] = lean.Lean(record, [end | {"eval/accuracy": value, "eval/ece": 1 - value}])
+    return made
+
+
+def at(new: list[float], **entries: Any) -> compare.Compared:
+    return compare.compare(Study(**DESIGN | entries), runs(labels=LABELS, kd=KD, new=new), 10)
+
+
+def test_the_interval_is_that_of_the_paired_t_test() -> None:
+    new = [0.54, 0.55, 0.57, 0.53, 0.55]
+    difference = at(new).difference("new", "kd")
+    test = scipy.stats.ttest_rel(100 * np.array(new), 100 * np.array(KD)).confidence_interval()
+    assert (difference.low, difference.high) == pytest.approx((test.low, test.high))
+    assert difference.half == pytest.approx((test.high - test.low) / 2)
+
+
+def test_only_seeds_of_both_are_compared_and_one_seed_has_no_interval() -> None:
+    assert at([0.54, 0.57]).difference("new", "kd").mean == pytest.approx(1.0)
+    one = at([0.54]).difference("new", "kd")
+    assert one.count == 1 and math.isnan(one.low) and one.told(2) == "+1.00"
+    assert at([0.54]).verdict == "not shown"
+
+
+def test_the_cost_is_a_ratio_in_the_same_seeds() -> None:
+    cost = at(KD).cost("new", "labels")
+    assert (cost.mean, cost.low, cost.high) == pytest.approx((2, 2, 2))
+    assert at(KD).memory["new"] == 1.5 and at(KD).prepared == {"teacher": 100}
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ([0.01, 0.011, 0.009, 0.01, 0.012], "holds here"),
+        ([0.01, -0.011, 0.009, -0.01, 0.012], "not shown"),
+        ([-0.01, -0.011, -0.009, -0.01, -0.012], "contradicted"),
+    ],
+)
+def test_the_verdict_is_the_side_of_the_interval(change: list[float], verdict: str) -> None:
+    new = [value + step for value, step in zip(KD, change, strict=True)]
+    assert at(new).verdict == verdict
+    lower = at(new, metric="eval/ece")  # 1 - accuracy, lower is better
+    assert lower.verdict == verdict and lower.difference("new", "kd").mean == pytest.approx(-np.mean(change))
+
+
+def test_a_setting_in_which_nothing_can_be_seen_does_not_count() -> None:
+    study = Study(**DESIGN)
+    better = [value + 0.1 for value in KD]
+    useless = compare.compare(study, runs(labels=LABELS, kd=LABELS, new=better), 10)
+    assert useless.verdict == "does not count: `kd` is not better than `labels`"
+    bad = compare.compare(study, runs(teacher=0.5, labels=LABELS, kd=KD, new=better), 10)
+    assert bad.verdict == "does not count: no teacher is better than `labels`"
+    assert compare.compare(study, runs(teacher=None, labels=LABELS, kd=KD, new=better), 10).verdict == "holds here"
+
+
+def test_the_row_says_it_all() -> None:
+    row = dict(zip(compare.HEAD, compare.row(at([value + 0.01 for value in KD])), strict=True))
+    assert row["recipe"] == "dkd" and row["metric"] == "eval/accuracy, %"
+    assert (row["method"], row["control"], row["difference"]) == ("55.00", "`kd` 54.00", "+1.00 (1.00 to 1.00)")
+    assert (row["a step"], row["GiB"], row["seconds"]) == ("2.00 (2.00 to 2.00) of `kd`", "1.50", "6 + 100 once")
+    assert (row["verdict"], row["published"]) == ("holds here", "+0.5")
+    unsure = compare.row(at([0.54, 0.55, 0.57, 0.53, 0.52]))
+    assert unsure[-2].startswith("not shown (± ")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "study.json").write_text(json.dumps(DESIGN))
+    lean.write(tmp_path, runs(labels=LABELS, kd=KD, new=KD))
+    return tmp_path
+
+
+def say(*words: str) -> tuple[int, str, list[str]]:
+    command = [sys.executable, "-m", "kd_core.compare", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=cpu_environment(), timeout=120)
+    return done.returncode, done.stdout, done.stderr.splitlines()
+
+
+def test_the_command_prints_the_table_and_draws_the_plot(folder: Path, tmp_path: Path) -> None:
+    code, out, errors = say(str(folder), "--plot", str(tmp_path / "forest.png"))
+    assert (code, errors) == (0, [])
+    assert "verdict: not shown; new less kd +0.00 (0.00 to 0.00), half-width 0.00; published: +0.5" in out
+    assert (tmp_path / "forest.png").read_bytes().startswith(b"\x89PNG")
+    figure = compare.plot(Study(**DESIGN), lean.read(folder))
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["after 10 steps", "kd", "new"]
+    assert "eval/ece" in say(str(folder), "--metric", "eval/ece")[1]
+
+
+def test_what_the_command_line_gets_wrong_is_one_line(folder: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert say(str(empty))[2] == [
+        f"error: {empty}/study.json does not exist; give a study file such as launch/example_study.json"
+    ]
+    (empty / "study.json").write_text(json.dumps(DESIGN))
+    assert say(str(empty))[::2] == (2, [f"error: {empty} has no runs.json; python -m kd_core.study {empty} makes it"])
+    code, _, errors = say(str(folder), "--metric", "eval/top1")
+    assert (code, errors) == (2, ["error: --metric must be one of ['eval/accuracy', 'eval/ece'], got eval/top1"])
+    (folder / "study.json").write_text(json.dumps(DESIGN | {"lengths": [10, 20]}))
+    assert 'arm "labels" has no run of 20 steps yet' in say(str(folder))[2][-1]
