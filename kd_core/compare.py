@@ -209,8 +209,8 @@ def _told(at: Compared) -> str:
         ["arm", "seeds", "mean", "sd", *(f"less {other}" for other in others), f"a step, times {baseline}", "GiB", "s"]
     ]
     for arm, values in at.values.items():
-        spread = np.std(list(values.values()), ddof=1) if len(values) > 1 else math.nan
-        cells = [arm, str(len(values)), f"{at.mean(arm):.{digits}f}", f"{spread:.{digits}f}"]
+        spread = f"{np.std(list(values.values()), ddof=1):.{digits}f}" if len(values) > 1 else ""
+        cells = [arm, str(len(values)), f"{at.mean(arm):.{digits}f}", spread]
         cells += ["" if arm == other else at.difference(arm, other).told(digits) for other in others]
         cells.append("" if arm == baseline else at.cost(arm, baseline).told(2, signed=False))
         rows.append([*cells, _gib(at.memory[arm]), f"{np.mean(list(at.seconds[arm].values())):.0f}"])
@@ -228,8 +228,9 @@ def _told(at: Compared) -> str:
     if claim and at.steps == max(at.study.lengths):
         difference = at.difference(claim["arm"], claim["against"])
         lines += [
-            f"verdict: {at.verdict}; {claim['arm']} less {claim['against']} {difference.told(digits)}, half-width "
-            f"{difference.half:.{digits}f}; published: {claim['paper']}",
+            f"verdict: {at.verdict}; {claim['arm']} less {claim['against']} {difference.told(digits)}"
+            f"{'' if math.isnan(difference.half) else f', half-width {difference.half:.{digits}f}'}; "
+            f"published: {claim['paper']}",
             f"criterion, written before: {claim['criterion']}",
             "| " + " | ".join(row(at)) + " |",
         ]

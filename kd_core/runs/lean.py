@@ -9,6 +9,7 @@ arms. What stands here counts as finished: weights, checkpoints and the log's ot
 """
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -22,6 +23,7 @@ from kd_core.system.files import write_atomic
 COSTS = ("train_s", "teacher_s", "data_s")
 COLUMNS = ("run", "step", *COSTS, "kd_ratio")
 DIGITS = 7  # of a number in runs.csv
+MARK = 16  # characters of a teacher's fingerprint
 LEFT_OUT = ("argv", "result")  # of run.json; the result's values are the last line's
 OF_RESULT = ("stopped", "peak_memory_gib")  # what is kept of it
 Entries = dict[tuple[str, ...], Any]  # of a record by their path, one or two names
@@ -57,8 +59,19 @@ def of_run(folder: Path, study: Path) -> Lean:
     kept = [line for line in lines if line is lines[-1] or any("/" in name for name in line)]
     result = {name: record["result"][name] for name in OF_RESULT if name in record["result"]}
     record = {name: value for name, value in record.items() if name not in LEFT_OUT} | {"result": result}
+    if "teachers" in record:
+        record["teachers"] = [_teacher(teacher) for teacher in record["teachers"]]
     record["config"] = {name: value for name, value in record["config"].items() if name not in ("out", "resume")}
     return Lean(record, [{name: line[name] for name in line if name in COLUMNS or "/" in name} for line in kept])
+
+
+def _teacher(told: dict[str, Any]) -> dict[str, Any]:
+    """Which teacher it was and how it scored; what asking it cost is in the lines."""
+    kept = {name: value for name, value in told.items() if name == "name" or "/" in name}
+    mark = told.get("fingerprint")
+    if not isinstance(mark, str) or len(mark) > MARK:
+        mark = hashlib.sha256(json.dumps(mark, sort_keys=True).encode()).hexdigest()[:MARK]
+    return kept | {"fingerprint": mark}
 
 
 def restore(run: Lean, folder: Path, study: Path) -> None:

@@ -77,6 +77,8 @@ def test_a_restored_run_says_the_same(runs: dict[str, lean.Lean], tmp_path: Path
     assert record["config"]["teachers"] == [f"cache:{elsewhere}/cache", f"{elsewhere}/teacher"]
     assert record["result"]["stopped"] == "finished" and record["result"]["eval/accuracy"] == 0.5
     assert lean.of_run(elsewhere / "b/6/1", elsewhere) == runs["b/6/1"]
+    (teacher,) = record["teachers"]
+    assert set(teacher) == {"name", "eval/loss", "fingerprint"} and len(teacher["fingerprint"]) == lean.MARK
 
 
 def test_only_paths_of_the_study_are_its_own() -> None:
