@@ -9,29 +9,24 @@ Teacher: python recipes/resnet_kd.py --preset cifar --data synthetic --steps 4 -
 Smoke:   python recipes/logits/dkd.py --data synthetic --teachers {teacher} --steps 4 --global-batch-size 16 --micro-batch-size 8
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from kd_core.cache import images as cached
-from kd_core.images import batches, classifiers, evaluation
-from kd_core.images.flags import ClassifierFlags, TeacherViewFlags
-from kd_core.images.resnets import average_batch_norm
+from kd_core import classification
 from kd_core.losses.decoupled import decoupled_kl
 from kd_core.losses.labels import label_loss
-from kd_core.teachers.flags import TeacherFlags
 from kd_core.teachers.pool import TeacherPool
+from kd_core.training.engine import Engine
 from kd_core.training.loop import Step, start
 from kd_core.training.processes import end_process
 from kd_core.training.schedules import cosine_lr
 
 
 @dataclass(frozen=True)
-class Config(TeacherFlags, TeacherViewFlags, ClassifierFlags):
+class Config(classification.Flags):
     """Decoupled knowledge distillation; without --teachers the labels alone. `--preset imagenet`."""
 
     alpha: float = 1.0
@@ -51,7 +46,7 @@ class Config(TeacherFlags, TeacherViewFlags, ClassifierFlags):
         self.check("kd_warmup", 0 <= self.kd_warmup <= 1, "in [0, 1]")
 
 
-def train_step(cfg: Config, student: Any, teachers: TeacherPool, step: Step) -> None:
+def train_step(cfg: Config, student: Engine, teachers: TeacherPool, step: Step) -> None:
     """The method: one optimizer step."""
     kd_weight = min(1.0, step.number / max(1, round(cfg.kd_warmup * cfg.steps)))
     for micro, answer in teachers.answers(step, temperature=cfg.temperature):
@@ -70,14 +65,11 @@ def train_step(cfg: Config, student: Any, teachers: TeacherPool, step: Step) -> 
 def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
     """Runs the recipe with the command line `typed` over a launch file's `preset`; returns the exit code."""
     with start(__file__, Config, typed, preset) as run:
-        cfg, (data, views) = run.cfg, run.prepare(cached.prepare)
-        score = functools.partial(evaluation.evaluate, cfg, data)
-        teachers = cached.gather(run, data, score)
-        model = classifiers.build_student(cfg.student, data.classes, seed=cfg.seed)
-        student = run.engine(model, classifiers.sgd(cfg, model), after=average_batch_norm)
-        for step in run.steps(batches.batches(run, data, **views), lambda: score(student)):
-            train_step(cfg, student, teachers, step)
-        classifiers.export(cfg, student, data.classes, run.folder / "hf")
+        task = classification.Task(run)
+        student = task.student()
+        for step in run.steps(task.batches(), lambda: task.score(student)):
+            train_step(run.cfg, student, task.teachers, step)
+        task.export(student)
     return run.code
 
 

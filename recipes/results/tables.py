@@ -373,9 +373,9 @@ def studies() -> list[str]:
 def methods() -> str:
     """A row a study of a method, by its claim after its longest runs."""
     rows = []
-    for file in sorted(HERE.glob("methods/*/study.json")):
-        study = read_study(file)
-        rows.append(compare.row(compare.compare(study, lean.read(file.parent), max(study.lengths))))
+    for folder in sorted(file.parent for file in HERE.glob("methods/*/runs.json")):
+        study = read_study(folder / "study.json")
+        rows.append(compare.row(compare.compare(study, lean.read(folder), max(study.lengths))))
     return table(compare.HEAD, rows)
 
 

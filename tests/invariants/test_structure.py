@@ -25,7 +25,7 @@ FLOORS = (
     {"training"},
     {"teachers", "text", "images"},
     {"cache", "glue", "time_to_quality", "presets"},
-    {"compare"},
+    {"compare", "classification"},
     {"study", "plan"},
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
