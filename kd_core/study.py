@@ -72,6 +72,10 @@ class Run(jobs.Job):
     def fields(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config)
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return dataclasses.asdict(type(self.config)())
+
 
 def _recipe(name: str) -> tuple[str, Any]:
     """The file of the recipe `name`, here or in the project, and its Config."""
@@ -205,7 +209,7 @@ def restore(runs: Sequence[Run], there: Mapping[str, lean.Lean], out: Path, rank
         record = there[run.name].record
         before = {"recipe": record["recipe"], "ranks": record["world_size"]} | record["config"]
         now = json.loads(lean.from_study(json.dumps(run.fields), out))
-        if changed := jobs.first_change(before, {"recipe": Path(run.recipe).stem, "ranks": ranks} | now):
+        if changed := jobs.first_change(before, {"recipe": Path(run.recipe).stem, "ranks": ranks} | now, run.defaults):
             raise ValueError(f"{run.name} in runs.json was made with {changed}; undo the change, or take that run out")
     for run in known:
         lean.restore(there[run.name], run.folder, out)
@@ -236,7 +240,9 @@ def main() -> None:
             restore(runs, there, out, study.ranks)
             for run in runs:
                 if run.config:
-                    jobs.check_unchanged(run, run.fields, recipe=Path(run.recipe).stem, ranks=study.ranks)
+                    jobs.check_unchanged(
+                        run, run.fields, recipe=Path(run.recipe).stem, ranks=study.ranks, defaults=run.defaults
+                    )
             if file != out / "study.json":
                 files.write_atomic(out / "study.json", file.read_text())
 

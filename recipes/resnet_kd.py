@@ -4,7 +4,7 @@ Method:  loss = (1 - r) * label_loss + r * kd_loss, r = kd_ratio inside the wind
          kd_loss = tau^2 * KL(teacher || student) on the student's own view, one teacher of the pool drawn per step
 Source:  Blakeney et al. 2022, "Reduce, Reuse, Recycle", arXiv 2211.00683; training defaults: the authors' code
 Command: deepspeed recipes/resnet_kd.py --preset baseline-90 --data imagenet/ --teachers resnet101 --kd-ratio 0.9
-Smoke:   python recipes/resnet_kd.py --preset cifar --data synthetic --steps 4 --global-batch-size 16 --micro-batch-size 8
+Smoke:   python recipes/resnet_kd.py --preset cifar --steps 4 --global-batch-size 16 --micro-batch-size 8
 """
 
 import functools
@@ -79,10 +79,11 @@ class Config(DistillFlags, TrainFlags, TeacherViewFlags, ImageFlags):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         # The authors' baseline (codestar12/composer-hydra-template): 90 epochs of 625 steps; the defaults above.
-        "baseline-90": dict(lr_batch_size=2048),
+        "baseline-90": dict(data="ILSVRC/imagenet-1k", lr_batch_size=2048),
         # Mosaic ResNet "mild" at its 36 epochs (mosaicml/benchmarks, blogs/resnet/recipes).
         "mild-36": dict(
-            steps=22_500, lr_batch_size=2048, train_size=176, eval_resize=232, blurpool=True, loss="bce",
+            data="ILSVRC/imagenet-1k", steps=22_500, lr_batch_size=2048, train_size=176, eval_resize=232, blurpool=True,
+            loss="bce",
             label_smoothing=0.08, resize_from=0.5, ema_half_life=100, teacher_size=0,
         ),
         # Batch, momentum and crop of He et al. 2015, section 4.2; rate and decay for 5 epochs of CIFAR-10, minutes here.

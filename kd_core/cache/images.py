@@ -55,8 +55,8 @@ class BuildFlags(logits.BuildFlags, TeacherViewFlags, ImageFlags):
     AGREE = ("train_size", "crop", "min_scale", "randaugment", "decoder", "teacher_size", "teacher_dtype")
     SHARED = ("view_seed", "view_patterns")
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "baseline-90": {},
-        "mild-36": dict(train_size=176, eval_resize=232, teacher_size=0),
+        "baseline-90": dict(data="ILSVRC/imagenet-1k"),
+        "mild-36": dict(data="ILSVRC/imagenet-1k", train_size=176, eval_resize=232, teacher_size=0),
         "cifar": dict(
             train_size=32, eval_resize=32, eval_size=32, crop="padded", micro_batch_size=64, teacher_dtype="fp32"
         ),

@@ -15,8 +15,9 @@ from kd_core.training.flags import TrainFlags
 class ImageFlags(Flags):
     """Source, views for training and evaluation, and what decodes."""
 
-    data: str = "ILSVRC/imagenet-1k"
-    """Folder <split>/<class>/<image> or a .tar of it, parquet, a hub name, or synthetic[:CLASSESxSIDE] (noise)."""
+    data: str = "digits"
+    """Folder <split>/<class>/<image> or a .tar of it, parquet, a hub name, digits (small scans that are at hand), or
+    synthetic[:CLASSESxSIDE] (noise)."""
     train_size: int = 224
     """Side of a training view, pixels; smaller than --eval-size is FixRes."""
     eval_resize: int = 256

@@ -55,8 +55,14 @@ class Job:
         return self.folder.with_name(self.folder.name + ".log")
 
 
-def check_unchanged(job: Job, config: dict[str, Any], *, recipe: str, ranks: int = 1) -> None:
-    """Raises ValueError when `job` was begun with another recipe, number of ranks or flag that alters it."""
+def check_unchanged(
+    job: Job, config: dict[str, Any], *, recipe: str, ranks: int = 1, defaults: dict[str, Any] | None = None
+) -> None:
+    """Raises ValueError when `job` was begun with another recipe, number of ranks or flag that alters it.
+
+    Args:
+        defaults: as `first_change`.
+    """
     file = job.folder / "run.json"
     if not file.exists():
         return
@@ -67,16 +73,21 @@ def check_unchanged(job: Job, config: dict[str, Any], *, recipe: str, ranks: int
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} is no run's, or damaged ({what}); remove that folder") from None
-    changed = first_change(before, {"recipe": recipe, "ranks": ranks} | config)
+    changed = first_change(before, {"recipe": recipe, "ranks": ranks} | config, defaults)
     if changed:
         raise ValueError(
             f"{job.folder} was begun with {changed}; undo the change, remove that folder, or choose another --out"
         )
 
 
-def first_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first entry that alters a run and is another `now`, in words; None without one."""
-    for name, value in json.loads(json.dumps(now)).items():
+def first_change(before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any] | None = None) -> str | None:
+    """The first entry that alters a run and is another `now`, in words; None without one.
+
+    Args:
+        defaults: what entries were that had no flag yet when the run was made.
+    """
+    now, before = json.loads(json.dumps(now)), json.loads(json.dumps((defaults or {}) | before))
+    for name, value in now.items():
         if name not in FREE_ON_RESUME and before.get(name) != value:
             return f"{name} {json.dumps(before.get(name))}, now it is {json.dumps(value)}"
     return None

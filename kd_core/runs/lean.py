@@ -49,13 +49,15 @@ class Lean:
 
 
 def of_run(folder: Path, study: Path) -> Lean:
-    """The finished run in `folder`, of the study in the folder `study`; of what is no run, a cache, its seconds alone."""
+    """The finished run in `folder`, of the study in the folder `study`; of a cache, its teacher and seconds."""
     if not (folder / "run.json").exists():
+        teacher = json.loads(from_study((folder / "header.json").read_text(), study))["teacher"]
         seconds = json.loads((folder / "build.json").read_text())["seconds"]
-        return Lean({"result": {"stopped": "finished"}}, [{"step": 0, "train_s": seconds}])
+        return Lean({"teacher": teacher, "result": {}}, [{"step": 0, "train_s": seconds}])
     record = json.loads(from_study((folder / "run.json").read_text(), study))
     metrics = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    logged = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    lines = logged or [record["result"]]
     kept = [line for line in lines if line is lines[-1] or any("/" in name for name in line)]
     result = {name: record["result"][name] for name in OF_RESULT if name in record["result"]}
     record = {name: value for name, value in record.items() if name not in LEFT_OUT} | {"result": result}
@@ -75,11 +77,17 @@ def _teacher(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore(run: Lean, folder: Path, study: Path) -> None:
-    """The run folder of `run` again, as far as it stands here: run.json and metrics.jsonl."""
+    """The folder of `run` again, as far as it stands here: run.json and metrics.jsonl; of a cache, teacher and seconds."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(line) + "\n" for line in run.lines)
-    write_atomic(folder / "metrics.jsonl", lines)
-    record = run.record | {"result": run.end | run.record["result"]}
+    if "config" not in run.record:
+        header = {"teacher": run.record["teacher"].replace(HERE, str(study))}
+        write_atomic(folder / "header.json", json.dumps(header) + "\n")
+        write_atomic(folder / "build.json", json.dumps({"seconds": run.end["train_s"]}) + "\n")
+        return
+    batch = run.record["config"].get("global_batch_size")
+    lines = [line | ({"samples": line["step"] * batch} if batch else {}) for line in run.lines]
+    write_atomic(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    record = run.record | {"result": lines[-1] | run.record["result"]}
     write_atomic(folder / "run.json", json.dumps(record, indent=2).replace(HERE, str(study)) + "\n")
 
 

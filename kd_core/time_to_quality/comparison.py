@@ -206,16 +206,37 @@ def direction(metric: str, lower_is_better: bool | None) -> bool:
 
 
 def report(
+    baseline: Sequence[Path], against: Sequence[Path], *, out: Path | None = None, **asked: Any
+) -> dict[str, Any]:
+    """`compared`, printed, and written as report.json, report.md and two figures (PNG and SVG).
+
+    Args:
+        out: folder for the files; `report` beside the runs when None.
+        asked: of `compared`.
+
+    Raises:
+        ValueError: a file as `out`; and what `compared` raises.
+    """
+    out = out or Path(os.path.commonpath([folder.resolve().parent for folder in [*baseline, *against]]), "report")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    study, drawn = compared(baseline, against, **asked)
+    time_to_quality_report.write(study, drawn, out)
+    print(time_to_quality_report.terminal(study))
+    print(f"report: {out / 'report.md'}")
+    return study
+
+
+def compared(
     baseline: Sequence[Path],
     against: Sequence[Path],
     *,
     metric: str = "eval/loss",
     targets: Sequence[float] = (),
     lower_is_better: bool | None = None,
-    out: Path | None = None,
     may_differ: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Compares finished runs, prints the table, and writes report.json, report.md and two figures (PNG and SVG).
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What finished runs spend to equal quality.
 
     Args:
         baseline: run folders of the arm without distillation, at least one.
@@ -223,25 +244,20 @@ def report(
         metric: a field of the runs' `result`.
         targets: qualities to reach; five spread over what both arms reach when empty.
         lower_is_better: needed for a metric that this file does not know.
-        out: folder for the files; `report` beside the runs when None.
         may_differ: fields of `config`, besides those known, in which runs may differ.
 
     Returns:
-        What report.json holds. Seconds are training seconds, without evaluation.
+        What report.json holds, and what the figures show. Seconds are training seconds, without evaluation.
 
     Raises:
         FileNotFoundError: a folder holds no run.
-        ValueError: runs that have not finished or cannot be compared, an unknown metric, a file as `out`, a target
-            that is no finite number.
+        ValueError: runs that have not finished or cannot be compared, an unknown metric, a target that is no finite number.
     """
     if not all(map(math.isfinite, targets)):
         raise ValueError(f"--targets must be finite numbers, got {' '.join(map(str, targets))}")
     lower = direction(metric, lower_is_better)
     arms = [[load(folder, metric, lower_is_better=lower) for folder in arm] for arm in (baseline, against)]
     refuse_unlike(arms[0], arms[1], may_differ)
-    out = out or Path(os.path.commonpath([run.folder.resolve().parent for arm in arms for run in arm]), "report")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder")
 
     sign = 1 if lower else -1
     curves, notes = _curves(arms)
@@ -265,10 +281,7 @@ def report(
         notes.append(f"The arms differ in {', '.join(computing)}: part of the speed-up may be due to that.")
     study["targets"] = [row | {"target": sign * row["target"], "payback_runs": _payback(study, row)} for row in rows]
     study["notes"] = notes
-    time_to_quality_report.write(study, drawn, out)
-    print(time_to_quality_report.terminal(study))
-    print(f"report: {out / 'report.md'}")
-    return study
+    return study, drawn
 
 
 def _summary(arm: Sequence[Run], costs: dict[str, float | None]) -> dict[str, Any]:

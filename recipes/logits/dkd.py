@@ -5,8 +5,8 @@ Method:  loss = label_loss + w * (alpha * class_kl + beta * others_kl), w rising
 Source:  Zhao et al. 2022, arXiv 2203.08679, equation 7; weights, tau and warm-up: the authors' code for CIFAR-100 (there w rises
          by epochs over 20 of 240; here by steps). ImageNet, ResNet-34 to ResNet-18: beta 0.5, tau 1, one epoch of 100
 Command: deepspeed recipes/logits/dkd.py --preset imagenet --teachers resnet34 --beta 0.5 --temperature 1 --kd-warmup 0.01
-Teacher: python recipes/resnet_kd.py --preset cifar --data synthetic --steps 4 --global-batch-size 16 --micro-batch-size 8
-Smoke:   python recipes/logits/dkd.py --data synthetic --teachers {teacher} --steps 4 --global-batch-size 16 --micro-batch-size 8
+Teacher: python recipes/resnet_kd.py --preset cifar --steps 4 --global-batch-size 16 --micro-batch-size 8
+Smoke:   python recipes/logits/dkd.py --teachers {teacher} --steps 4 --global-batch-size 16 --micro-batch-size 8
 """
 
 import math

@@ -1,8 +1,9 @@
-"""The reports of the studies beside this file from their runs' lines; from both, README.md, and its summary in the project's.
+"""README.md, what it shows, and its summary in the project's README, from the runs' lines beside this file.
 
     python recipes/results/tables.py
 
-A study lies in a folder of its own as kd_core.study leaves it. README.md is README.md.jinja with the numbers that the
+A study lies in a folder of its own: study.json, and what its runs said in runs.json and runs.csv (kd_core/runs/lean.py); the
+teachers and caches that prepare.sh made lie in `prepared`, in the same form. README.md is README.md.jinja with the numbers that the
 functions of `FOR_THE_PAGE` read from the lines, so that none is written by hand but what a run was set to.
 """
 
@@ -25,45 +26,19 @@ import scipy.stats
 from kd_core import compare
 from kd_core.glue import report as glue_report
 from kd_core.runs import lean
-from kd_core.study import Study, read_study, write_reports
+from kd_core.runs.design import Study, read_study
 from kd_core.teachers.sources import CACHE_PREFIX
 from kd_core.time_to_quality import comparison as time_to_quality
-from kd_core.time_to_quality.curves import quantile
+from kd_core.time_to_quality import report as time_to_quality_report
 
 HERE = Path(__file__).parent
 TEMPLATE = "README.md.jinja"
 PREPARED = "prepared"  # what prepare.sh made, for all studies, or in the folder of one on a machine of its own
-REPORT, LONGEST = "report", "longest"  # folders of the reports; of _write_longest, for a baseline in longer runs
+LONGEST = "longest"
 METHODS = {"tradeoff": "ends of runs", "learning": "first crossings", LONGEST: "first crossings, longest runs"}
 
 
-# --- reports ----------------------------------------------------------------------------------------------------------
-
-
-def write_all_reports(folder: Path, out: Path) -> None:
-    """The reports of the study in `folder` from its lines, into `out`; the teachers' own costs from what was prepared."""
-    study, runs = read_study(folder / "study.json"), Path("recipes/results", folder.name)
-    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
-        Path("runs").symlink_to(prepared_for(folder))
-        Path("recipes").symlink_to(HERE.parent)
-        write_reports(study, runs, out / REPORT)
-        if (folder / LONGEST).exists():
-            _write_longest(study, runs, out / LONGEST)
-
-
-def _write_longest(study: Study, runs: Path, out: Path) -> None:
-    """Reports of first crossings, each arm in its longest runs in `runs`, be they another length than the baseline's."""
-
-    def folders(arm: str) -> list[Path]:
-        steps = max((path.name for path in (runs / arm).iterdir()), key=int)
-        return [runs / arm / steps / str(seed) for seed in study.seeds]
-
-    for arm in study.arms:
-        if arm != study.baseline:
-            time_to_quality.report(folders(study.baseline), folders(arm), metric=study.metric, out=out / arm)
-
-
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- lines ------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -72,19 +47,66 @@ def study_of(name: str) -> Study:
 
 
 @cache
+def runs_of(name: str) -> dict[str, lean.Lean]:
+    """By ARM/STEPS/SEED, runs outside of the study's design included."""
+    return lean.read(HERE / name)
+
+
+def lengths_of(name: str, arm: str) -> list[int]:
+    """Those that the arm has runs of, lengths that the study lacks included."""
+    return sorted({int(run.split("/")[1]) for run in runs_of(name) if run.split("/")[0] == arm})
+
+
+def prepared_for(name: str) -> str:
+    """What was prepared for the study: on its own machine, or for all."""
+    own = f"{name}/{PREPARED}"
+    return own if (HERE / own).exists() else PREPARED
+
+
+@cache
+def restored(name: str) -> tempfile.TemporaryDirectory[str]:
+    """A folder in which the study's runs, teachers and caches lie as they did when they ran."""
+    place = tempfile.TemporaryDirectory()
+    for run, said in runs_of(name).items():
+        lean.restore(said, Path(place.name, "recipes/results", name, run), Path("recipes/results", name))
+    for run, said in runs_of(prepared_for(name)).items():
+        lean.restore(said, Path(place.name, "runs", run), Path("runs"))
+    return place
+
+
+@cache
+def report(name: str, arm: str, longest: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The time-to-quality report of an arm against the baseline, and what its figures show.
+
+    Args:
+        longest: of first crossings, each arm in its longest runs, be they another length than the baseline's.
+    """
+    study = study_of(name)
+
+    def folders(own: str) -> list[Path]:
+        lengths = lengths_of(name, own)[-1:] if longest else study.lengths
+        return [Path("recipes/results", name, own, str(steps), str(seed)) for steps in lengths for seed in study.seeds]
+
+    with contextlib.chdir(restored(name).name):
+        return time_to_quality.compared(
+            folders(study.baseline), folders(arm), metric=study.metric, lower_is_better=study.lower_is_better,
+            may_differ=() if longest else study.may_differ,
+        )  # fmt: skip
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
 def results(name: str, arm: str, steps: int) -> dict[int, dict[str, Any]]:
-    """`result` of the finished runs by seed, those outside of the study's design included."""
-    found = {}
-    for file in (HERE / name / arm / str(steps)).glob("*/run.json"):
-        result = json.loads(file.read_text()).get("result", {})
-        if result.get("stopped") == "finished":
-            found[int(file.parent.name)] = result
-    return dict(sorted(found.items()))
+    """What the runs ended with, by seed."""
+    own = {run: said for run, said in runs_of(name).items() if run.startswith(f"{arm}/{steps}/")}
+    return dict(sorted((int(run.split("/")[2]), said.end | said.record["result"]) for run, said in own.items()))
 
 
 def shown_as(metric: str) -> tuple[str, int, int]:
     """Its name with its unit, the factor to that unit, and digits."""
-    return ("eval/accuracy, %", 100, 1) if metric == "eval/accuracy" else (metric, 1, 3)
+    unit, scale, digits = compare.shown_as(metric)
+    return unit, scale, digits - 1
 
 
 def qualities(name: str, steps: int, arm: str) -> dict[int, float]:
@@ -102,14 +124,16 @@ def gain(name: str, steps: int, arm: str, other: str = "", *, interval: bool = T
     """`sign` times mean difference of quality to `other`, by default the baseline, in the same seeds; 95 % interval."""
     ours, theirs = (qualities(name, steps, one) for one in (arm, other or study_of(name).baseline))
     digits = shown_as(study_of(name).metric)[2]
-    told = mean_and_interval([sign * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs], digits)
+    values = [sign * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
+    told = compare.mean_interval(values).told(digits, signed=False)
     return told if interval else told.split(" ")[0]
 
 
 def slower(name: str, steps: int, arm: str, other: str = "", *, interval: bool = True) -> str:
     """Training seconds as a multiple of `other`'s, by default the baseline's, in the same seeds; 95 % interval."""
     ours, theirs = (results(name, one, steps) for one in (arm, other or study_of(name).baseline))
-    told = ratio_and_interval([ours[seed]["train_s"] / theirs[seed]["train_s"] for seed in ours if seed in theirs])
+    values = [ours[seed]["train_s"] / theirs[seed]["train_s"] for seed in ours if seed in theirs]
+    told = compare.ratio_interval(values).told(2, signed=False)
     return told if interval else told.split(" ")[0]
 
 
@@ -176,15 +200,22 @@ class Times(NamedTuple):
 @cache
 def times(name: str, arm: str, method: str = "tradeoff") -> Times:
     """By the ends of runs (`tradeoff`), by first crossings (`learning`), or those against longer runs (`longest`)."""
-    file = HERE / name / (LONGEST if method == LONGEST else REPORT) / arm / "report.json"
-    rows = json.loads(file.read_text())["targets"] if file.exists() else []
+    if arm == study_of(name).baseline or (method == LONGEST and not has_longer(name)):
+        return Times([])
+    rows = report(name, arm, method == LONGEST)[0]["targets"]
     method = "learning" if method == LONGEST else method
     return Times([row for row in rows if row["method"] == method and row["speedup"] is not None])
 
 
+def has_longer(name: str) -> bool:
+    """Whether the baseline has runs that are longer than the study's."""
+    study = study_of(name)
+    return max(lengths_of(name, study.baseline)) > max(study.lengths)
+
+
 def equal_speed(name: str, arm: str) -> str:
     """The median of `longest`, were the baseline's longer runs as fast a step as its runs of the study's longest."""
-    longest = max(int(path.name) for path in (HERE / name / study_of(name).baseline).iterdir())
+    longest = max(lengths_of(name, study_of(name).baseline))
     slow, fast = (
         np.mean([run["train_s"] / steps for run in results(name, study_of(name).baseline, steps).values()])
         for steps in (longest, max(study_of(name).lengths))
@@ -192,41 +223,18 @@ def equal_speed(name: str, arm: str) -> str:
     return f"{np.median([row['speedup'] for row in times(name, arm, LONGEST).rows]) * fast / slow:.1f}"
 
 
-def prepared_for(folder: Path) -> Path:
-    return folder / PREPARED if (folder / PREPARED).exists() else HERE / PREPARED
-
-
 def prepared(path: str, entry: str, digits: int = 0, scale: float = 1, study: str = "") -> str:
-    """Of what prepare.sh made: `entry` of a teacher's result, or the `seconds` that making a cache took."""
-    file = prepared_for(HERE / study) / path / ("build.json" if path.startswith("caches") else "run.json")
-    record = json.loads(file.read_text())
-    return f"{scale * record.get('result', record)[entry]:.{digits}f}"
+    """Of what prepare.sh made: `entry` of a teacher's last line, or the `train_s` that making a cache took."""
+    return f"{scale * runs_of(prepared_for(study))[path].end[entry]:.{digits}f}"
 
 
 def teachers_quality(name: str, arm: str, digits: int | None = None, index: int = 0) -> str:
     """Of one of the arm's teachers, on the documents or images that judge the students."""
     study = study_of(name)
     _, scale, own_digits = shown_as(study.metric)
-    file = HERE / name / arm / str(study.lengths[0]) / str(study.seeds[0]) / "run.json"
-    value = scale * json.loads(file.read_text())["teachers"][index][study.metric]
+    record = runs_of(name)[f"{arm}/{study.lengths[0]}/{study.seeds[0]}"].record
+    value = scale * record["teachers"][index][study.metric]
     return f"{value:.{own_digits if digits is None else digits}f}"
-
-
-def mean_and_interval(values: Sequence[float], digits: int) -> str:
-    """Mean and its 95 % interval (Student's t), which a single value has not."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.{digits}f}"
-    half = quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return f"{mean:.{digits}f} ({mean - half:.{digits}f} to {mean + half:.{digits}f})"
-
-
-def ratio_and_interval(values: Sequence[float]) -> str:
-    """Geometric mean and its 95 % interval."""
-    logs = np.log(values)
-    half = quantile(len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
-    middle, low, high = (math.exp(float(logs.mean()) + shift) for shift in (0.0, -half, half))
-    return f"{middle:.2f}" + ("" if math.isnan(half) else f" ({low:.2f} to {high:.2f})")
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -315,8 +323,9 @@ def crossings(name: str) -> str:
     """After how many seconds the runs of each arm and length, lengths that the study lacks included, were at a loss."""
     targets, rows = (6.0, 5.8, 5.5, 5.0, 4.5, 4.0, 3.7), []
     for arm in study_of(name).arms:
-        for length in sorted((HERE / name / arm).iterdir(), key=lambda path: int(path.name)):
-            runs, cells = [evaluations(length / str(seed)) for seed in study_of(name).seeds], []
+        for length in lengths_of(name, arm):
+            runs = [evaluations(runs_of(name)[f"{arm}/{length}/{seed}"]) for seed in study_of(name).seeds]
+            cells = []
             for target in targets:
                 first = [next((at["train_s"] for at in run if at["eval/loss"] <= target), None) for run in runs]
                 seen = [seconds for seconds in first if seconds is not None]
@@ -325,25 +334,24 @@ def crossings(name: str) -> str:
                 else:
                     cells.append(f"{len(seen)} of {len(first)} seeds" if seen else "")
             if any(cells):
-                rows.append([arm, length.name, *cells])
+                rows.append([arm, str(length), *cells])
     return table(["arm", "steps", *(f"s to {target}" for target in targets)], rows)
 
 
-def evaluations(run: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if "eval/loss" in line]
+def evaluations(run: lean.Lean) -> list[dict[str, Any]]:
+    return [line for line in run.lines if "eval/loss" in line]
 
 
 def single_runs(name: str) -> str:
     """Where the single runs in a folder ended."""
     rows = []
-    for run in sorted(path for path in (HERE / name).iterdir() if path.is_dir()):
-        last, record = evaluations(run)[-1], json.loads((run / "run.json").read_text())
-        metric = {"bert_kd": "eval/loss", "resnet_kd": "eval/accuracy"}[record["recipe"]]
+    for run, said in sorted(((run.split("/")[0], said) for run, said in runs_of(name).items()), key=lambda one: one[0]):
+        metric = {"bert_kd": "eval/loss", "resnet_kd": "eval/accuracy"}[said.record["recipe"]]
         unit, scale, digits = shown_as(metric)
-        planned = record["config"]["steps"]
+        planned = said.record["config"]["steps"]
+        last = evaluations(said)[-1]
         steps = f"{planned}" if last["step"] == planned else f"{last['step']} of {planned}"
-        rows.append([run.name, steps, f"{scale * last[metric]:.{digits}f}"])
+        rows.append([run, steps, f"{scale * last[metric]:.{digits}f}"])
     return table(["run", "steps", unit], rows)
 
 
@@ -399,10 +407,15 @@ def quoted(readme: str, page: str) -> str:
     return re.sub(r"(?:^> .*\n)+", lambda _: quotation, readme, flags=re.MULTILINE)
 
 
+def draw() -> None:
+    """The pictures of the page."""
+    with tempfile.TemporaryDirectory() as place:
+        time_to_quality_report.write(*report("bert_long", "large", True), Path(place))
+        Path(place, "quality.png").rename(HERE / "bert_long.png")
+
+
 if __name__ == "__main__":
-    for name in studies():
-        with contextlib.redirect_stdout(None):
-            write_all_reports(HERE / name, HERE / name)
+    draw()
     (HERE / "README.md").write_text(page())
     readme = HERE.parents[1] / "README.md"
     readme.write_text(quoted(readme.read_text(), page()))

@@ -38,6 +38,7 @@ def runs(tmp_path: Path) -> dict[str, lean.Lean]:
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "build.json").write_text('{"seconds": 12.5}')
+    (cache / "header.json").write_text('{"teacher": "runs/study/x/teacher"}')
     made = {"cache": lean.of_run(cache, STUDY), "teacher": run(tmp_path, "teacher", logged[:3], width=7, teachers=[])}
     made |= {f"a/6/{seed}": run(tmp_path, f"a/6/{seed}", logged, seed=seed) for seed in (1, 2)}
     return made | {f"b/6/{seed}": run(tmp_path, f"b/6/{seed}", logged, seed=seed, beta=8.0) for seed in (1, 2)}
@@ -77,6 +78,8 @@ def test_a_restored_run_says_the_same(runs: dict[str, lean.Lean], tmp_path: Path
     assert record["config"]["teachers"] == [f"cache:{elsewhere}/cache", f"{elsewhere}/teacher"]
     assert record["result"]["stopped"] == "finished" and record["result"]["eval/accuracy"] == 0.5
     assert lean.of_run(elsewhere / "b/6/1", elsewhere) == runs["b/6/1"]
+    lean.restore(runs["cache"], elsewhere / "cache", elsewhere)
+    assert lean.of_run(elsewhere / "cache", elsewhere) == runs["cache"]
     (teacher,) = record["teachers"]
     assert set(teacher) == {"name", "eval/loss", "fingerprint"} and len(teacher["fingerprint"]) == lean.MARK
 
