@@ -279,7 +279,7 @@ def forest(groups: Mapping[str, Sequence[tuple[str, Interval, int]]], unit: str)
             axes.plot(interval.mean, place, "o", color=colours[side], markersize=5)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(lines)), [label for label, *_ in lines])
-    axes.invert_yaxis()
+    axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_xlabel(unit)
     return figure
 
@@ -309,7 +309,9 @@ def plot(study: Study, runs: Mapping[str, lean.Lean], metric: str | None = None)
         arms = [arm for arm in study.arms if arm != study.baseline]
         pairs = [(arm, at.difference(arm, study.baseline)) for arm in arms]
         groups[f"after {steps} steps"] = [(arm, interval, at.side(interval)) for arm, interval in pairs]
-    return forest(groups, f"{shown_as(metric or study.metric)[0]} less that of {study.baseline}")
+    return forest(
+        groups, f"{shown_as(metric or study.metric)[0]}: difference to {study.baseline}, {CONFIDENCE:.0%} intervals"
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ Source:  Zhao et al. 2022, arXiv 2203.08679, equation 7; weights, tau and warm-u
 Command: deepspeed recipes/logits/dkd.py --preset imagenet --teachers resnet34 --beta 0.5 --temperature 1 --kd-warmup 0.01
 Teacher: python recipes/resnet_kd.py --preset cifar --steps 4 --global-batch-size 16 --micro-batch-size 8
 Smoke:   python recipes/logits/dkd.py --teachers {teacher} --steps 4 --global-batch-size 16 --micro-batch-size 8
+Found:   CIFAR-100 at 16 x 16, 3 epochs, five seeds: -0.90 points (-2.25 to 0.44) against plain distillation, not shown; 10.3 more
+         than labels (results/methods/dkd)
 """
 
 import math

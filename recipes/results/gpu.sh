@@ -21,19 +21,10 @@ for study in "$@"; do
     ln -sfnT "$data" "$root/runs/data/$name"
 done
 cd "$root"
-finished='"stopped": "finished"'
 for study in "$@"; do
-    out=runs/gpu/$study
-    if grep -qs "$finished" "$out/teacher/run.json" && [ ! -e "$out/teacher/hf" ]; then # its lines alone were brought here
-        rm -r "$out/teacher"
-        find "$out" -name run.json ! -exec grep -q "$finished" {} \; -printf '%h\0' | xargs -0r rm -r
-    fi
+    out=runs/gpu/$study to=recipes/results/gpu_$study
     bash launch/study.sh "recipes/results/gpu/$study.json" --out "$out"
-    to=recipes/results/gpu_$study
     mkdir -p "$to"
-    (cd "$out" && find . -name study.json -o -name run.json -o -name metrics.jsonl | tar -c -T -) | tar -x -C "$to"
-    rm -rf "$to/prepared"
-    mkdir -p "$to/prepared/gpu/$study" # where the reports look for what the teacher cost
-    mv "$to/teacher" "$to/prepared/gpu/$study"
+    cp "$out/study.json" "$out/runs.json" "$out/runs.csv" "$to"
 done
 bash launch/env.sh python3 recipes/results/tables.py

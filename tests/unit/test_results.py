@@ -1,12 +1,12 @@
 """What recipes/results says follows from the lines that are committed there."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
-from kd_core.study import design, read_study
+from kd_core.runs import jobs, lean
+from kd_core.study import design, read_study, restore
 from recipes.results import tables
 from tests.conftest import ROOT
 
@@ -16,6 +16,9 @@ EVALUATED = re.compile(r"```.*?```|\{\{.*?\}\}|\{%.*?%\}|`[^`]*`|\]\(.*?\)", re.
 # rate of the tuning, dates and versions.
 SAID = {"1.42", "1.96", "95", "30", "35", "48", "1.8", "6", "224", "1,000", "3,000", "5,000", "45,000", "4e-3"}
 SAID |= {"21", "22", "28", "2026", "2.14", "2.15", "0.19.8", "3.11"}
+STUDIES = [tables.HERE / name for name in tables.studies()] + sorted(
+    file.parent for file in (tables.HERE / "methods").rglob("runs.json")
+)
 GPU = sorted((tables.HERE / "gpu").glob("*.json"))
 
 
@@ -29,7 +32,7 @@ def test_the_page_is_that_of_the_lines() -> None:
 
 def test_no_result_is_written_by_hand() -> None:
     """Numbers that the template does not compute are what runs were set to, or `SAID`."""
-    files = [*tables.HERE.glob("*/study.json"), *GPU, tables.HERE / "prepare.sh"]
+    files = [*tables.HERE.rglob("study.json"), *GPU, tables.HERE / "prepare.sh"]
     settings = {number for file in files for number in NUMBER.findall(file.read_text())}
     told = NUMBER.findall(EVALUATED.sub("", (tables.HERE / tables.TEMPLATE).read_text()))
     assert not set(told) - settings - SAID
@@ -41,14 +44,32 @@ def test_the_readme_quotes_the_page_as_it_is() -> None:
     assert tables.quoted(readme, tables.page()) == readme
 
 
-@pytest.mark.parametrize("name", tables.studies())
-def test_the_reports_are_those_of_the_lines(name: str, tmp_path: Path) -> None:
-    folder = tables.HERE / name
-    tables.write_all_reports(folder, tmp_path)
-    made = {file.relative_to(tmp_path): json.loads(file.read_text()) for file in tmp_path.glob("*/*/report.json")}
-    kept = {file.relative_to(folder): json.loads(file.read_text()) for file in folder.glob("*/*/report.json")}
-    assert made == kept
-    assert len(made) >= len(read_study(folder / "study.json").arms) - 1
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
+def test_a_study_goes_on_in_a_clone_and_runs_nothing_that_stands_in_its_lines(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = Path("runs/study", folder.name)
+    study, there = read_study(folder / "study.json"), lean.read(folder)
+    runs = [run for run in design(study, out) if "/" in run.name]
+    assert {run.name for run in runs} <= set(there)
+    restore(runs, there, out, study.ranks)
+    for run in runs:
+        jobs.check_unchanged(run, run.fields, recipe=Path(run.recipe).stem, ranks=study.ranks, defaults=run.defaults)
+        assert jobs.finished(run)
+    collected = {run.name: lean.of_run(run.folder, out) for run in runs}
+    lean.write(tmp_path, there | collected)
+    for file in ("runs.json", "runs.csv"):
+        assert (tmp_path / file).read_text() == (folder / file).read_text()
+
+
+def test_what_is_committed_is_small() -> None:
+    """Lines are text for people and diffs; a study of a method has no pictures."""
+    files = [file for file in tables.HERE.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    assert sum(file.stat().st_size for file in files) < 1.2e6
+    assert sum(file.suffix in (".png", ".svg") for file in files) <= 6
+    for folder in tables.HERE.glob("methods/*"):
+        assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 30_000, folder
 
 
 @pytest.mark.parametrize("file", GPU, ids=lambda file: file.stem)

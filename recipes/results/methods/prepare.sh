@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The data of the methods' studies, into runs/data/; CIFAR100 is a folder with train.parquet and test.parquet:
+#     CIFAR100=cifar100 bash recipes/results/methods/prepare.sh
+# Settings are tuned on NAME_tuning: a tenth of the training images is held out there, and the test images are not.
+set -euo pipefail
+cd "$(dirname "$0")/../../.."
+
+data() { # NAME FOLDER
+    mkdir -p "runs/data/$1_tuning"
+    ln -sfn "$(realpath "$2")" "runs/data/$1"
+    python - "$2/train.parquet" "runs/data/$1_tuning" <<'END'
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+
+images = pq.read_table(sys.argv[1])
+order, held_out = np.random.default_rng(0).permutation(len(images)), len(images) // 10
+for split, rows in (("train", order[held_out:]), ("validation", order[:held_out])):
+    pq.write_table(images.take(np.sort(rows)), f"{sys.argv[2]}/{split}.parquet")
+END
+}
+data cifar100 "$CIFAR100"
