@@ -7,29 +7,43 @@ and `cfg.lr` stay flat.
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
+import itertools
 import json
 import os
 import re
 import shlex
 import signal
 import sys
+import textwrap
 import time
+import typing
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
 import tyro
 
 
+class Preset(dict[str, Any]):
+    """Flags under a name, and what they are for in a line."""
+
+    def __init__(self, about: str, **flags: Any) -> None:
+        super().__init__(flags)
+        self.about = about
+
+
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """What every set of flags is: presets by name, and checks that call the next group's."""
+    """What every set of flags is: presets by name, a heading in --help, and checks that call the next group's."""
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # flags by the name that --preset takes
+    PRESETS: ClassVar[dict[str, Preset]] = {}  # by the name that --preset takes
+    GROUP: ClassVar[str] = "recipe"  # what --help calls the fields that a class declares; each class says its own
 
     def __post_init__(self) -> None:
         """Where the chain of the groups' checks ends."""
@@ -43,6 +57,7 @@ class Flags:
 ConfigT = TypeVar("ConfigT", bound=Flags)
 
 # Flags that --resume may change: where, how long and how often, never what is computed.
+COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")  # of the shell; tyro's own flags
 FREE_ON_RESUME = frozenset({"out", "resume", "max_minutes", "save_every", "keep", "eval_every", "log_every", "workers"})
 
 
@@ -141,7 +156,7 @@ def _without(words: Sequence[str], fields: Collection[str]) -> list[str]:
 def take_preset(config_type: Any, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The flags of `--preset NAME` in `words`, and the words without it."""
     name, rest = take(words, "--preset")
-    presets: dict[str, dict[str, Any]] = getattr(config_type, "PRESETS", {})
+    presets: dict[str, Preset] = getattr(config_type, "PRESETS", {})
     if name is not None and name not in presets:
         raise ValueError(f"--preset must be one of {sorted(presets)}, got {name}")
     return presets.get(name or "", {}), rest
@@ -163,8 +178,11 @@ def read_flags(config_type: type[ConfigT], words: list[str], default: ConfigT) -
     Raises:
         ValueError: an unknown flag (with the nearest known one), a value of the wrong type.
     """
+    if {"-h", "--help"}.intersection(words):
+        print_help(config_type, default)
+        raise SystemExit(0)
     known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(config_type)}
-    known |= {flag.replace("--", "--no-", 1) for flag in known} | {"--help", "--load"}
+    known |= {flag.replace("--", "--no-", 1) for flag in known} | {"--load", *COMPLETION}
     for word in words:
         flag = word.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:
@@ -175,9 +193,44 @@ def read_flags(config_type: type[ConfigT], words: list[str], default: ConfigT) -
         with contextlib.redirect_stderr(box):
             return tyro.cli(config_type, args=words, default=default)
     except SystemExit as end:
-        if end.code == 0:
+        if not end.code:
             raise
     body = [line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()]
     message = " ".join(body[1 : body.index("", 1)] if "" in body[1:] else body[1:])
     message = message.removeprefix(f"Error parsing {config_type.__name__}: ")
     raise ValueError(f"{message} (--help lists all flags)")
+
+
+def print_help(config_type: type[Flags], default: Flags) -> None:
+    """The flags in groups, each with the heading of the class that first declares it, their defaults, and the presets."""
+    groups: dict[str, list[tuple[str, Any, Any]]] = {}
+    named: set[str] = set()
+    for cls in filter(dataclasses.is_dataclass, reversed(config_type.__mro__)):
+        types, told = typing.get_type_hints(cls), _help_of_fields(cls)
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for name in [name for name in vars(cls).get("__annotations__", ()) if name in fields and name not in named]:
+            kind: Any = Annotated[types[name], tyro.conf.arg(help=told.get(name, ""))]
+            groups.setdefault(vars(cls).get("GROUP", Flags.GROUP), []).append((name, kind, getattr(default, name)))
+            named.add(name)
+    boxes = []
+    for heading, own in groups.items():
+        box: Any = dataclasses.make_dataclass(heading, [(name, kind) for name, kind, _ in own], frozen=True)
+        boxes.append((heading, box, dataclasses.field(default=box(*(value for *_, value in own)))))
+    presets = "".join(f"\n--preset {name}: {preset.about}" for name, preset in config_type.PRESETS.items())
+    about = (
+        f"{inspect.getdoc(config_type)}\n{presets}\n\n--load RUN_JSON: the flags of a run, over which those given win."
+    )
+    whole: Any = tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("flags", boxes, frozen=True)]  # type: ignore[misc]
+    with contextlib.suppress(SystemExit):
+        tyro.cli(whole, args=["--help"], description=about)
+
+
+def _help_of_fields(cls: type[Any]) -> dict[str, str]:
+    """The strings that stand below the fields of a class."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    return {
+        field.target.id: " ".join(below.value.value.split())
+        for field, below in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
+    }  # fmt: skip

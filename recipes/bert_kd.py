@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from kd_core.cache import mlm
+from kd_core.cli import Preset
 from kd_core.losses.distillation import distillation_sum
 from kd_core.runs.sources import model_source
 from kd_core.teachers import pool, sources, window
@@ -54,10 +55,12 @@ class Config(DistillFlags, TrainFlags, MaskingFlags):
     save_every: int = 3500
     eval_every: int = 3500
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        # The teacher term of the code that the authors released, beside --teachers and --kd-ratio 0.9.
-        "as-released": dict(temperature=4.0, divergence="reverse_kl", softmax_axis="sequence"),
-    }
+    PRESETS: ClassVar[dict[str, Preset]] = {
+        "as-released": Preset(
+            "the teacher term of the code that the authors released, beside --teachers and --kd-ratio 0.9",
+            temperature=4.0, divergence="reverse_kl", softmax_axis="sequence",
+        ),
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

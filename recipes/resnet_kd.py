@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from kd_core.cache import images as cached
+from kd_core.cli import Preset
 from kd_core.images import batches, classifiers, evaluation
 from kd_core.images.flags import ImageFlags, TeacherViewFlags
 from kd_core.images.resnets import average_batch_norm, synchronize_batch_norm
@@ -77,17 +78,17 @@ class Config(DistillFlags, TrainFlags, TeacherViewFlags, ImageFlags):
     save_every: int = 3125
     eval_every: int = 3125
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+    PRESETS: ClassVar[dict[str, Preset]] = {
         # The authors' baseline (codestar12/composer-hydra-template): 90 epochs of 625 steps; the defaults above.
-        "baseline-90": dict(data="ILSVRC/imagenet-1k", lr_batch_size=2048),
+        "baseline-90": Preset("the authors' baseline: ResNet-50, 90 epochs of ImageNet", data="ILSVRC/imagenet-1k", lr_batch_size=2048),
         # Mosaic ResNet "mild" at its 36 epochs (mosaicml/benchmarks, blogs/resnet/recipes).
-        "mild-36": dict(
+        "mild-36": Preset("Mosaic ResNet's mild recipe: 36 epochs of ImageNet",
             data="ILSVRC/imagenet-1k", steps=22_500, lr_batch_size=2048, train_size=176, eval_resize=232, blurpool=True,
             loss="bce",
             label_smoothing=0.08, resize_from=0.5, ema_half_life=100, teacher_size=0,
         ),
         # Batch, momentum and crop of He et al. 2015, section 4.2; rate and decay for 5 epochs of CIFAR-10, minutes here.
-        "cifar": dict(
+        "cifar": Preset("a small ResNet on small images, minutes on a CPU",
             student="resnet8", train_size=32, eval_resize=32, eval_size=32, crop="padded", steps=2000,
             global_batch_size=128, micro_batch_size=64, lr=0.2, lr_batch_size=None, momentum=0.9, decoupled=False,
             eval_every=500, save_every=1000, deepspeed_config="zero0_fp32_cpu.json", teacher_dtype="fp32",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from kd_core.cache import logits, records
+from kd_core.cli import Preset
 from kd_core.images import classifiers, sources
 from kd_core.images.batches import MicroBatch, ValidationBatches, load, num_workers, on_device, training_batch
 from kd_core.images.batches import build as build_data
@@ -46,6 +47,7 @@ class BuildFlags(logits.BuildFlags, TeacherViewFlags, ImageFlags):
     `--preset baseline-90`, `mild-36` or `cifar`: the views of the recipe's preset.
     """
 
+    GROUP: ClassVar[str] = "cache"
     view_patterns: int = 4
     """Different views of each image: epoch e of a run uses pattern e mod this."""
     view_seed: int = 17
@@ -54,11 +56,23 @@ class BuildFlags(logits.BuildFlags, TeacherViewFlags, ImageFlags):
 
     AGREE = ("train_size", "crop", "min_scale", "randaugment", "decoder", "teacher_size", "teacher_dtype")
     SHARED = ("view_seed", "view_patterns")
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "baseline-90": dict(data="ILSVRC/imagenet-1k"),
-        "mild-36": dict(data="ILSVRC/imagenet-1k", train_size=176, eval_resize=232, teacher_size=0),
-        "cifar": dict(
-            train_size=32, eval_resize=32, eval_size=32, crop="padded", micro_batch_size=64, teacher_dtype="fp32"
+    PRESETS: ClassVar[dict[str, Preset]] = {
+        "baseline-90": Preset("views of the recipe of that name", data="ILSVRC/imagenet-1k"),
+        "mild-36": Preset(
+            "views of the recipe of that name",
+            data="ILSVRC/imagenet-1k",
+            train_size=176,
+            eval_resize=232,
+            teacher_size=0,
+        ),
+        "cifar": Preset(
+            "views of small images",
+            train_size=32,
+            eval_resize=32,
+            eval_size=32,
+            crop="padded",
+            micro_batch_size=64,
+            teacher_dtype="fp32",
         ),
     }
 

@@ -32,6 +32,7 @@ STORED = {"bf16": "<i2", "fp32": "<f4"}  # NumPy has no bfloat16: its bits
 class BuildFlags(cli.Flags):
     """The flags of a build that all tasks share."""
 
+    GROUP: ClassVar[str] = "cache"
     teacher: str = ""
     """The model that answers: a source of the recipe's --teachers."""
     out: str = ""

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from kd_core.training.processes import join
 class BuildFlags(logits.BuildFlags, MaskingFlags):
     """Computes a teacher's answers for every row of a corpus once. What was killed is continued by the same command."""
 
+    GROUP: ClassVar[str] = "cache"
     mask_patterns: int = 4
     """Different masks of each row: epoch e of a run uses pattern e mod this."""
     mask_seed: int = 17

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from kd_core.cli import Flags
+from kd_core.cli import Flags, Preset
 from kd_core.images.views import MIN_SIZE, View
 from kd_core.training.flags import TrainFlags
 
@@ -15,6 +15,7 @@ from kd_core.training.flags import TrainFlags
 class ImageFlags(Flags):
     """Source, views for training and evaluation, and what decodes."""
 
+    GROUP: ClassVar[str] = "data"
     data: str = "digits"
     """Folder <split>/<class>/<image> or a .tar of it, parquet, a hub name, digits (small scans that are at hand), or
     synthetic[:CLASSESxSIDE] (noise)."""
@@ -63,6 +64,7 @@ class ImageFlags(Flags):
 class TeacherViewFlags(Flags):
     """What teachers see, and what they compute in."""
 
+    GROUP: ClassVar[str] = "teachers"
     teacher_size: int | None = None
     """Side of the teachers' view, pixels; default: each one's own; 0: as the student's."""
     teacher_dtype: Literal["bf16", "fp32"] = "bf16"
@@ -77,6 +79,7 @@ class TeacherViewFlags(Flags):
 class ClassifierFlags(TrainFlags, ImageFlags):
     """A classifier trained by SGD, as methods on images share it: by default a small ResNet on images of 32 x 32."""
 
+    GROUP: ClassVar[str] = "model"
     student: str = "resnet8"
     """resnet8 to resnet110 (6n + 2, for 32 x 32), torchvision's resnet18 to resnet152 and wide ones, or a run folder."""
     momentum: float = 0.9
@@ -95,9 +98,9 @@ class ClassifierFlags(TrainFlags, ImageFlags):
     eval_every: int = 500
     deepspeed_config: str = "zero0_fp32_cpu.json"
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+    PRESETS: ClassVar[dict[str, Preset]] = {
         # torchvision's reference for ResNets: 90 epochs of ImageNet, batch 256.
-        "imagenet": dict(
+        "imagenet": Preset("torchvision's reference: ResNet-18, 90 epochs of ImageNet, batch 256",
             student="resnet18", data="ILSVRC/imagenet-1k", train_size=224, eval_resize=256, eval_size=224, crop="resized",
             steps=450_000, global_batch_size=256, micro_batch_size=32, lr=0.1, weight_decay=1e-4, eval_every=5000,
             save_every=5000, deepspeed_config="zero1_bf16.json",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from kd_core.losses.distillation import Divergence, Ensemble
 from kd_core.runs.flags import RunFlags
@@ -24,6 +24,7 @@ class Window(NamedTuple):
 class TeacherFlags(RunFlags):
     """Who answers, and where their weights are. Without `WindowFlags` they answer at every step."""
 
+    GROUP: ClassVar[str] = "teachers"
     teachers: tuple[str, ...] = ()
     """Models to distil from: run folders, Hugging Face folders or hub names."""
     sampler: Sampler = "uniform"
@@ -81,6 +82,7 @@ class TeacherFlags(RunFlags):
 class WindowFlags(TeacherFlags):
     """A window of the run in which teachers answer; outside of it the method trains on labels alone."""
 
+    GROUP: ClassVar[str] = "method"
     kd_start: float = 0.0
     """Start of the window, as a fraction of --steps."""
     kd_stop: float = 1.0
@@ -104,6 +106,7 @@ class WindowFlags(TeacherFlags):
 class DistillFlags(WindowFlags):
     """How much of the loss is the teachers', and at which temperature: for methods that mix a label and a teacher term."""
 
+    GROUP: ClassVar[str] = "method"
     kd_ratio: float = 0.0
     """Weight of the teacher term inside the window, in [0, 1]; the labels get the rest."""
     temperature: float = 1.0

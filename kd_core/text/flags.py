@@ -12,6 +12,7 @@ MIN_SEQ_LEN, MAX_SEQ_LEN = 8, 65_536
 class TextFlags(Flags):
     """Source, tokenizer and length of samples."""
 
+    GROUP: ClassVar[str] = "data"
     data: str = "embedded"
     """c4, a hub name, a file or folder of txt/jsonl/json/parquet (.gz, .xz), or embedded (Python's documentation)."""
     tokenizer: str | None = None
@@ -34,6 +35,7 @@ class TextFlags(Flags):
 class MaskingFlags(TextFlags):
     """Samples for masked language modelling."""
 
+    GROUP: ClassVar[str] = "data"
     mask_fraction: float = 0.15
     """Share of the positions masked in training (MosaicBERT: 0.30); evaluation always masks 0.15."""
 

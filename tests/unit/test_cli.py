@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 
@@ -111,7 +112,13 @@ def test_a_fault_of_ours_keeps_its_traceback() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class WithPresets(Config):
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"short": dict(steps=7, seed=3, compile=True), "other": dict(lr=0.5)}
+    PRESETS: ClassVar[dict[str, cli.Preset]] = {
+        "short": cli.Preset("in no time", steps=7, seed=3, compile=True),
+        "other": cli.Preset("half", lr=0.5),
+    }
+    own: int = 3
+    """What this one
+    adds."""
 
 
 def test_a_typed_preset_goes_over_the_launch_file_whose_own_goes_under_it(tmp_path: Path) -> None:
@@ -127,3 +134,25 @@ def test_a_typed_preset_goes_over_the_launch_file_whose_own_goes_under_it(tmp_pa
     assert (loaded.steps, loaded.seed, loaded.lr) == (7, 3, 0.25)
     with pytest.raises(ValueError, match=r"--preset must be one of \['other', 'short'\], got long"):
         cli.parse(WithPresets, ["--preset", "long"])
+
+
+def test_help_has_every_flag_once_under_the_class_that_declares_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        cli.parse(WithPresets, ["--seed", "4", "--help"])
+    assert end.value.code == 0
+    told = capsys.readouterr().out
+    assert "--preset short: in no time" in told and "--load RUN_JSON" in told
+    boxes = dict(re.findall(r"╭─ (\w+) options ─+╮\n(.*?)╰", told, re.DOTALL))
+    flags = [flag for box in boxes.values() for flag in re.findall(r"^│ (--[\w-]+)", box, re.MULTILINE)]
+    assert sorted(flags) == sorted("--" + field.name.replace("_", "-") for field in dataclasses.fields(WithPresets))
+    assert "--max-minutes" in boxes["run"] and "--lr" in boxes["engine"] and "--sampler" in boxes["teachers"]
+    assert re.search(r"--own INT +What this one adds\. \(default: 3\)", boxes["recipe"])
+
+
+def test_the_shell_can_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.parse(WithPresets, ["--tyro-print-completion", "bash"])
+    assert not end.value.code and "--max-minutes" in capsys.readouterr().out
