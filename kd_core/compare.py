@@ -262,7 +262,7 @@ def forest(groups: Mapping[str, Sequence[tuple[str, Interval, int]]], unit: str)
     """A figure of intervals, a line each, in groups.
 
     Args:
-        groups: by heading (label, interval, 1 good or -1 bad or 0 undecided).
+        groups: by heading (label, interval, 1 good, -1 bad, 0 not decided).
         unit: what the axis says.
     """
     from matplotlib.figure import Figure

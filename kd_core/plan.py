@@ -315,7 +315,7 @@ def table(plan: Plan, rows: Sequence[dict[str, float]]) -> str:
         f"{plan.steps} steps of {plan.global_batch_size} samples, without teachers and with them in {share:.1%}.",
     ]
     lines += [
-        "Distillation pays if it needs fewer steps than that for equal quality; training the teachers is not counted."
+        "Distillation is faster if it needs fewer steps than that for equal quality; training the teachers is not counted."
     ]
     if any(row["samples_per_gpu"] < plan.micro_batch_size for row in rows):
         lines += [f"* less than the measured micro-batch of {plan.micro_batch_size} on a GPU: may well be slower."]

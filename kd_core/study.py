@@ -53,6 +53,7 @@ from kd_core import cli, compare
 from kd_core.runs import jobs, lean
 from kd_core.runs.design import REPORT, TEACHER, Study, interleaved, read_study, study_file
 from kd_core.system import files
+from kd_core.system.terminal import say
 from kd_core.time_to_quality import comparison as time_to_quality
 from kd_core.time_to_quality import curves
 
@@ -224,6 +225,7 @@ def main() -> None:
         help="what to run, a file or the folder of a study.json; see the top of kd_core/study.py",
     )
     parser.add_argument("--out", type=Path, help="folder of the runs; default runs/study/<name of the file, or folder>")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run, or why it is refused, and end")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, or one without a GPU")
     with cli.one_line_errors():
         args = parser.parse_args()
@@ -235,6 +237,12 @@ def main() -> None:
             raise ValueError(f"--out {out} exists and holds no study; choose another folder")
         lines = args.study if args.study.is_dir() else out
         there = lean.read(lines)
+        missing = [run for run in runs if run.name not in there and not jobs.finished(run)]
+        say(
+            f"{len(runs)} runs of {len(study.arms)} arms into {out}; {len(missing)} to make, {sum(run.steps for run in missing)} steps"
+        )
+        if args.dry_run:
+            return
         out.mkdir(parents=True, exist_ok=True)
         with jobs.locked(out) as lock:
             restore(runs, there, out, study.ranks)

@@ -70,7 +70,7 @@ class Study:
 
         claim = self.claim if isinstance(self.claim, dict) else {}
         arms = self.arms if isinstance(self.arms, dict) else {}
-        claim_ok = set(claim) == CLAIM and {claim["arm"], claim["against"]} <= set(arms)
+        claim_ok = set(claim) == CLAIM and all(isinstance(text, str) for text in claim.values())
         names = f"names (not {' or '.join(NO_ARM)})"
         fields_ok = isinstance(self.may_differ, Sequence) and all(isinstance(name, str) for name in self.may_differ)
         checks = {
@@ -89,12 +89,15 @@ class Study:
             "metric": (isinstance(self.metric, str), "the name of an evaluation metric, such as eval/loss"),
             "lower_is_better": (isinstance(self.lower_is_better, bool | None), "true or false"),
             "may_differ": (not isinstance(self.may_differ, str) and fields_ok, "a list of fields of the runs' config"),
-            "claim": (self.claim is None or claim_ok, f"an object of {', '.join(sorted(CLAIM))}, the first two arms"),
+            "claim": (self.claim is None or claim_ok, f"an object of the texts {', '.join(sorted(CLAIM))}"),
             "ranks": (type(self.ranks) is int and self.ranks > 0, "a number of processes, at least 1"),
         }
         for name, (ok, allowed) in checks.items():
             if not ok:
                 raise ValueError(f'"{name}" must be {allowed}, got {json.dumps(getattr(self, name))}')
+        for entry in ("arm", "against") if claim else ():
+            if claim[entry] not in arms:
+                raise ValueError(f'"claim": "{entry}" must be one of the arms {list(arms)}, got "{claim[entry]}"')
 
 
 def study_file(path: Path) -> Path:

@@ -363,7 +363,7 @@ def _row(method: str, curves: tuple[Curve, Curve], target: float) -> dict[str, A
     row |= {"baseline": slow and _detail(slow), "against": fast and _detail(fast)}
     if slow is None or fast is None:
         return row
-    row |= {"speedup": _tidy(math.exp(slow.means[0] - fast.means[0])), "verdict": "undecided"}
+    row |= {"speedup": _tidy(math.exp(slow.means[0] - fast.means[0])), "verdict": "not decided"}
     interval = log_interval(slow, fast)
     if interval:
         low, high = (_tidy(math.exp(np.clip(bound, -99, 99))) for bound in interval)
@@ -373,7 +373,7 @@ def _row(method: str, curves: tuple[Curve, Curve], target: float) -> dict[str, A
 
 def verdict(low: float, high: float) -> str:
     """What an interval of the speed-up says."""
-    return "pays" if low > 1 else "does not pay" if high < 1 else "undecided"
+    return "faster" if low > 1 else "slower" if high < 1 else "not decided"
 
 
 def _detail(arm: Reached) -> dict[str, Any]:
@@ -393,9 +393,9 @@ def _tidy(value: float) -> Any:
 
 
 def _payback(study: dict[str, Any], row: dict[str, Any]) -> float | None:
-    """Student runs that pay back the teachers' training; None where distillation does not pay or a cost is unknown."""
+    """Student runs that pay back the teachers' training; None where distillation is not faster or a cost is unknown."""
     costs = [study[name]["teacher_seconds"] for name in ARMS]
-    saved = row["verdict"] == "pays" and row["baseline_s"] - row["against_s"]
+    saved = row["verdict"] == "faster" and row["baseline_s"] - row["against_s"]
     return _tidy(max(0.0, costs[1] - costs[0]) / saved) if saved and None not in costs else None
 
 

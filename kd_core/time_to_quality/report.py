@@ -21,8 +21,8 @@ from kd_core.system.terminal import aligned, markdown_table
 METHODS = {"tradeoff": "Tradeoff curve", "learning": "Learning curve"}
 NAMES = {"baseline": "baseline", "against": "distilled"}
 EXPLANATION = (
-    "- Speed-up: seconds of the baseline over seconds of the distilled arm, at equal quality. *pays*: its interval is "
-    "above 1; *does not pay*: below 1; *undecided*: it contains 1, or there is none. Each interval is for one target.",
+    "- Speed-up: seconds of the baseline over seconds of the distilled arm, at equal quality. *faster*: its interval is "
+    "above 1; *slower*: below 1; *not decided*: it contains 1, or there is none. Each interval is for one target.",
     "- Tradeoff curve: several lengths an arm, the schedule scaled to each, quality at the end. Learning curve: the "
     "first crossing of the target within a run, at the evaluations that all runs share; every run must reach it. "
     "Nothing is extrapolated: what an arm does not reach is *out of reach*.",

@@ -35,6 +35,14 @@ HERE = Path(__file__).parent
 TEMPLATE = "README.md.jinja"
 PREPARED = "prepared"  # what prepare.sh made, for all studies, or in the folder of one on a machine of its own
 LONGEST = "longest"
+# (what it is, study, arm, its teacher) of the table of what was found.
+FOUND = (
+    ("BERT past its plateau; a larger teacher in the first 20 %", "bert_long", "large", "good"),
+    ("the same; a teacher of its own size, to the end", "bert_long", "long", "long"),
+    ("BERT on its plateau; a larger teacher to the end", "bert", "kd", "good"),
+    ("ResNet-8, CIFAR-10; a teacher of its own size", "resnet_window", "kd", "resnet8_16"),
+    ("ResNet-8, photographs; a larger teacher", "imagenette", "kd", "imagenette20"),
+)
 METHODS = {"tradeoff": "ends of runs", "learning": "first crossings", LONGEST: "first crossings, longest runs"}
 
 
@@ -183,7 +191,7 @@ class Times(NamedTuple):
 
     @property
     def payback(self) -> str:
-        """After how many students the teachers and their caches are paid back, where it pays."""
+        """After how many students the teachers and their caches are paid back, where it is faster."""
         students = [math.ceil(row["payback_runs"]) for row in self.rows if row["payback_runs"]]
         return f"{min(students)} to {max(students)}" if students else "never"
 
@@ -290,12 +298,12 @@ def speedup(name: str) -> str:
 
 
 def online_totals() -> str:
-    """At how many targets of all studies in `verdicts` online distillation pays, by the ends of runs."""
+    """At how many targets of all studies in `verdicts` online distillation is faster, by the ends of runs."""
     counts: Counter[str] = Counter()
     for name, arm in arms_with_teachers():
         if CACHE_PREFIX not in study_of(name).arms[arm]:
             counts.update(row["verdict"] for row in times(name, arm).rows)
-    return ", ".join(f"{verdict} at {counts[verdict]}" for verdict in ("pays", "undecided", "does not pay"))
+    return ", ".join(f"{verdict} at {counts[verdict]}" for verdict in ("faster", "not decided", "slower"))
 
 
 def arms_with_teachers() -> list[tuple[str, str]]:
@@ -313,10 +321,10 @@ def verdicts() -> str:
         if found.rows:
             source = "a cache" if CACHE_PREFIX in study_of(name).arms[arm] else "its model"
             counts = Counter(row["verdict"] for row in found.rows)
-            told = [str(counts[verdict] or "") for verdict in ("pays", "undecided", "does not pay")]
+            told = [str(counts[verdict] or "") for verdict in ("faster", "not decided", "slower")]
             rows.append([name, arm, source, METHODS[method], found.targets, found.range, *told])
     head = ["study", "arm", "teacher's answers from", "by", "targets", "times as fast"]
-    return table([*head, "pays", "undecided", "does not pay"], rows)
+    return table([*head, "faster", "not decided", "slower"], rows)
 
 
 def crossings(name: str) -> str:
@@ -355,6 +363,61 @@ def single_runs(name: str) -> str:
     return table(["run", "steps", unit], rows)
 
 
+class Pair(NamedTuple):
+    """Observed runs of two lengths: the shortest of an arm whose mean is as good as the baseline's longest of the study."""
+
+    ours: dict[int, dict[str, Any]]  # results by seed
+    theirs: dict[int, dict[str, Any]]
+    better: int  # seeds in which ours is at least as good
+
+
+@cache
+def pair(name: str, arm: str) -> Pair | None:
+    """None where no length of the arm is as good."""
+    study = study_of(name)
+    sign = 1 if time_to_quality.direction(study.metric, study.lower_is_better) else -1
+    theirs = results(name, study.baseline, max(study.lengths))
+    for steps in lengths_of(name, arm):
+        ours = results(name, arm, steps)
+        losses = {
+            seed: (sign * ours[seed][study.metric], sign * theirs[seed][study.metric])
+            for seed in ours
+            if seed in theirs
+        }
+        if np.mean([mine for mine, _ in losses.values()]) <= np.mean([other for _, other in losses.values()]):
+            return Pair(ours, theirs, sum(mine <= other for mine, other in losses.values()))
+    return None
+
+
+def found() -> str:
+    """What a teacher saved, and what it cost: observed runs, nothing between them."""
+    rows = []
+    for setting, name, arm, teacher in FOUND:
+        study, at = study_of(name), pair(name, arm)
+        steps, digits = max(study.lengths), shown_as(study.metric)[2] - (study.metric == "eval/loss")
+        unit = " %" if study.metric == "eval/accuracy" else ""
+        row = [setting, f"{steps}", f"{quality(name, steps, study.baseline, digits)}{unit}"]
+        row += [f"{quality(name, steps, arm, digits)}{unit}", slower(name, steps, arm, interval=False)]
+        if at is None:
+            row += ["not reached", ""]
+        else:
+            alone, ours = (np.mean([run["train_s"] for run in runs.values()]) for runs in (at.theirs, at.ours))
+            row += [f"{next(iter(at.ours.values()))['step']}, in {at.better} of {len(at.ours)} seeds"]
+            row += [f"{alone:.0f} → {ours:.0f}, {'less' if ours < alone else 'more'}: {ours / alone:.2f}"]
+        rows.append([*row, f"{prepared(f'teachers/{teacher}', 'train_s', study=name)} s"])
+    head = [
+        "student and teacher",
+        "steps",
+        "alone",
+        "with it",
+        "a step costs, times",
+        "as good after steps",
+        "seconds",
+        "its own training",
+    ]
+    return table(head, rows)
+
+
 def glue(name: str) -> str:
     """What GLUE says of models, the table of the folder's glue.json."""
     text = glue_report.markdown(json.loads((HERE / name / "glue.json").read_text()))
@@ -388,7 +451,7 @@ def methods() -> str:
 
 
 FOR_THE_PAGE: tuple[Callable[..., Any], ...] = (
-    arms, compared, crossings, equal_speed, gain, glue, glue_gap, methods, milliseconds, online_totals, prepared, quality, single_runs, slower, speedup,
+    arms, compared, crossings, equal_speed, found, gain, glue, glue_gap, methods, milliseconds, online_totals, prepared, quality, single_runs, slower, speedup,
     teachers_quality, times, verdicts,
 )  # fmt: skip
 
@@ -400,11 +463,10 @@ def page() -> str:
     return template.render({function.__name__: function for function in FOR_THE_PAGE})
 
 
-def quoted(readme: str, page: str) -> str:
-    """The project's README with its quotation, the page's section "In short", made anew."""
-    lines = page.split("## In short\n\n")[1].split("\n\n")[0].split("\n")
-    quotation = "".join(f"> {line}\n" for line in lines)
-    return re.sub(r"(?:^> .*\n)+", lambda _: quotation, readme, flags=re.MULTILINE)
+def with_table(readme: str) -> str:
+    """The project's README with its table made anew."""
+    first, last = "<!-- made by recipes/results/tables.py -->\n", "<!-- end -->"
+    return re.sub(f"{first}.*?{last}", lambda _: f"{first}{found()}\n{last}", readme, flags=re.DOTALL)
 
 
 def draw() -> None:
@@ -418,4 +480,4 @@ if __name__ == "__main__":
     draw()
     (HERE / "README.md").write_text(page())
     readme = HERE.parents[1] / "README.md"
-    readme.write_text(quoted(readme.read_text(), page()))
+    readme.write_text(with_table(readme.read_text()))

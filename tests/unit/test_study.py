@@ -178,8 +178,14 @@ def test_arms_are_innermost_and_take_turns_in_going_first() -> None:
         ({"arms": {"plain": "", "kd": {"seeds": []}}}, '"arms" must be two or more names'),
         ({"prepare": {"kd": "x.py"}}, '"prepare" must be names'),
         ({"prepare": {"cache": ""}}, '"prepare" must be names'),
-        ({"claim": {"arm": "kd"}}, '"claim" must be an object of against, arm, criterion, paper, setting'),
-        ({"claim": CLAIM | {"against": "none"}}, '"claim" must be an object of'),
+        (
+            {"claim": {"arm": "kd"}},
+            '"claim" must be an object of the texts against, arm, criterion, paper, setting, got',
+        ),
+        (
+            {"claim": CLAIM | {"against": "none"}},
+            '"claim": "against" must be one of the arms [\'plain\', \'kd\'], got "none"',
+        ),
         ({"may_differ": "data"}, '"may_differ" must be a list of fields of the runs\' config, got "data"'),
     ],
 )

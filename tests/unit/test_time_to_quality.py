@@ -92,10 +92,10 @@ def rows(study: dict[str, Any], method: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("speed", "step_s", "speedup", "verdict"),
     [
-        (2.0, 0.1, 2.0, "pays"),
-        (2.0, 0.15, 4 / 3, "pays"),
-        (1.0, 0.1, 1.0, "undecided"),
-        (1.0, 0.2, 0.5, "does not pay"),
+        (2.0, 0.1, 2.0, "faster"),
+        (2.0, 0.15, 4 / 3, "faster"),
+        (1.0, 0.1, 1.0, "not decided"),
+        (1.0, 0.2, 0.5, "slower"),
     ],
 )
 @pytest.mark.parametrize("metric", ["eval/loss", "eval/accuracy"])
@@ -248,7 +248,7 @@ def test_equal_arms_evaluated_at_other_steps_are_equal(tmp_path: Path) -> None:
 
     coarse = arm("coarse", 800, 8)
     study = report(coarse, arm("fine", 800, 80))
-    assert {(row["speedup"], row["verdict"]) for row in study["targets"]} == {(1, "undecided")}
+    assert {(row["speedup"], row["verdict"]) for row in study["targets"]} == {(1, "not decided")}
     assert any("only 8 evaluations are shared" in note for note in study["notes"])
     study = report(coarse, arm("short", 400, 40))  # at the same eighths of the run
     assert any("only 8 evaluations are shared" in note for note in study["notes"])
@@ -292,7 +292,7 @@ def test_nothing_is_extrapolated_and_one_run_short_of_the_target_is_enough(tmp_p
     against = make_arm(tmp_path / "kd", lengths=(400,), speed=2)
     hard, easy = 2 + 20 / math.sqrt(600), 2 + 20 / math.sqrt(30)
     study = report(baseline, against, targets=[hard, easy, loss_at(200)])
-    assert [row["verdict"] for row in study["targets"]] == ["out of reach", "out of reach", "pays"]
+    assert [row["verdict"] for row in study["targets"]] == ["out of reach", "out of reach", "faster"]
     first = study["targets"][0]
     assert first["baseline_s"] is None is first["speedup"]
     assert first["against_s"] == pytest.approx(30, rel=0.01)
@@ -315,7 +315,7 @@ def test_a_single_run_an_arm_gives_numbers_without_an_interval(
     study = report([make_run(tmp_path / "a")], [make_run(tmp_path / "b", speed=2)])
     for row in study["targets"]:
         assert row["speedup"] == pytest.approx(2, rel=0.1)
-        assert (row["method"], row["low"], row["high"], row["verdict"]) == ("learning", None, None, "undecided")
+        assert (row["method"], row["low"], row["high"], row["verdict"]) == ("learning", None, None, "not decided")
     assert "without an interval" in capsys.readouterr().out
 
 
@@ -374,7 +374,7 @@ def test_nothing_is_paid_back_where_distillation_does_not_pay(tmp_path: Path) ->
     study = report(
         [make_run(tmp_path / "a")], [make_run(tmp_path / "b", speed=2, kd_ratio=0.9, teachers=[str(teacher)])]
     )
-    assert all(row["speedup"] > 1 and row["verdict"] == "undecided" for row in study["targets"])
+    assert all(row["speedup"] > 1 and row["verdict"] == "not decided" for row in study["targets"])
     assert {row["payback_runs"] for row in study["targets"]} == {None}
 
 
@@ -399,7 +399,7 @@ def test_the_command_writes_the_whole_report(tmp_path: Path) -> None:
     assert study["against"]["runs"] == [str(folder) for folder in against]
     fields = {"target", "method", "baseline_s", "against_s", "speedup", "low", "high", "verdict"}
     assert all(fields <= set(row) for row in study["targets"])
-    assert "Distillation: pays at 5 of 5 targets (tradeoff curve)." in (out / "report.md").read_text()
+    assert "Distillation: faster at 5 of 5 targets (tradeoff curve)." in (out / "report.md").read_text()
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
