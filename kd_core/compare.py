@@ -11,6 +11,11 @@ STUDY is the folder of a study, with study.json, runs.json and runs.csv (kd_core
     memory      the most a process has held: on a GPU tensors, else all of the process
     seconds     of training in a run; what the teacher and its answers cost stands apart, once for all runs
 
+Of several lengths it also says what an arm saves to be as good as the longest runs of the baseline, from finished runs alone: the
+shortest length whose mean is as good, steps times the cost of a step, and after how many such students the teacher and its answers
+are paid back. Where the cost of a step, measured in runs that took turns, varies so much that less and more are both possible, the
+seconds are not decided: the machine was too busy to tell.
+
 A study's `claim` is that `arm` is better than `against`, after its longest runs:
 
     holds here      the difference's interval lies on the good side of zero
@@ -157,6 +162,97 @@ class Compared:
         return {1: "holds here", 0: "not shown", -1: "contradicted"}[side]
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What an arm needs to be as good as the longest runs of the baseline.
+
+    Args:
+        steps: of the arm's shortest length that is as good in the mean, and of the baseline's longest.
+        seeds: in how many it is, and of how many.
+        cost: of a step, as a multiple of the baseline's: mean, smallest and largest over runs of the same seed and length.
+        seconds: of training alone, and with the teacher at the mean cost.
+        once: seconds of what was made before the runs.
+    """
+
+    steps: tuple[int, int]
+    seeds: tuple[int, int]
+    cost: tuple[float, float, float]
+    seconds: tuple[float, float]
+    once: float
+
+    @property
+    def share(self) -> list[float]:
+        """Of the baseline's seconds: mean, smallest, largest."""
+        return [self.steps[0] / self.steps[1] * cost for cost in self.cost]
+
+    @property
+    def verdict(self) -> str:
+        _, low, high = self.share
+        return "faster" if high < 1 else "slower" if low > 1 else "not decided"
+
+    @property
+    def students(self) -> int | None:
+        """After how many the teacher is paid back; None where no seconds are saved."""
+        saved = self.seconds[0] - self.seconds[1]
+        return math.ceil(self.once / saved) if self.verdict == "faster" else None
+
+
+def saved(study: Study, runs: Mapping[str, lean.Lean], arm: str, metric: str | None = None) -> Saved | None:
+    """None where no length of the arm is as good."""
+    at = {steps: compare(study, runs, steps, metric) for steps in sorted(study.lengths)}
+    longest, baseline = at[max(at)], study.baseline
+    costs = [
+        own.seconds[arm][seed] / own.seconds[baseline][seed]
+        for own in at.values()
+        for seed in own.seconds[arm].keys() & own.seconds[baseline].keys()
+    ]
+    cost = (math.exp(float(np.mean(np.log(costs)))), min(costs), max(costs))
+    theirs = longest.values[baseline]
+    alone = float(np.mean(list(longest.seconds[baseline].values())))
+    for steps, own in at.items():
+        if own.better * (own.mean(arm) - longest.mean(baseline)) >= 0:
+            as_good = [
+                own.better * (value - theirs[seed]) >= 0 for seed, value in own.values[arm].items() if seed in theirs
+            ]
+            seconds = alone, alone * steps / longest.steps * cost[0]
+            return Saved(
+                (steps, longest.steps), (sum(as_good), len(as_good)), cost, seconds, sum(own.prepared.values())
+            )
+    return None
+
+
+def told_saved(study: Study, runs: Mapping[str, lean.Lean], metric: str | None = None) -> str:
+    """What every arm saves, as a table, and a sentence on each."""
+    metric = metric or study.metric
+    unit, _, digits = shown_as(metric)
+    longest = compare(study, runs, max(study.lengths), metric)
+    goal = f"{study.baseline} after {longest.steps} steps, {unit} {longest.mean(study.baseline):.{digits - 1}f}"
+    rows = [["arm", f"{unit} then", "as good after", "in seeds", "a step costs, times", "seconds, times", "verdict"]]
+    sentences = []
+    for arm in study.arms:
+        if arm == study.baseline:
+            continue
+        own = saved(study, runs, arm, metric)
+        if own is None:
+            rows.append([arm, f"{longest.mean(arm):.{digits - 1}f}", "not reached", "", "", "", ""])
+            continue
+        cost, share = (f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in (own.cost, own.share))
+        seeds = f"{own.seeds[0]} of {own.seeds[1]}"
+        rows.append(
+            [arm, f"{longest.mean(arm):.{digits - 1}f}", f"{own.steps[0]} steps", seeds, cost, share, own.verdict]
+        )
+        told = f"{arm}: {own.steps[0]} steps in place of {own.steps[1]}, each {own.cost[0]:.2f} times as long"
+        if own.verdict == "not decided":
+            told += "; whether that is sooner, these runs cannot tell, or the machine was too busy"
+        else:
+            told += f": {own.seconds[1]:.0f} s of training in place of {own.seconds[0]:.0f}"
+        if own.once:
+            pays = f"paid back after {own.students} students" if own.students else "not paid back"
+            told += f". The teacher and its answers took {own.once:.0f} s, once: {pays}"
+        sentences.append(told + ".")
+    return "\n".join([f"to be as good as {goal}:", *aligned(rows), *sentences])
+
+
 def compare(study: Study, runs: Mapping[str, lean.Lean], steps: int, metric: str | None = None) -> Compared:
     """The runs of `steps` steps.
 
@@ -198,7 +294,8 @@ def _of(runs: Mapping[str, lean.Lean], arm: str, steps: int) -> dict[int, lean.L
 
 def told(study: Study, runs: Mapping[str, lean.Lean], metric: str | None = None) -> str:
     """All lengths, and what follows for the claim, for the terminal."""
-    return "\n\n".join(_told(compare(study, runs, steps, metric)) for steps in sorted(study.lengths))
+    lengths = [_told(compare(study, runs, steps, metric)) for steps in sorted(study.lengths)]
+    return "\n\n".join([*lengths, told_saved(study, runs, metric)] if len(lengths) > 1 else lengths)
 
 
 def _told(at: Compared) -> str:

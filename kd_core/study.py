@@ -35,6 +35,7 @@ The same call continues a study that was stopped or killed. What has finished is
 added; a flag that would alter a run already begun is refused.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -265,10 +266,14 @@ def main() -> None:
             of_arms = [run for run in runs if "/" in run.name]
             jobs.run_all(of_arms if all(map(jobs.finished, of_arms)) else runs, at_once, lock, told, out)
             collect()
+            there = lean.read(lines)
             if study.claim is None:
-                write_reports(study, out, out / REPORT)
+                with contextlib.redirect_stdout(None):
+                    write_reports(study, out, out / REPORT)
+                print(compare.told_saved(study, there) if len(study.lengths) > 1 else compare.told(study, there))
+                print(f"times to equal quality, and pictures: {out / REPORT}")
             else:
-                print(compare.told(study, lean.read(lines)))
+                print(compare.told(study, there))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ for requirement in project["dependencies"] + (project["optional-dependencies"]["
         no(f"{name} is not installed")
     if not version or numbers(version) < numbers(bound):
         no(f"{name} is {version}, needed is {bound}")
-    names.append({"scikit-learn": "sklearn"}.get(name, name))
+    names.append({"scikit-learn": "sklearn", "pytest-xdist": "xdist"}.get(name, name))
     identity.append(version)
 installed = importlib.util.find_spec("kd_core") is not None
 if in_venv and not installed:

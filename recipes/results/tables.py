@@ -363,59 +363,39 @@ def single_runs(name: str) -> str:
     return table(["run", "steps", unit], rows)
 
 
-class Pair(NamedTuple):
-    """Observed runs of two lengths: the shortest of an arm whose mean is as good as the baseline's longest of the study."""
-
-    ours: dict[int, dict[str, Any]]  # results by seed
-    theirs: dict[int, dict[str, Any]]
-    better: int  # seeds in which ours is at least as good
-
-
-@cache
-def pair(name: str, arm: str) -> Pair | None:
-    """None where no length of the arm is as good."""
-    study = study_of(name)
-    sign = 1 if time_to_quality.direction(study.metric, study.lower_is_better) else -1
-    theirs = results(name, study.baseline, max(study.lengths))
-    for steps in lengths_of(name, arm):
-        ours = results(name, arm, steps)
-        losses = {
-            seed: (sign * ours[seed][study.metric], sign * theirs[seed][study.metric])
-            for seed in ours
-            if seed in theirs
-        }
-        if np.mean([mine for mine, _ in losses.values()]) <= np.mean([other for _, other in losses.values()]):
-            return Pair(ours, theirs, sum(mine <= other for mine, other in losses.values()))
-    return None
-
-
 def found() -> str:
-    """What a teacher saved, and what it cost: observed runs, nothing between them."""
+    """What a teacher saved, and what it cost, by finished runs."""
     rows = []
     for setting, name, arm, teacher in FOUND:
-        study, at = study_of(name), pair(name, arm)
-        steps, digits = max(study.lengths), shown_as(study.metric)[2] - (study.metric == "eval/loss")
+        study, saved = study_of(name), compare.saved(study_of(name), runs_of(name), arm)
+        assert saved is not None
+        digits = shown_as(study.metric)[2] - (study.metric == "eval/loss")
         unit = " %" if study.metric == "eval/accuracy" else ""
-        row = [setting, f"{steps}", f"{quality(name, steps, study.baseline, digits)}{unit}"]
-        row += [f"{quality(name, steps, arm, digits)}{unit}", slower(name, steps, arm, interval=False)]
-        if at is None:
-            row += ["not reached", ""]
-        else:
-            alone, ours = (np.mean([run["train_s"] for run in runs.values()]) for runs in (at.theirs, at.ours))
-            row += [f"{next(iter(at.ours.values()))['step']}, in {at.better} of {len(at.ours)} seeds"]
-            row += [f"{alone:.0f} → {ours:.0f}, {'less' if ours < alone else 'more'}: {ours / alone:.2f}"]
-        rows.append([*row, f"{prepared(f'teachers/{teacher}', 'train_s', study=name)} s"])
+        ours, steps = saved.steps
+        alone, with_it = saved.seconds
+        rows.append([
+            setting, f"{steps}", *(f"{quality(name, steps, one, digits)}{unit}" for one in (study.baseline, arm)),
+            f"{ours}, in {saved.seeds[0]} of {saved.seeds[1]} seeds", f"{saved.cost[0]:.2f}",
+            f"{alone:.0f} → {with_it:.0f}, times {with_it / alone:.2f}", f"{prepared(f'teachers/{teacher}', 'train_s', study=name)} s",
+        ])  # fmt: skip
     head = [
         "student and teacher",
         "steps",
         "alone",
         "with it",
+        "as good after",
         "a step costs, times",
-        "as good after steps",
         "seconds",
-        "its own training",
+        "its training",
     ]
     return table(head, rows)
+
+
+def seconds_for_longest(name: str, arm: str) -> str:
+    """Of those of the baseline's longest runs, to be as good; smallest to largest."""
+    saved = compare.saved(study_of(name), runs_of(name), arm)
+    assert saved is not None
+    return "{:.2f} ({:.2f} to {:.2f})".format(*saved.share)
 
 
 def glue(name: str) -> str:
@@ -451,7 +431,7 @@ def methods() -> str:
 
 
 FOR_THE_PAGE: tuple[Callable[..., Any], ...] = (
-    arms, compared, crossings, equal_speed, found, gain, glue, glue_gap, methods, milliseconds, online_totals, prepared, quality, single_runs, slower, speedup,
+    arms, compared, crossings, equal_speed, found, gain, glue, glue_gap, methods, milliseconds, online_totals, prepared, quality, seconds_for_longest, single_runs, slower, speedup,
     teachers_quality, times, verdicts,
 )  # fmt: skip
 
