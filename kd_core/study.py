@@ -232,26 +232,29 @@ def main() -> None:
         args = parser.parse_args()
         file = study_file(args.study)
         study = read_study(file)
-        out = args.out or Path("runs/study") / args.study.resolve().stem
+        where = args.study.resolve()
+        below = where.parts[where.parts.index("results") + 1 :] if "results" in where.parts else ()
+        out = args.out or Path("runs/study", "_".join(part for part in below if part != "methods") or where.stem)
         runs, at_once = design(study, out), jobs.places(args.jobs, study.ranks)
         if out.exists() and not (out / "study.json").is_file() and (out.is_file() or list(out.glob("[!.]*"))):
             raise ValueError(f"--out {out} exists and holds no study; choose another folder")
         lines = args.study if args.study.is_dir() else out
         there = lean.read(lines)
+        for run in runs:
+            if run.config:
+                jobs.check_unchanged(
+                    run, run.fields, recipe=Path(run.recipe).stem, ranks=study.ranks, defaults=run.defaults
+                )
         missing = [run for run in runs if run.name not in there and not jobs.finished(run)]
         say(
-            f"{len(runs)} runs of {len(study.arms)} arms into {out}; {len(missing)} to make, {sum(run.steps for run in missing)} steps"
+            f"{len(runs)} runs of {len(study.arms)} arms into {out}; {len(missing)} to make, "
+            f"{sum(run.steps for run in missing)} steps"
         )
         if args.dry_run:
             return
         out.mkdir(parents=True, exist_ok=True)
         with jobs.locked(out) as lock:
             restore(runs, there, out, study.ranks)
-            for run in runs:
-                if run.config:
-                    jobs.check_unchanged(
-                        run, run.fields, recipe=Path(run.recipe).stem, ranks=study.ranks, defaults=run.defaults
-                    )
             if file != out / "study.json":
                 files.write_atomic(out / "study.json", file.read_text())
 

@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-import pydoc_data.topics
+import random
 import signal
 import subprocess
 import sys
@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from kd_core.cache.records import Layout, read_header
-from tests.conftest import DATA, ROOT, cpu_environment, deepspeed, free_port
+from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
 
 RECIPE = ROOT / "recipes" / "bert_kd.py"
 SMALL = (
@@ -27,10 +28,27 @@ SMALL = (
 
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python's language reference as one .txt, documents separated by blank lines."""
-    file = tmp_path_factory.mktemp("corpus") / "topics.txt"
-    file.write_text("\n\n".join(pydoc_data.topics.topics.values()), encoding="utf-8")
+    """One .txt, documents separated by blank lines."""
+    file = tmp_path_factory.mktemp("corpus") / "documents.txt"
+    file.write_text("\n\n".join(documents(80)), encoding="utf-8")
     return file
+
+
+def documents(count: int) -> list[str]:
+    """The same text on every machine: sentences of made-up words, as often as words are, each word followed by few others."""
+    draw = random.Random(0)
+    parts = "ba co di fe gu ha jo ki lu me no pa ra se ti vu".split()
+    words = ["".join(draw.choices(parts, k=draw.choice((1, 2, 2, 3)))) for _ in range(600)]
+    often = [1 / (place + 3) for place in range(len(words))]
+    after = {word: draw.choices(words, often, k=6) for word in words}
+
+    def sentence() -> str:
+        said = draw.choices(words, often)
+        while len(said) < draw.randint(5, 14):
+            said.append(draw.choice(after[said[-1]]))
+        return " ".join(said).capitalize() + "."
+
+    return ["\n".join(" ".join(sentence() for _ in range(5)) for _ in range(draw.randint(3, 30))) for _ in range(count)]
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +82,7 @@ def teacher(train: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
 def glue_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small tasks in GLUE's layout whose labels follow from their texts; of QNLI a dev set alone."""
     folder = tmp_path_factory.mktemp("glue")
-    sentences = itertools.cycle(
-        line.strip() for line in pydoc_data.topics.topics["lambda"].splitlines() if line.strip()
-    )
+    sentences = itertools.cycle(line for text in documents(3) for line in text.splitlines())
     sizes = {"train": 24, "dev": 12, "dev_matched": 12, "dev_mismatched": 10, "test": 5, "test_matched": 5}
     files = dict.fromkeys(("CoLA", "STS-B", "WNLI", "RTE"), ("train", "dev", "test"))
     files |= {"MNLI": ("train", "dev_matched", "dev_mismatched", "test_matched"), "QNLI": ("dev",)}
@@ -188,14 +204,12 @@ class Attempt:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """480 training and 120 validation images of CIFAR-10 as JPEG files, <split>/<class>/<number>.jpg."""
-    source = DATA / "cifar10" / "test.parquet"
-    if not source.exists():
-        pytest.skip(f"{source} is absent")
+    """480 training and 120 validation scans of digits at 32 x 32 as JPEG files, <split>/<class>/<number>.jpg."""
     root = tmp_path_factory.mktemp("images")
-    table = pyarrow.parquet.read_table(source).slice(0, 600).to_pylist()
-    for number, row in enumerate(table):
-        folder = root / ("train" if number < 480 else "val") / f"class{row['label']}"
+    digits = load_digits()
+    for number, (scan, label) in enumerate(zip(digits.images[:600], digits.target[:600], strict=True)):
+        folder = root / ("train" if number < 480 else "val") / f"class{label}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number:04d}.jpg").write_bytes(row["image"]["bytes"])
+        image = Image.fromarray((scan * (255 / 16)).astype("uint8")).resize((32, 32), Image.Resampling.BICUBIC)
+        image.convert("RGB").save(folder / f"{number:04d}.jpg", quality=95)
     return root

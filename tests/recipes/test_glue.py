@@ -75,6 +75,7 @@ def without_seconds(value: Any) -> Any:
     return value
 
 
+@pytest.mark.slow
 def test_two_models_all_tasks_one_table(student: Path, evaluate: Any, tmp_path: Path, glue_folder: Path) -> None:
     words = [student, f"again={student / 'hf'}", "--protocol", "mosaic", *FAST, "--seeds", 1, "RTE=2", "--out", "out"]
     said, _ = finish(evaluate(*words))
@@ -128,6 +129,7 @@ def test_the_smoke_command_of_the_header_runs(student: Path, glue_folder: Path, 
     assert record(tmp_path / "runs" / "glue" / "1")["models"].keys() == {"runs-bert_kd-1"}
 
 
+@pytest.mark.slow
 def test_kill_9_half_way_then_the_same_call(student: Path, evaluate: Any, tmp_path: Path) -> None:
     words = [f"ours={student}", "--protocol", "sane", "--tasks", "CoLA", "WNLI", *FAST, "--epochs", 8, "--seeds", 2]
     finish(evaluate(*words, "--out", "whole"))
@@ -273,6 +275,7 @@ def test_a_student_learns_what_its_teacher_says(run_job: Any, task: str) -> None
     assert taught["teacher"] == {name: value for name, value in alone.items() if name.startswith("eval/")}
 
 
+@pytest.mark.slow
 def test_the_table_says_what_teachers_know(run_job: Any, evaluate: Any, student: Path, tmp_path: Path) -> None:
     wrong, kept = tmp_path / "wrong", run_job("kept", "WNLI", keep_model=True, seed=3)
     shutil.copytree(kept / "hf", wrong)
@@ -361,6 +364,7 @@ def test_checkpoints_of_any_stage_hold_the_run_s_weights(
     shutil.move(tmp_path / "manifest.json", run / "checkpoints" / "step00000008")
 
 
+@pytest.mark.slow
 def test_checkpoints_give_quality_against_pretraining_seconds(
     student: Path, evaluate: Any, glue_folder: Path, cache: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:

@@ -37,7 +37,9 @@ def launch_forms(tmp_path: Path) -> dict[str, list[object]]:
     }
 
 
-@pytest.mark.parametrize("form", ["deepspeed", "hostfile", "bash", "direct"])
+@pytest.mark.parametrize(
+    "form", ["deepspeed", "bash", *(pytest.param(form, marks=pytest.mark.slow) for form in ("hostfile", "direct"))]
+)
 def test_every_form_trains(form: str, teacher: Path, corpus_file: Path, cache: Path, tmp_path: Path) -> None:
     flags = [*SHORT, "--data", corpus_file, "--teachers", teacher, "--out", tmp_path / "run out"]
     words = launch_forms(tmp_path)[form]
@@ -51,6 +53,7 @@ def test_every_form_trains(form: str, teacher: Path, corpus_file: Path, cache: P
     assert not (tmp_path / "runs").exists(), "a teacher was trained although --teachers names one"
 
 
+@pytest.mark.slow
 def test_the_small_preset_runs_on_two_ranks_as_it_stands(corpus_file: Path, cache: Path, tmp_path: Path) -> None:
     words = ["deepspeed", "--num_gpus", 2, "--master_port", free_port(), ROOT / "launch" / "bert_baseline.sh"]
     done = run(*words, "--steps", 10, "--data", corpus_file, cwd=tmp_path, cache=cache)
@@ -94,6 +97,7 @@ def test_bad_input_comes_through_the_launcher(tmp_path: Path, cache: Path) -> No
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_the_small_preset_trains_its_teacher_once(corpus_file: Path, cache: Path, tmp_path: Path) -> None:
     script = tmp_path / "small.py"
     script.write_text(

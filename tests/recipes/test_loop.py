@@ -119,6 +119,7 @@ def test_a_search_without_any_engine_resumes_exactly(tmp_path: Path) -> None:
     assert len({line["width"] for line in whole}) > 4
 
 
+@pytest.mark.slow
 def test_a_chain_killed_in_its_second_stage_continues_there(tmp_path: Path) -> None:
     words = ["--steps", "3000", "--save-every", "100", "--log-every", "1000", "--eval-every", "3000", "--out", "out"]
     command = [sys.executable, str(TOYS / "stages.py"), *words]

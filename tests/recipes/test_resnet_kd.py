@@ -116,6 +116,7 @@ def test_ratio_0_is_bit_identical_to_no_teacher(train: Train, teacher: Path, tmp
     assert trace(tmp_path / "without") == trace(tmp_path / "ratio0")
 
 
+@pytest.mark.slow
 def test_kill_9_on_two_ranks_then_resume_gives_the_same_trace(
     train: Train, teacher: Path, image_folder: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -186,7 +187,7 @@ def one_rank(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_two_ranks_equal_one_on_every_zero_stage(stage: int, train: Train, one_rank: Path, tmp_path: Path) -> None:
     """With the same micro-batches the weights move alike; only the running statistics of evaluation differ.
 
@@ -199,6 +200,7 @@ def test_two_ranks_equal_one_on_every_zero_stage(stage: int, train: Train, one_r
     assert evals(tmp_path / "two")[-1][0] == pytest.approx(evals(one_rank)[-1][0], rel=0.1)
 
 
+@pytest.mark.slow
 def test_synchronised_batch_normalisation_on_two_ranks_equals_one_rank(train: Train, tmp_path: Path) -> None:
     """Twice 8 images normalised together are one micro-batch of 16, running statistics included."""
     train("--out", tmp_path / "one", "--micro-batch-size", 16)
@@ -207,6 +209,7 @@ def test_synchronised_batch_normalisation_on_two_ranks_equals_one_rank(train: Tr
     assert [e[0] for e in evals(tmp_path / "two")] == pytest.approx([e[0] for e in evals(tmp_path / "one")], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_decoupled_decay_is_the_same_on_every_zero_stage(train: Train, tmp_path: Path) -> None:
     runs = []
     for stage in (0, 1, 3):
@@ -219,6 +222,7 @@ def test_decoupled_decay_is_the_same_on_every_zero_stage(train: Train, tmp_path:
     assert runs[2] == pytest.approx(runs[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_teacher_split_by_zero_3_teaches_as_a_whole_one(train: Train, teacher: Path, tmp_path: Path) -> None:
     flags = ["--teachers", teacher, "--kd-ratio", 0.9, "--teacher-dtype", "bf16", "--steps", 2]
     for placement in ("device", "zero3"):

@@ -2,8 +2,8 @@
 
 import json
 import math
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import scipy.stats
 from kd_core import compare
 from kd_core.runs import lean
 from kd_core.runs.design import Study
-from tests.conftest import cpu_environment
 
 CLAIM = {"arm": "new", "against": "kd", "setting": "numbers", "criterion": "above zero", "paper": "+0.5"}
 LABELS, KD = [0.50, 0.52, 0.51, 0.49, 0.50], [0.53, 0.56, 0.55, 0.52, 0.54]
@@ -103,13 +102,27 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def say(*words: str) -> tuple[int, str, list[str]]:
-    command = [sys.executable, "-m", "kd_core.compare", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=cpu_environment(), timeout=120)
-    return done.returncode, done.stdout, done.stderr.splitlines()
+Say = Callable[..., tuple[int, str, list[str]]]
 
 
-def test_the_command_prints_the_table_and_draws_the_plot(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    """Runs the command in this process; its exit code and what it said on both streams."""
+
+    def run(*words: str) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["compare", *words])
+        code: Any = 0
+        try:
+            compare.main()
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return code, said.out, said.err.splitlines()
+
+    return run
+
+
+def test_the_command_prints_the_table_and_draws_the_plot(folder: Path, tmp_path: Path, say: Say) -> None:
     code, out, errors = say(str(folder), "--plot", str(tmp_path / "forest.png"))
     assert (code, errors) == (0, [])
     assert "verdict: not shown; new less kd +0.00 (0.00 to 0.00), half-width 0.00; published: +0.5" in out
@@ -120,7 +133,7 @@ def test_the_command_prints_the_table_and_draws_the_plot(folder: Path, tmp_path:
     assert "eval/ece" in say(str(folder), "--metric", "eval/ece")[1]
 
 
-def test_what_the_command_line_gets_wrong_is_one_line(folder: Path, tmp_path: Path) -> None:
+def test_what_the_command_line_gets_wrong_is_one_line(folder: Path, tmp_path: Path, say: Say) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert say(str(empty))[2] == [

@@ -99,6 +99,7 @@ ARGUMENTS = """--note "two words \\$HOME" 'a"b' '' --exit"""
 PARSED = ["--note", "two words $HOME", 'a"b', "", "--exit"]
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_of_two_forms_do_not_clash(launch: Launch, tmp_path: Path) -> None:
     other = Launch(tmp_path / "other")
     (other.folder / "start.sh").write_text('cd "$(dirname "$0")" && exec sh run.sh "$@"')
@@ -124,6 +125,7 @@ def test_typed_deepspeed_and_executable(launch: Launch, tmp_path: Path) -> None:
     assert other.read("started")[0]["argv"] == ["--local_rank=0", "--exit", "7"]
 
 
+@pytest.mark.slow
 def test_hostfile_without_ssh(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     where = f"--hostfile hosts --no_ssh --node_rank 0 --master_addr 127.0.0.1 --master_port {free_port()}"
