@@ -191,7 +191,7 @@ def read_flags(config_type: type[ConfigT], words: list[str], default: ConfigT) -
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(config_type, args=words, default=default)
+            return _tidy(tyro.cli(config_type, args=words, default=default), default)
     except SystemExit as end:
         if not end.code:
             raise
@@ -199,6 +199,29 @@ def read_flags(config_type: type[ConfigT], words: list[str], default: ConfigT) -
     message = " ".join(body[1 : body.index("", 1)] if "" in body[1:] else body[1:])
     message = message.removeprefix(f"Error parsing {config_type.__name__}: ")
     raise ValueError(f"{message} (--help lists all flags)")
+
+
+def _tidy(flags: ConfigT, default: ConfigT) -> ConfigT:
+    """`flags` with ~ for the home folder, which a shell leaves in `--out=~/x` and `cache:~/x`.
+
+    Raises:
+        ValueError: a text that is blank, as an unset variable of a shell gives it; for a folder it would be the current one.
+    """
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(flags):
+        value = getattr(flags, field.name)
+        texts = [text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
+        if value != getattr(default, field.name) and any(not text.strip() for text in texts):
+            raise ValueError(f"--{field.name.replace('_', '-')} is blank; give a value, or leave the flag out")
+        if any("~" in text for text in texts):
+            home = tuple(_at_home(text) if isinstance(text, str) else text for text in texts)
+            changed[field.name] = home if isinstance(value, tuple) else home[0]
+    return dataclasses.replace(flags, **changed) if changed else flags
+
+
+def _at_home(text: str) -> str:
+    kind, path = re.fullmatch(r"(cache:|\w+=)?(.*)", text, re.DOTALL).groups("")  # type: ignore[union-attr]
+    return kind + os.path.expanduser(path)
 
 
 def print_help(config_type: type[Flags], default: Flags) -> None:

@@ -32,6 +32,14 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def launcher() -> int | None:
+    """The process that started this rank's launcher, `deepspeed` itself; None where DeepSpeed's launcher is not the parent."""
+    try:
+        return psutil.Process(os.getppid()).ppid() if started_by_deepspeed() else None
+    except psutil.Error:  # the parent is gone, or a machine hides its processes
+        return None
+
+
 def started_by_deepspeed() -> bool:
     """Whether this process is a rank of DeepSpeed's launcher, rather than, say, `nohup python recipes/x.py &`."""
     parent = psutil.Process().parent()

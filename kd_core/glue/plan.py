@@ -20,7 +20,7 @@ from kd_core.system import files
 from kd_core.system.terminal import one_line
 from kd_core.text.pretrained import UNLOADABLE
 from kd_core.text.tokenizer import load_tokenizer, require_same_tokenizer
-from kd_core.training.checkpoints import read_checkpoint, read_state, step_of
+from kd_core.training.checkpoints import checkpoint_names, read_checkpoint, read_state, step_of
 
 ENCODER = "bert."  # the part of a masked-language model that is fine-tuned
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
@@ -354,7 +354,8 @@ def checkpoints(model: Model, wanted: Sequence[str], folder: Path) -> list[Model
         return []
     if model.run is None:
         raise ValueError(f"--checkpoints: {model.source} is no run folder; leave the flag or the model out")
-    there = {step_of(path.name): path for path in sorted((Path(model.run) / "checkpoints").glob("step*"))}
+    kept = Path(model.run) / "checkpoints"
+    there = {step_of(name): kept / name for name in checkpoint_names(kept)}
     steps = list(there) if list(wanted) == ["all"] else [int(word) if word.isdecimal() else word for word in wanted]
     steps = list(dict.fromkeys(steps))
     absent = [step for step in steps if step not in there]

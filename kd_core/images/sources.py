@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from kd_core.system.files import build_once, cache_key, cache_root, write_json
+from kd_core.system.files import build_once, cache_key, cache_root, files_below, write_json
 from kd_core.system.hub import HUB_NAME, require_hub
 from kd_core.system.splits import VALIDATION_ONE_IN, named_split
 from kd_core.system.terminal import one_line, say
@@ -207,9 +207,10 @@ def _find(source: str) -> tuple[str, Callable[[], Opened]]:
     if path.is_file() and path.suffix == ".parquet":
         return _identity([path]), lambda: _list_parquet({"train": [path]}, source)
     if path.is_dir():
-        tables = sorted(path.rglob("*.parquet"))
+        below = list(files_below(path))
+        tables = [file for file in below if file.suffix == ".parquet"]
         if tables:
-            if any(_is_image(file) for *_, files in os.walk(path, followlinks=True) for file in files):
+            if any(_is_image(file.name) for file in below):
                 raise ValueError(f"--data {source} holds both images and tables ({tables[0]}); keep one kind there")
             by_split: dict[str, list[Path]] = {}
             for table in tables:
@@ -239,16 +240,13 @@ def _is_image(name: str) -> bool:
 def _list_folder(root: Path, source: str) -> tuple[Opened, int]:
     """The folder's images, and when the newest of them was written."""
     found, changed_ns = [], 0
-    for folder, _, files in os.walk(root, followlinks=True):
-        for file in files:
-            if _is_image(file):
-                path = os.path.join(folder, file)
-                try:
-                    stat = os.stat(path)
-                except OSError:  # a link to nothing; as an image that cannot be read it is named and counted
-                    stat = os.lstat(path)
-                changed_ns = max(changed_ns, stat.st_mtime_ns)
-                found.append((os.path.relpath(path, root), stat.st_size, 0))
+    for path in filter(_is_image, map(str, files_below(root))):
+        try:
+            stat = os.stat(path)
+        except OSError:  # a link to nothing; as an image that cannot be read it is named and counted
+            stat = os.lstat(path)
+        changed_ns = max(changed_ns, stat.st_mtime_ns)
+        found.append((os.path.relpath(path, root), stat.st_size, 0))
     return _layout(str(root), sorted(found), source, in_tar=False), changed_ns
 
 

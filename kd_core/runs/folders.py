@@ -17,7 +17,7 @@ import torch
 from kd_core.cli import FREE_ON_RESUME
 from kd_core.runs.flags import RunFlags
 from kd_core.system import ranks
-from kd_core.system.files import write_atomic
+from kd_core.system.files import hold, write_atomic
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers", "torchvision")
 
@@ -62,6 +62,7 @@ def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path
     check_folder(cfg)
     folder = Path(cfg.out or "")
     if cfg.resume:
+        hold(lock_of(folder), f"--out {folder}")
         return folder
     try:
         if cfg.out is None:
@@ -75,11 +76,18 @@ def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
         write_atomic(folder / "run.json", json.dumps(describe(recipe, cfg), indent=2) + "\n")
         undo.callback((folder / "run.json").unlink, missing_ok=True)
+        undo.callback(shutil.rmtree, folder / "checkpoints", ignore_errors=True)
+        hold(lock_of(folder), f"--out {folder}")
     except OSError as error:
         raise OSError(
             f"--out {folder} cannot be written ({error.strerror}); choose a folder on a disk with room"
         ) from None
     return folder
+
+
+def lock_of(folder: Path) -> Path:
+    """What the processes of a run hold, so that no second ones write into its folder."""
+    return folder / "checkpoints" / ".lock"
 
 
 def remove_if_empty(folder: Path) -> None:

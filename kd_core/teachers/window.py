@@ -48,7 +48,7 @@ def still_needed(cfg: TeacherFlags) -> bool:
     """Whether teachers are asked from where the run begins: it distils, and its newest checkpoint is in the window."""
     if not (cfg.distils and cfg.resume):
         return cfg.distils
-    steps = sorted(path.name for path in Path(cfg.out or "", "checkpoints").glob("step*"))
+    steps = checkpoints.checkpoint_names(Path(cfg.out or "", "checkpoints"))
     answered = check_folder(cfg).get("teachers", ())
     # A run that is older than fingerprints takes its masks from the caches themselves.
     known = answered and all("fingerprint" in one for one in answered)

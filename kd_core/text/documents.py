@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kd_core.system.files import files_below
 from kd_core.system.hub import require_hub
 from kd_core.system.splits import VALIDATION_ONE_IN, named_split
 from kd_core.system.terminal import one_line
@@ -108,7 +109,7 @@ def find_files(source: Path) -> list[tuple[str | None, Path]]:
             f"--data {source}: no such file or folder; give a path, 'c4', 'owner/name' on the Hugging Face hub, or "
             "'embedded' for the text that comes with Python"
         )
-    paths = sorted(path for path in source.rglob("*") if path.is_file() and file_kind(path))
+    paths = [path for path in files_below(source) if path.is_file() and file_kind(path)]
     if not paths:
         raise ValueError(f"--data {source}: no text files in this folder; allowed are {ALLOWED}")
     return [(path_split(path.relative_to(source)), path) for path in paths]

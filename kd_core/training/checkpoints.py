@@ -11,6 +11,7 @@ checkpoint grows in a hidden folder; a manifest of SHA-256 sums and one rename m
 
 import contextlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ def save(folder: Path, step: int, engines: Mapping[str, Any], state: dict[str, A
         (hidden / name).rename(folder / name)
         sync(folder)
         shutil.rmtree(hidden)
-        there = sorted(path.name for path in folder.glob("step*"))
+        there = checkpoint_names(folder)
         newer = [other for other in there if step_of(other) > step]  # damaged: the run was resumed before them
         for old in newer + [other for other in there if other not in newer][:-keep]:
             shutil.rmtree(folder / old)
@@ -81,18 +82,26 @@ def newest_checkpoint(folder: Path) -> str | None:
         ValueError: there are checkpoints, and all are damaged.
     """
     name = broadcast(_newest_sound(folder) if rank() == 0 else None)
-    if name is None and any(folder.glob("step*")):
+    if name is None and checkpoint_names(folder):
         raise ValueError(f"--resume: all checkpoints in {folder} are damaged; start a new run in another --out")
     return name
 
 
 def _newest_sound(folder: Path) -> str | None:
-    for candidate in sorted(folder.glob("step*"), reverse=True):
+    for name in reversed(checkpoint_names(folder)):
+        candidate = folder / name
         damage = _damage(candidate)
         if not damage:
-            return candidate.name
+            return name
         print(f"checkpoint {candidate} is damaged ({damage}): trying an older one", file=sys.stderr, flush=True)
     return None
+
+
+def checkpoint_names(folder: Path) -> list[str]:
+    """The checkpoints in `folder`, oldest first; what a user keeps beside them under other names is left alone."""
+    return sorted(
+        path.name for path in folder.glob("step*") if re.fullmatch(r"step\d{8,}", path.name) and path.is_dir()
+    )
 
 
 def _damage(checkpoint: Path) -> str:

@@ -35,6 +35,7 @@ from kd_core.runs.flags import RunFlags
 from kd_core.runs.record import Record
 from kd_core.system.clock import Stopwatch
 from kd_core.system.digests import tensor_digest
+from kd_core.system.files import let_go
 from kd_core.system.hashing import seed_step
 from kd_core.system.memory import peak_gib
 from kd_core.system.ranks import broadcast, device, gathered, rank, total, world_size
@@ -352,6 +353,7 @@ class Run(Generic[C]):
         self._end()
         self.record.finish(stopped, peak_memory_gib=peak_gib(), **fields)
         leave()
+        let_go(folders.lock_of(self.folder))
         self.code = code
 
 

@@ -30,15 +30,15 @@ SMALL = (
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One .txt, documents separated by blank lines."""
     file = tmp_path_factory.mktemp("corpus") / "documents.txt"
-    file.write_text("\n\n".join(documents(80)), encoding="utf-8")
+    file.write_text("\n\n".join(documents(300)), encoding="utf-8")
     return file
 
 
 def documents(count: int) -> list[str]:
     """The same text on every machine: sentences of made-up words, as often as words are, each word followed by few others."""
     draw = random.Random(0)
-    parts = "ba co di fe gu ha jo ki lu me no pa ra se ti vu".split()
-    words = ["".join(draw.choices(parts, k=draw.choice((1, 2, 2, 3)))) for _ in range(600)]
+    parts = "ba bri co cle di dun fe fro gu gal ha hir jo ki kos lu lem me mur no nas pa plo ra rek se sti ti tra vu wen zo".split()
+    words = ["".join(draw.choices(parts, k=draw.choice((1, 2, 2, 3)))) for _ in range(1500)]
     often = [1 / (place + 3) for place in range(len(words))]
     after = {word: draw.choices(words, often, k=6) for word in words}
 
@@ -48,7 +48,7 @@ def documents(count: int) -> list[str]:
             said.append(draw.choice(after[said[-1]]))
         return " ".join(said).capitalize() + "."
 
-    return ["\n".join(" ".join(sentence() for _ in range(5)) for _ in range(draw.randint(3, 30))) for _ in range(count)]
+    return ["\n".join(" ".join(sentence() for _ in range(5)) for _ in range(draw.randint(1, 9))) for _ in range(count)]
 
 
 @pytest.fixture(scope="session")

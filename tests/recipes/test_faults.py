@@ -1,0 +1,176 @@
+"""Runs that would go on, vanish or read themselves against the user's will."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from kd_core.system import files
+from kd_core.text import documents
+from recipes.bert_kd import main
+from tests.conftest import ROOT, cpu_environment, free_port
+from tests.recipes.conftest import RECIPE, SMALL, Attempt, metrics, start, wait_for_step
+
+Train = Callable[..., subprocess.CompletedProcess[str]]
+LONG = [*SMALL, "--steps", "100000", "--save-every", "100000", "--eval-every", "100000"]
+
+
+@pytest.fixture
+def attempt(corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Attempt:
+    monkeypatch.chdir(tmp_path)
+    return Attempt(main, [*SMALL, "--data", corpus_file], tmp_path, capsys)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_ranks_save_and_end_when_deepspeed_is_gone(number: int, corpus_file: Path, cache: Path, tmp_path: Path) -> None:
+    """DeepSpeed's runner passes no signal on, on one node."""
+    out = tmp_path / "run"
+    words = ["-m", "deepspeed.launcher.runner", "-q", "--num_gpus", 2, "--master_port", free_port()]
+    process = start(cache, sys.executable, *words, RECIPE, *LONG, "--data", corpus_file, "--out", out)
+    wait_for_step(out, 3, process)
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if child.is_running()]
+    process.send_signal(number)
+    process.wait(60)
+    _, alive = psutil.wait_procs(ranks, timeout=40)
+    assert not alive
+    result = json.loads((out / "run.json").read_text())["result"]
+    assert result["stopped"] in ("launcher-gone", "SIGTERM", "SIGINT")
+    assert result["step"] == metrics(out)[-1]["step"]
+    assert [path.name for path in (out / "checkpoints").glob("step*")] == [f"step{result['step']:08d}"]
+
+
+def test_a_closed_terminal_has_the_run_save(corpus_file: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(cache, sys.executable, RECIPE, *LONG, "--data", corpus_file, "--out", out)
+    wait_for_step(out, 3, process)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(40) == 0
+    assert json.loads((out / "run.json").read_text())["result"]["stopped"] == "SIGHUP"
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(
+    train: Train, corpus_file: Path, cache: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    first = start(cache, sys.executable, RECIPE, *LONG, "--data", corpus_file, "--out", out)
+    wait_for_step(out, 3, first)
+    again = ["--steps", 100000, "--save-every", 100000, "--eval-every", 100000, "--out", out, "--resume"]
+    second = train(*again, check=False)
+    assert second.returncode == 2
+    said = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
+    assert said == [
+        f"error: --out {out} is in use by process {first.pid} on {os.uname().nodename}; wait for its end, stop it, or "
+        "choose another folder"
+    ]
+    lines = len(metrics(out))
+    first.send_signal(signal.SIGKILL)  # the kernel frees the lock
+    first.wait()
+    assert len(metrics(out)) >= lines
+    assert train(*again, "--max-minutes", 0.01).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", ""], "--out is blank; give a value, or leave the flag out"),
+        (["--out= "], "--out is blank"),
+        (["--data", ""], "--data is blank"),
+        (["--teachers", "a", "", "--kd-ratio", "0.5"], "--teachers is blank"),
+        (["--student", " "], "--student is blank"),
+        (["--deepspeed-config", ""], "--deepspeed-config is blank"),
+    ],
+)
+def test_a_blank_value_is_no_folder(attempt: Attempt, words: list[str], message: str, tmp_path: Path) -> None:
+    """An unset variable of a shell; as a folder it would be the current one, with the user's own files in it."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "notes.txt").write_text("mine")
+    assert message in attempt(*words)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert (tmp_path / "hf" / "notes.txt").read_text() == "mine"
+
+
+def test_the_home_folder_is_meant_by_its_sign(
+    attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for words in (["--data=~/x.txt"], ["--teachers", "cache:~/x", "--kd-ratio", "0.5"]):
+        assert str(tmp_path / "home" / "x") in attempt(*words)
+
+
+def test_what_a_user_keeps_beside_the_checkpoints_stays(train: Train, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 12, "--max-minutes", 60)
+    mine = ["step00000012_backup", "stepping", "step1"]
+    for name in mine:
+        shutil.copytree(out / "checkpoints" / "step00000012", out / "checkpoints" / name)
+    shutil.rmtree(out / "checkpoints" / "step00000012")
+    record = json.loads((out / "run.json").read_text())
+    del record["result"]
+    (out / "run.json").write_text(json.dumps(record))
+    done = train("--out", out, "--steps", 12, "--resume")  # from the other one that is kept
+    assert ", from step " in done.stderr
+    assert sorted(path.name for path in (out / "checkpoints").glob("step*") if path.name in mine) == sorted(mine)
+
+
+def test_data_is_what_a_user_would_call_so(tmp_path: Path) -> None:
+    for name in ("a.txt", "sub/b.txt", ".ipynb_checkpoints/a.txt", ".hidden.txt", "run/hf/vocab.txt", "run/log.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / "run" / "run.json").write_text('{"recipe": "bert_kd", "config": {}}')
+    (tmp_path / "elsewhere").mkdir()
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "c.txt").write_text("text")
+    (data / "linked").symlink_to(tmp_path / "sub")
+    (data / "up").symlink_to(data)
+    (data / "again").symlink_to(data)
+    assert [str(path.relative_to(data)) for path in files.files_below(data)] == ["c.txt", "linked/b.txt"]
+    found = [str(path.relative_to(tmp_path)) for _, path in documents.find_files(tmp_path)]
+    assert found == ["a.txt", "data/c.txt", "data/linked/b.txt"], "a run's own files, hidden ones, or a folder twice"
+
+
+def test_a_folder_that_cannot_be_synchronised_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CIFS, FUSE."""
+
+    def refuse(_: int) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    files.sync(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Invalid argument"):
+        files.sync(tmp_path / "file")
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "lockf", refuse)
+    files.hold(tmp_path / "x" / ".lock", "--out x")
+    assert "cannot be locked (No locks available): make sure that no other run writes there" in capsys.readouterr().err
+
+
+def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    code = f"import time; from pathlib import Path; from kd_core.system import files; files.hold(Path({str(lock)!r}), 'x'); print(1, flush=True); time.sleep(60)"
+    env = cpu_environment(PYTHONPATH=str(ROOT))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env) as other:
+        assert other.stdout and other.stdout.readline() == b"1\n"
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=f"x is in use by process {other.pid} on"):
+            files.hold(lock, "x")
+        assert time.monotonic() > began + files.SECONDS_TO_DIE
+        other.kill()
+    files.hold(lock, "x")
