@@ -8,7 +8,7 @@ export KD_DEV=1 CI=true
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests start two ranks at once, on two cores
 
 took=launch/__pycache__/seconds-of-tests # of the whole default tier; ignored by git
-workers=$(nproc 2>/dev/null || echo 1)
+workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 1) # nproc itself looks at them
 [ "$workers" -le 8 ] || workers=8
 if [ $# = 0 ]; then
     told="about 15 minutes on two cores"
