@@ -37,9 +37,9 @@ PREPARED = "prepared"  # what prepare.sh made, for all studies, or in the folder
 LONGEST = "longest"
 # (what it is, study, arm, its teacher) of the table of what was found.
 FOUND = (
-    ("BERT past its plateau; a larger teacher in the first 20 %", "bert_long", "large", "good"),
+    ("BERT, runs that leave its plateau alone; a larger teacher in the first 20 %", "bert_long", "large", "good"),
     ("the same; a teacher of its own size, to the end", "bert_long", "long", "long"),
-    ("BERT on its plateau; a larger teacher to the end", "bert", "kd", "good"),
+    ("BERT, runs that do not; a larger teacher to the end", "bert", "kd", "good"),
     ("ResNet-8, CIFAR-10; a teacher of its own size", "resnet_window", "kd", "resnet8_16"),
     ("ResNet-8, photographs; a larger teacher", "imagenette", "kd", "imagenette20"),
 )
