@@ -92,6 +92,13 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists all flags)")
 
 
+def path(text: str) -> Path:
+    """What argparse makes of a path: refused when blank, as an unset variable of a shell gives it; ~ is the home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is blank; give a path, or leave it out")
+    return Path(text).expanduser()
+
+
 def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset: str = "") -> ConfigT:
     """The run's config: defaults, then a launch file's flags `preset`, then `--preset NAME`, then `typed` flags.
 
@@ -249,8 +256,12 @@ def print_help(config_type: type[Flags], default: Flags) -> None:
 
 
 def _help_of_fields(cls: type[Any]) -> dict[str, str]:
-    """The strings that stand below the fields of a class."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    """The strings that stand below the fields of a class; none where its source is not at hand."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):
+        return {}
+    body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
     return {
         field.target.id: " ".join(below.value.value.split())
         for field, below in itertools.pairwise(body)

@@ -12,8 +12,8 @@ STUDY is the folder of a study, with study.json, runs.json and runs.csv (kd_core
     seconds     of training in a run; what the teacher and its answers cost stands apart, once for all runs
 
 Of several lengths it also says what an arm saves to be as good as the longest runs of the baseline, from finished runs alone: the
-shortest length whose mean is as good, steps times the cost of a step, and after how many such students the teacher and its answers
-are paid back. Where the cost of a step, measured in runs that took turns, varies so much that less and more are both possible, the
+shortest length that is as good in every seed, steps times the cost of a step, and after how many such students the teacher and its
+answers are paid back. Where the cost of a step, measured in runs that took turns, varies so much that less and more are both possible, the
 seconds are not decided: the machine was too busy to tell.
 
 A study's `claim` is that `arm` is better than `against`, after its longest runs:
@@ -167,15 +167,13 @@ class Saved:
     """What an arm needs to be as good as the longest runs of the baseline.
 
     Args:
-        steps: of the arm's shortest length that is as good in the mean, and of the baseline's longest.
-        seeds: in how many it is, and of how many.
+        steps: of the arm's shortest length that is as good in every seed, and of the baseline's longest.
         cost: of a step, as a multiple of the baseline's: mean, smallest and largest over runs of the same seed and length.
         seconds: of training alone, and with the teacher at the mean cost.
         once: seconds of what was made before the runs.
     """
 
     steps: tuple[int, int]
-    seeds: tuple[int, int]
     cost: tuple[float, float, float]
     seconds: tuple[float, float]
     once: float
@@ -198,7 +196,7 @@ class Saved:
 
 
 def saved(study: Study, runs: Mapping[str, lean.Lean], arm: str, metric: str | None = None) -> Saved | None:
-    """None where no length of the arm is as good."""
+    """None where no length of the arm is as good in every seed."""
     at = {steps: compare(study, runs, steps, metric) for steps in sorted(study.lengths)}
     longest, baseline = at[max(at)], study.baseline
     costs = [
@@ -210,14 +208,9 @@ def saved(study: Study, runs: Mapping[str, lean.Lean], arm: str, metric: str | N
     theirs = longest.values[baseline]
     alone = float(np.mean(list(longest.seconds[baseline].values())))
     for steps, own in at.items():
-        if own.better * (own.mean(arm) - longest.mean(baseline)) >= 0:
-            as_good = [
-                own.better * (value - theirs[seed]) >= 0 for seed, value in own.values[arm].items() if seed in theirs
-            ]
+        if all(own.better * (value - theirs[seed]) >= 0 for seed, value in own.values[arm].items() if seed in theirs):
             seconds = alone, alone * steps / longest.steps * cost[0]
-            return Saved(
-                (steps, longest.steps), (sum(as_good), len(as_good)), cost, seconds, sum(own.prepared.values())
-            )
+            return Saved((steps, longest.steps), cost, seconds, sum(own.prepared.values()))
     return None
 
 
@@ -226,21 +219,18 @@ def told_saved(study: Study, runs: Mapping[str, lean.Lean], metric: str | None =
     metric = metric or study.metric
     unit, _, digits = shown_as(metric)
     longest = compare(study, runs, max(study.lengths), metric)
-    goal = f"{study.baseline} after {longest.steps} steps, {unit} {longest.mean(study.baseline):.{digits - 1}f}"
-    rows = [["arm", f"{unit} then", "as good after", "in seeds", "a step costs, times", "seconds, times", "verdict"]]
+    goal = f"{study.baseline} after {longest.steps} steps, {unit} {longest.mean(study.baseline):.{digits - 1}f}, in every seed"
+    rows = [["arm", f"{unit} then", "as good after", "a step costs, times", "seconds, times", "verdict"]]
     sentences = []
     for arm in study.arms:
         if arm == study.baseline:
             continue
         own = saved(study, runs, arm, metric)
         if own is None:
-            rows.append([arm, f"{longest.mean(arm):.{digits - 1}f}", "not reached", "", "", "", ""])
+            rows.append([arm, f"{longest.mean(arm):.{digits - 1}f}", "not reached", "", "", ""])
             continue
         cost, share = (f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in (own.cost, own.share))
-        seeds = f"{own.seeds[0]} of {own.seeds[1]}"
-        rows.append(
-            [arm, f"{longest.mean(arm):.{digits - 1}f}", f"{own.steps[0]} steps", seeds, cost, share, own.verdict]
-        )
+        rows.append([arm, f"{longest.mean(arm):.{digits - 1}f}", f"{own.steps[0]} steps", cost, share, own.verdict])
         told = f"{arm}: {own.steps[0]} steps in place of {own.steps[1]}, each {own.cost[0]:.2f} times as long"
         if own.verdict == "not decided":
             told += "; whether that is sooner, these runs cannot tell, or the machine was too busy"
@@ -257,7 +247,7 @@ def compare(study: Study, runs: Mapping[str, lean.Lean], steps: int, metric: str
     """The runs of `steps` steps.
 
     Raises:
-        ValueError: an arm without a run of that length, or a run without the metric.
+        ValueError: an arm without a run of that length or without a seed of the baseline's, a run without the metric.
     """
     metric = metric or study.metric
     better = -1 if direction(metric, study.lower_is_better) else 1
@@ -268,7 +258,13 @@ def compare(study: Study, runs: Mapping[str, lean.Lean], steps: int, metric: str
             raise ValueError(
                 f'arm "{arm}" has no run of {steps} steps yet; python -m kd_core.study runs what is missing'
             )
-        for run in by_seed.values():
+        if not by_seed.keys() & own[study.baseline].keys():
+            raise ValueError(f'arm "{arm}" and the baseline "{study.baseline}" share no seed; only pairs are compared')
+        for seed, run in by_seed.items():
+            if math.isnan(run.end.get(metric, 0)):
+                raise ValueError(
+                    f"{arm}/{steps}/{seed} ended with a {metric} that is no number; take it out of runs.json"
+                )
             if metric not in run.end:
                 raise ValueError(f"--metric must be one of {[name for name in run.end if '/' in name]}, got {metric}")
     peaks = {
@@ -383,10 +379,12 @@ def forest(groups: Mapping[str, Sequence[tuple[str, Interval, int]]], unit: str)
 
 def main() -> None:
     parser = cli.OneLineParser(prog="python -m kd_core.compare", description=__doc__.split("\n")[0])
-    parser.add_argument("study", type=Path, metavar="STUDY", help="folder of a study: study.json, runs.json, runs.csv")
+    parser.add_argument(
+        "study", type=cli.path, metavar="STUDY", help="folder of a study: study.json, runs.json, runs.csv"
+    )
     parser.add_argument("--metric", help="default: the study's")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="all differences to the baseline as a forest plot, .png or .svg"
+        "--plot", type=cli.path, metavar="FILE", help="all differences to the baseline as a forest plot, .png or .svg"
     )
     with cli.one_line_errors():
         args: argparse.Namespace = parser.parse_args()

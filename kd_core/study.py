@@ -23,7 +23,7 @@ STUDY is a study file, or a folder that holds one as study.json. Its entries, of
 An arm is the flags that it adds to `flags`, or {"flags": ..., "recipe": ..., "seeds": [...]} where it has a recipe or seeds of
 its own; `lengths` are --steps; `teacher`, flags over `flags` too, is trained first and named {teacher} in the arms; `prepare`
 are commands of Python that run after it, in their order, each with --out added and its folder named {cache} likewise: a
-recipe's, or one that ends with a manifest.json. `metric`, `lower_is_better` (for a metric that the report does not know) and
+recipe's, or one that ends with a manifest.json beside a build.json and a header.json, as caches do. `metric`, `lower_is_better` (for a metric that the report does not know) and
 `may_differ` are the report's flags; `ranks` is the number of processes (GPUs) of one run.
 
 Runs lie in DIR/<arm>/<steps>/<seed>, their output beside them in <seed>.log. What they said stands in two small files as well,
@@ -221,11 +221,13 @@ def main() -> None:
     parser = cli.OneLineParser(prog="python -m kd_core.study", description=__doc__.split("\n")[0])
     parser.add_argument(
         "study",
-        type=Path,
+        type=cli.path,
         metavar="STUDY",
         help="what to run, a file or the folder of a study.json; see the top of kd_core/study.py",
     )
-    parser.add_argument("--out", type=Path, help="folder of the runs; default runs/study/<name of the file, or folder>")
+    parser.add_argument(
+        "--out", type=cli.path, help="folder of the runs; default runs/study/<name of the file, or folder>"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, or why it is refused, and end")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, or one without a GPU")
     with cli.one_line_errors():

@@ -420,7 +420,7 @@ def main() -> None:
     parser.add_argument("--metric", default="eval/loss", help="a field of the runs' result (default: eval/loss)")
     parser.add_argument("--targets", nargs="+", type=float, default=(), help="qualities to reach (default: five)")
     parser.add_argument(
-        "--out", type=Path, help="folder for report.json, report.md and figures (default: beside the runs)"
+        "--out", type=cli.path, help="folder for report.json, report.md and figures (default: beside the runs)"
     )
     better = parser.add_mutually_exclusive_group()
     better.add_argument("--lower-is-better", action="store_true", default=None)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from kd_core.images import classifiers
+from kd_core.images.resnets import Classifier, build_net
 from recipes.logits.dkd import main
 from tests.conftest import ROOT
 from tests.recipes.conftest import Attempt, metrics
@@ -25,6 +27,18 @@ def test_the_loss_is_the_equation_and_the_weight_rises(tmp_path: Path) -> None:
         assert line["loss"] == pytest.approx(line["label_loss"] + line["kd_weight"] * kd, rel=1e-5)
     assert lines[-1]["class_kl"] > 0 and lines[-1]["others_kl"] > 0
     assert {line["class_kl"] for line in metrics(tmp_path / "teacher")} == {0.0}
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    """The micro-batches are the same; they are summed over two processes, or one after the other."""
+    recipe = [sys.executable, str(ROOT / "recipes" / "logits" / "dkd.py"), *SMALL, "--log-every", "1", "--steps", "6"]
+    run([*recipe, "--out", "teacher"], 1, tmp_path)
+    for ranks in (1, 2):
+        run([*recipe, "--teachers", "teacher", "--out", f"of_{ranks}"], ranks, tmp_path)
+    for one, two in zip(metrics(tmp_path / "of_1"), metrics(tmp_path / "of_2"), strict=True):
+        for name in ("loss", "label_loss", "class_kl", "others_kl", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3), (one["step"], name)
 
 
 def test_the_answers_may_come_from_a_cache(tmp_path: Path) -> None:
@@ -54,10 +68,19 @@ def test_the_answers_may_come_from_a_cache(tmp_path: Path) -> None:
         ("--student resnet9", "--student resnet9 is no folder and no known size"),
         ("--teachers nowhere/x/y", "--teachers nowhere/x/y is no folder and no model of torchvision"),
         ("--data nowhere/x/y", "--data nowhere/x/y"),
+        ("--data empty", "--data empty holds 0 images in 0 class folders"),
+        ("--teachers of_4", "--teachers of_4 was trained on 4 classes (a, ...), the data has 10 (0, ...)"),
+        ("--teachers cache:nowhere", "--teachers cache:nowhere: no cache there"),
     ],
 )
 def test_bad_input_is_one_line(
     words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "of_4"):
+        (tmp_path / folder).mkdir()
+    net = build_net("resnet8", 4)
+    classifiers.save(
+        tmp_path / "of_4", Classifier(net, mean=[0.5] * 3, std=[0.5] * 3), net.state_dict(), list("abcd"), image_size=32
+    )
     assert message in Attempt(main, [*SMALL], tmp_path, capsys)(*words.split())

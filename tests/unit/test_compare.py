@@ -95,6 +95,58 @@ def test_the_row_says_it_all() -> None:
     assert unsure[-2].startswith("not shown (± ")
 
 
+def of_lengths(taught: dict[int, list[float]], cost: list[float]) -> dict[str, lean.Lean]:
+    """Losses by length and seed; alone 4 after 10 steps and 3 after 20, a second a step, with a teacher `cost` times that."""
+    made = {"teacher": lean.Lean({"result": {}}, [{"step": 5, "train_s": 24.0}])}
+    for steps, alone in ((10, 4.0), (20, 3.0)):
+        for seed, times in enumerate(cost, 1):
+            for arm, loss, seconds in (("labels", alone, 1.0), ("kd", taught[steps][seed - 1], times)):
+                end = {"step": steps, "train_s": steps * seconds, "eval/loss": loss}
+                made[f"{arm}/{steps}/{seed}"] = lean.Lean({"result": {"stopped": "finished"}}, [end])
+    return made
+
+
+TWO = Study(
+    **DESIGN | dict(lengths=[20, 10], seeds=[1, 2], metric="eval/loss", claim=None, arms={"labels": "", "kd": ""})
+)
+
+
+def test_what_an_arm_saves_is_steps_times_the_cost_of_a_step() -> None:
+    runs = of_lengths({10: [2.9, 3.0], 20: [2.0, 2.0]}, cost=[1.0, 1.44])
+    saved = compare.saved(TWO, runs, "kd")
+    assert saved is not None and saved.steps == (10, 20)
+    assert saved.cost == pytest.approx((1.2, 1.0, 1.44)) and saved.share == pytest.approx([0.6, 0.5, 0.72])
+    assert saved.seconds == pytest.approx((20, 12)) and (saved.verdict, saved.students) == ("faster", 3)
+    told = compare.told_saved(TWO, runs)
+    assert "kd: 10 steps in place of 20, each 1.20 times as long: 12 s of training in place of 20." in told
+    assert "took 24 s, once: paid back after 3 students." in told
+
+
+def test_a_single_seed_that_is_worse_is_not_as_good() -> None:
+    saved = compare.saved(TWO, of_lengths({10: [1.0, 3.01], 20: [2.0, 2.0]}, cost=[1.0, 1.1]), "kd")
+    assert saved is not None and saved.steps == (20, 20), "the mean alone would say 10"
+    never = of_lengths({10: [1.0, 3.1], 20: [1.0, 3.1]}, cost=[1.0, 1.0])
+    assert compare.saved(TWO, never, "kd") is None and "not reached" in compare.told_saved(TWO, never)
+
+
+@pytest.mark.parametrize(
+    ("cost", "verdict"), [([1.9, 1.5], "faster"), ([1.9, 2.1], "not decided"), ([2.1, 2.3], "slower")]
+)
+def test_the_seconds_are_not_decided_where_the_cost_of_a_step_varies_past_one(cost: list[float], verdict: str) -> None:
+    saved = compare.saved(TWO, of_lengths({10: [2.0, 2.0], 20: [2.0, 2.0]}, cost), "kd")
+    assert saved is not None and saved.verdict == verdict and (saved.students is None) == (verdict != "faster")
+
+
+def test_what_cannot_be_compared_is_one_line() -> None:
+    study, made = Study(**DESIGN), runs(labels=LABELS, kd=KD, new=KD)
+    apart = {name.replace("new/10/", "new/10/9"): run for name, run in made.items()}
+    with pytest.raises(ValueError, match='arm "new" and the baseline "labels" share no seed; only pairs are compared'):
+        compare.compare(study, apart, 10)
+    made["kd/10/2"].end["eval/accuracy"] = math.nan
+    with pytest.raises(ValueError, match="kd/10/2 ended with a eval/accuracy that is no number"):
+        compare.compare(study, made, 10)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "study.json").write_text(json.dumps(DESIGN))
@@ -141,6 +193,10 @@ def test_what_the_command_line_gets_wrong_is_one_line(folder: Path, tmp_path: Pa
     ]
     (empty / "study.json").write_text(json.dumps(DESIGN))
     assert say(str(empty))[::2] == (2, [f"error: {empty} has no runs.json; python -m kd_core.study {empty} makes it"])
+    assert say("")[::2] == (
+        2,
+        ["error: argument STUDY: is blank; give a path, or leave it out (--help lists all flags)"],
+    )
     code, _, errors = say(str(folder), "--metric", "eval/top1")
     assert (code, errors) == (2, ["error: --metric must be one of ['eval/accuracy', 'eval/ece'], got eval/top1"])
     (folder / "study.json").write_text(json.dumps(DESIGN | {"lengths": [10, 20]}))

@@ -107,6 +107,8 @@ class Folder:
     def start(self, *words: str, study: str = "study.json") -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "kd_core.study", study, "--out", "my out", *words]
         pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # A shell that starts this in the background has its children ignore SIGINT.
+        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(command, cwd=self.folder, env=cpu_environment(), **pipes)
 
     def run(self, *words: str, study: str = "study.json") -> tuple[int, list[str]]:
@@ -376,6 +378,9 @@ def test_a_damaged_run_is_named(folder: Folder, record: str, monkeypatch: pytest
 
 
 def test_what_the_command_line_gets_wrong_is_one_line(folder: Folder) -> None:
+    assert folder.run("--out", "")[1] == [
+        "error: argument --out: is blank; give a path, or leave it out (--help lists all flags)"
+    ]
     assert folder.run("--job", "x") == (2, ["error: argument --jobs: invalid int value: 'x' (--help lists all flags)"])
 
 
