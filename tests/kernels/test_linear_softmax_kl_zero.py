@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from tests.conftest import deepspeed
+from tests import warm
 
 
 def test_two_ranks_equal_one_process_on_every_stage() -> None:
-    done = deepspeed(2, str(Path(__file__).with_name("linear_zero_worker.py")))
+    done = warm.ranks(2, [Path(__file__).with_name("linear_zero_worker.py")])
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("ERRORS "))
     errors = json.loads(line.removeprefix("ERRORS "))

@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +15,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from kd_core.cache.records import Layout, read_header
-from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
+from tests import warm
+from tests.conftest import ROOT, cpu_environment
 
 RECIPE = ROOT / "recipes" / "bert_kd.py"
 SMALL = (
@@ -63,7 +62,7 @@ def train(corpus_file: Path, cache: Path) -> Callable[..., subprocess.CompletedP
     def run(*words: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(RECIPE), *SMALL, "--data", str(corpus_file), *map(str, words)]
         env = cpu_environment(KD_CACHE=str(cache), **environment)
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+        done = warm.run(command, env=env)
         assert not check or done.returncode == 0, done.stderr[-3000:]
         return done
 
@@ -125,7 +124,7 @@ def numbers(folder: Path) -> list[list[Any]]:
 
 def start(cache: Path, *words: object) -> subprocess.Popen[str]:
     env = cpu_environment(KD_CACHE=str(cache))
-    return subprocess.Popen([*map(str, words)], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return warm.Popen([*map(str, words)], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -147,17 +146,14 @@ def killed_and_resumed(flags: Sequence[object], cache: Path, folder: Path, *kill
     Returns:
         The folder of the whole run.
     """
-    two = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", 2, "--master_port"]
-    os.environ["KD_CACHE"] = str(cache)
-    whole = deepspeed(2, str(RECIPE), *map(str, flags), "--out", str(folder / "whole"))
+    whole = warm.ranks(2, [RECIPE, *flags, "--out", folder / "whole"], KD_CACHE=str(cache))
     assert whole.returncode == 0, whole.stderr[-3000:]
     for step in kill_at:
         killed = folder / f"killed{step}"
-        process = start(cache, *two, free_port(), RECIPE, *flags, "--out", killed)
-        wait_for_step(killed, step, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        resumed = deepspeed(2, str(RECIPE), "--out", str(killed), "--resume")
+        started = warm.begin(2, [RECIPE, *flags, "--out", killed], folder, KD_CACHE=str(cache))
+        wait_for_step(killed, step, started[0])
+        warm.kill(started)
+        resumed = warm.ranks(2, [RECIPE, "--out", killed, "--resume"], KD_CACHE=str(cache))
         assert resumed.returncode == 0, resumed.stderr[-3000:]
         assert trace(killed) == trace(folder / "whole"), f"killed at step {step}"
     return folder / "whole"
@@ -172,8 +168,7 @@ def check_killed_build(whole: Path, words: Sequence[object], cache: Path, folder
     process.kill()
     process.wait()
     parts = len(list(folder.glob("part-*.json")))
-    os.environ["KD_CACHE"] = str(cache)
-    done = deepspeed(1, "--module", *map(str, build[1:]))
+    done = warm.ranks(1, build, KD_CACHE=str(cache))
     assert done.returncode == 0, done.stderr[-3000:]
     layout = Layout(**read_header(whole)["layout"])
     assert f"{layout.num_records - parts * layout.part_records} to compute on 1 rank(s)" in done.stderr

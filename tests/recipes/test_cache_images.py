@@ -1,14 +1,13 @@
 """Cached teachers in runs of the ResNet recipe: to the last bit as the model itself, and refused for another run."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from recipes.resnet_kd import main
-from tests.conftest import ROOT, cpu_environment, deepspeed, photo_folder
+from tests import warm
+from tests.conftest import ROOT, cpu_environment, photo_folder
 from tests.recipes.conftest import Attempt, check_killed_build, metrics, numbers
 
 RECIPE = ROOT / "recipes" / "resnet_kd.py"
@@ -27,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(folder: Path, cache: Path, *words: object) -> None:
     command = [sys.executable, RECIPE, *SMALL, "--data", folder, *words]
     env = cpu_environment(KD_CACHE=str(cache))
-    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=240)
+    done = warm.run([*map(str, command)], env=env)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -48,8 +47,7 @@ def build_flags(folder: Path, teacher: Path) -> list[object]:
 def cached(build_flags: list[object], cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The teacher's answers, by two ranks."""
     out = tmp_path_factory.mktemp("cached") / "answers"
-    os.environ["KD_CACHE"] = str(cache)
-    done = deepspeed(2, "--module", "kd_core.cache", "build", *map(str, build_flags), "--out", str(out))
+    done = warm.ranks(2, ["-m", "kd_core.cache", "build", *build_flags, "--out", out], KD_CACHE=str(cache))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "96 records of 16 bytes" in done.stderr and "about" in done.stderr
     return out

@@ -2,18 +2,16 @@
 
 import json
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.conftest import ROOT, cpu_environment, free_port
+from tests import warm
+from tests.conftest import ROOT, cpu_environment
 from tests.recipes.headers import command, header
 
 # GLUE's starts from a pretrained run: tests/recipes/test_glue.py.
@@ -30,34 +28,18 @@ KILL = "--steps 8 --save-every 3 --eval-every 4 --log-every 1"
 Smoke = Callable[[Path], list[str]]
 
 
-def begin(words: list[str], ranks: int, folder: Path, *, chain: bool = False) -> list[subprocess.Popen[bytes]]:
-    """The ranks of a run, without a launcher between them and the test; a chain starts the ranks of its stages itself."""
-    shared = {"PYTHONPATH": str(ROOT)}
-    if chain:
-        each = [{"NUM_GPUS": str(ranks)}]
-    else:
-        shared |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        each = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    started = []
-    for number, own in enumerate(each):
-        with (folder / f"{number}.log").open("a") as log:
-            env = cpu_environment(**shared, **own)
-            started.append(subprocess.Popen(words, cwd=folder, env=env, stderr=log))
-    return started
+def begin(words: list[str], ranks: int, folder: Path, *, chain: bool = False) -> list[warm.Popen]:
+    """The ranks of a run; a chain starts the ranks of its stages itself."""
+    own = {"PYTHONPATH": str(ROOT)}
+    if not chain:
+        return warm.begin(ranks, words[1:], folder, **own)
+    with (folder / "0.log").open("a") as log:
+        return [warm.Popen(words, cwd=folder, env=cpu_environment(**own, NUM_GPUS=str(ranks)), stderr=log)]
 
 
 def run(words: list[str], ranks: int, folder: Path, *, chain: bool = False) -> None:
     codes = [process.wait(240) for process in begin(words, ranks, folder, chain=chain)]
     assert set(codes) == {0}, (folder / "0.log").read_text()[-3000:]
-
-
-def kill(started: list[subprocess.Popen[bytes]]) -> None:
-    """With -9: the ranks, or a chain and what it has started, at once, so that nothing is saved."""
-    processes = [psutil.Process(one.pid) for one in started]
-    for process in [*processes, *(child for one in processes for child in one.children(recursive=True))]:
-        process.send_signal(signal.SIGKILL)
-    for one in started:
-        one.wait()
 
 
 def stages(folder: Path) -> list[Path]:
@@ -131,7 +113,7 @@ def test_the_full_size_networks_of_the_command_can_be_built(recipe: Path, tmp_pa
     """On the meta device, so that the real command cannot rot; -s shows parameters and memory."""
     script = [sys.executable, str(ROOT / "tests/recipes/on_meta.py"), str(recipe)]
     env = cpu_environment(PYTHONPATH=str(ROOT))
-    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = warm.run(script, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)
     print(recipe.stem, json.dumps(told, indent=1))
@@ -162,7 +144,7 @@ def test_kill_9_on_two_ranks_then_resume_gives_the_same_lines_and_bytes(
         deadline = time.monotonic() + 240
         while len(lines(other)) < 5 and time.monotonic() < deadline:
             time.sleep(0.01)
-        kill(killed)
+        warm.kill(killed)
         assert not result(other), f"{other} ended before it was killed"
     run(words if chain else [*words, "--resume"], 2, tmp_path, chain=chain)
     for stage in whole:

@@ -39,8 +39,8 @@ def test_ranks_save_and_end_when_deepspeed_is_gone(number: int, corpus_file: Pat
     wait_for_step(out, 3, process)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if child.is_running()]
     process.send_signal(number)
-    process.wait(60)
-    _, alive = psutil.wait_procs(ranks, timeout=40)
+    process.wait(120)
+    _, alive = psutil.wait_procs(ranks, timeout=120)
     assert not alive
     result = json.loads((out / "run.json").read_text())["result"]
     assert result["stopped"] in ("launcher-gone", "SIGTERM", "SIGINT")
@@ -53,7 +53,7 @@ def test_a_closed_terminal_has_the_run_save(corpus_file: Path, cache: Path, tmp_
     process = start(cache, sys.executable, RECIPE, *LONG, "--data", corpus_file, "--out", out)
     wait_for_step(out, 3, process)
     process.send_signal(signal.SIGHUP)
-    assert process.wait(40) == 0
+    assert process.wait(120) == 0
     assert json.loads((out / "run.json").read_text())["result"]["stopped"] == "SIGHUP"
 
 

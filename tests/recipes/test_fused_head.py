@@ -11,7 +11,7 @@ import torch
 
 from kd_core.kernels.linear_softmax_kl import linear_softmax_kl
 from kd_core.text import bert
-from tests.conftest import deepspeed
+from tests import warm
 from tests.recipes.conftest import RECIPE, SMALL, metrics
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
@@ -34,9 +34,8 @@ def test_the_loss_is_that_of_the_logits(
     assert costs[0]["forwards"] == costs[1]["forwards"] == 8 and costs[1]["seconds"] > 0
     config = tmp_path / "zero3.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
-    monkeypatch.setenv("KD_CACHE", str(cache))
     flags += ["--data", str(corpus_file), "--deepspeed-config", str(config), "--out", str(tmp_path / "sharded")]
-    done = deepspeed(2, str(RECIPE), *SMALL, *flags, "--fused-head")
+    done = warm.ranks(2, [RECIPE, *SMALL, *flags, "--fused-head"], KD_CACHE=str(cache))
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "sharded") == pytest.approx(expected, rel=1e-4)
 

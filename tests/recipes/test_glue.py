@@ -28,8 +28,9 @@ from kd_core.text.tokenizer import load_tokenizer
 from kd_core.time_to_quality import comparison as time_to_quality
 from kd_core.training import checkpoints
 from recipes import glue as recipe
+from tests import warm
 from tests.benchmarks import glue_step
-from tests.conftest import ROOT, cpu_environment, deepspeed
+from tests.conftest import ROOT, cpu_environment
 from tests.recipes.conftest import SMALL, metrics
 from tests.recipes.test_every_recipe import command, header, run
 
@@ -342,13 +343,12 @@ def test_an_encoder_of_other_shapes_is_refused(run_job: Any, student: Path, tmp_
     "config", ["zero0_fp32_cpu.json", pytest.param("zero1_bf16.json", marks=pytest.mark.slow), "zero3_bf16.json"]
 )
 def test_checkpoints_of_any_stage_hold_the_run_s_weights(
-    config: str, student: Path, corpus_file: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: str, student: Path, corpus_file: Path, cache: Path, tmp_path: Path
 ) -> None:
     run = student
     if config != "zero0_fp32_cpu.json":
-        monkeypatch.setenv("KD_CACHE", str(cache))
         run, flags = tmp_path / "run", ["--data", str(corpus_file), "--deepspeed-config", config]
-        done = deepspeed(2, str(ROOT / "recipes" / "bert_kd.py"), *SMALL, *flags, "--out", str(run))
+        done = warm.ranks(2, [ROOT / "recipes" / "bert_kd.py", *SMALL, *flags, "--out", run], KD_CACHE=str(cache))
         assert done.returncode == 0, done.stderr[-3000:]
     truth = load_file(run / "hf" / "model.safetensors")
     state = checkpoints.read_checkpoint(run / "checkpoints" / "step00000008")

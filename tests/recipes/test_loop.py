@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import ROOT, cpu_environment, free_port
+from tests import warm
+from tests.conftest import ROOT, cpu_environment
 
 TOYS = Path(__file__).with_name("toys")
 TIMES = {"train_s", "teacher_s", "data_s", "sample_s"}
@@ -21,18 +22,8 @@ STEPS = "--steps 8 --save-every 3 --eval-every 4 --log-every 1".split()
 BATCH = "--global-batch-size 8 --micro-batch-size 1 --lr 1e-2 --clip 1".split()
 
 
-def begin(script: str, words: list[str], ranks: int, folder: Path) -> list[subprocess.Popen[bytes]]:
-    """The ranks of a run, without a launcher between them and the test."""
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared["PYTHONPATH"] = str(ROOT)
-    started = []
-    for rank in range(ranks):
-        env = cpu_environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-        with (folder / f"{rank}.log").open("a") as log:
-            started.append(
-                subprocess.Popen([sys.executable, str(TOYS / script), *words], cwd=folder, env=env, stderr=log)
-            )
-    return started
+def begin(script: str, words: list[str], ranks: int, folder: Path) -> list[warm.Popen]:
+    return warm.begin(ranks, [TOYS / script, *words], folder, PYTHONPATH=str(ROOT))
 
 
 def run(script: str, words: list[str], ranks: int, folder: Path) -> None:
@@ -125,7 +116,7 @@ def test_a_chain_killed_in_its_second_stage_continues_there(tmp_path: Path) -> N
     command = [sys.executable, str(TOYS / "stages.py"), *words]
     env = cpu_environment(PYTHONPATH=str(ROOT))
     with (tmp_path / "log").open("a") as log:
-        killed = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=log, start_new_session=True)
+        killed = warm.Popen(command, cwd=tmp_path, env=env, stderr=log, start_new_session=True)
         wait_until(lambda: any((tmp_path / "out" / "two" / "checkpoints").glob("step*")))
         children = subprocess.run(["pgrep", "-P", str(killed.pid)], capture_output=True, text=True).stdout.split()
         for process in map(int, [str(killed.pid), *children]):
@@ -134,17 +125,15 @@ def test_a_chain_killed_in_its_second_stage_continues_there(tmp_path: Path) -> N
     first = (tmp_path / "out" / "one" / "run.json").stat().st_mtime_ns
     assert json.loads((tmp_path / "out" / "one" / "run.json").read_text())["result"]["stopped"] == "finished"
     assert "result" not in json.loads((tmp_path / "out" / "two" / "run.json").read_text())
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = warm.run(command, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "one" / "run.json").stat().st_mtime_ns == first, "the first stage ran again"
     assert "from step" in (tmp_path / "out" / "two.log").read_text().rpartition("--- resumed")[2]
     assert json.loads((tmp_path / "out" / "two" / "run.json").read_text())["result"]["step"] == 3000
-    changed = subprocess.run(
-        [*command, "--lr", "0.2"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
-    )
+    changed = warm.run([*command, "--lr", "0.2"], cwd=tmp_path, env=env)
     assert changed.returncode == 2 and "was begun with lr 0.1, now it is 0.2" in changed.stderr
     launched = cpu_environment(PYTHONPATH=str(ROOT), WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
-    refused = subprocess.run(command, cwd=tmp_path, env=launched, capture_output=True, text=True, timeout=60)
+    refused = warm.run(command, cwd=tmp_path, env=launched)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert f"without a launcher: python {TOYS / 'stages.py'} --steps 3000" in refused.stderr
 
@@ -167,9 +156,7 @@ MISTAKES = {
 @pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 3))])
 def test_a_mistake_is_one_clear_line_and_trains_nothing(stage: int, configs: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(TOYS / "mistakes_worker.py"), configs[stage], str(tmp_path), *MISTAKES]
-    done = subprocess.run(
-        command, env=cpu_environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=120
-    )
+    done = warm.run(command, env=cpu_environment(PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr[-3000:]
     for mistake, (said, steps) in json.loads(done.stdout.splitlines()[-1]).items():
         assert said.startswith(MISTAKES[mistake]) and "\n" not in said
@@ -196,7 +183,7 @@ def test_what_differs_between_ranks_is_refused_on_all(
     mistake: str, message: str, configs: list[str], tmp_path: Path
 ) -> None:
     words = [*STEPS, *BATCH, "--deepspeed-config", configs[1], "--out", "run", "--mistake", mistake]
-    assert all(process.wait(60) for process in begin("two_networks.py", words, 2, tmp_path))
+    assert all(process.wait(120) for process in begin("two_networks.py", words, 2, tmp_path))
     for rank in range(2):
         assert f"LoopError: {message}" in (tmp_path / f"{rank}.log").read_text()
     assert len(lines(tmp_path / "run")) == (3 if mistake == "other buffers" else 0)
@@ -223,5 +210,5 @@ def test_a_checkpoint_that_lacks_something_is_one_line(
         del manifest["state.pt"]
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     (process,) = begin("two_networks.py", ["--out", "run", "--resume"], 1, tmp_path)
-    assert process.wait(60) == 2
+    assert process.wait(120) == 2
     assert message in (tmp_path / "0.log").read_text().splitlines()[-1]

@@ -19,7 +19,8 @@ from kd_core.images import batches as images
 from kd_core.images import classifiers, resnets
 from kd_core.images import sources as image_sources
 from recipes.resnet_kd import main
-from tests.conftest import ROOT, cpu_environment, deepspeed, free_port
+from tests import warm
+from tests.conftest import ROOT
 from tests.recipes.conftest import Attempt, metrics, start, trace, wait_for_step
 
 RECIPE = ROOT / "recipes" / "resnet_kd.py"
@@ -36,12 +37,7 @@ def train(image_folder: Path, cache: Path) -> Train:
 
     def run(*words: object, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
         flags = [*SMALL, "--data", str(image_folder), *map(str, words)]
-        os.environ["KD_CACHE"] = str(cache)
-        if ranks > 1:
-            done = deepspeed(ranks, str(RECIPE), *flags)
-        else:
-            command = [sys.executable, str(RECIPE), *flags]
-            done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=240)
+        done = warm.ranks(ranks, [RECIPE, *flags], KD_CACHE=str(cache))
         assert not check or done.returncode == 0, done.stderr[-3000:]
         return done
 
@@ -125,13 +121,11 @@ def test_kill_9_on_two_ranks_then_resume_gives_the_same_trace(
     flags += ["--ema-half-life", 2, "--mixup", 0.2, "--cutmix", 1, "--label-smoothing", 0.1]
     flags += ["--deepspeed-config", "zero1_bf16.json"]
     train("--out", tmp_path / "whole", *flags, ranks=2)
-    two = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", 2, "--master_port", free_port()]
-    words = [*SMALL, "--data", image_folder, *flags, "--out", tmp_path / "killed"]
-    process = start(cache, *two, RECIPE, *words)
-    wait_for_step(tmp_path / "killed", 5, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    resumed = deepspeed(2, str(RECIPE), "--out", str(tmp_path / "killed"), "--resume")
+    words = [RECIPE, *SMALL, "--data", image_folder, *flags, "--out", tmp_path / "killed"]
+    started = warm.begin(2, words, tmp_path, KD_CACHE=str(cache))
+    wait_for_step(tmp_path / "killed", 5, started[0])
+    warm.kill(started)
+    resumed = warm.ranks(2, [RECIPE, "--out", tmp_path / "killed", "--resume"], KD_CACHE=str(cache))
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
     assert evals(tmp_path / "killed") == evals(tmp_path / "whole")
@@ -169,7 +163,7 @@ def test_a_signal_to_the_whole_process_group_saves_a_checkpoint(
     process = start(cache, sys.executable, RECIPE, *flags, "--out", tmp_path / "run")
     wait_for_step(tmp_path / "run", 4, process)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 0, process.stderr and process.stderr.read()
+    assert process.wait(120) == 0, process.stderr and process.stderr.read()
     result = json.loads((tmp_path / "run" / "run.json").read_text())["result"]
     assert result["stopped"] == "SIGTERM"
     assert list((tmp_path / "run" / "checkpoints").glob(f"*{result['step']}"))

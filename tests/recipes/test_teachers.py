@@ -16,7 +16,7 @@ from transformers import BertForMaskedLM
 from kd_core.system.splits import VALIDATION_ONE_IN
 from kd_core.text.documents import text_digest
 from recipes.bert_kd import main
-from tests.conftest import deepspeed
+from tests import warm
 from tests.recipes.conftest import RECIPE, SMALL, check_killed_build, killed_and_resumed, metrics, numbers, trace
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
@@ -45,10 +45,9 @@ def bad_teacher(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def build(cache: Path, *words: object, ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    os.environ["KD_CACHE"] = str(cache)
-    flags = [*map(str, ("build", "--seq-len", 32, "--mask-patterns", 2, "--micro-batch-size", 4, *words))]
-    return deepspeed(ranks, "--module", "kd_core.cache", *flags)
+def build(cache: Path, *words: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    flags = ["--seq-len", 32, "--mask-patterns", 2, "--micro-batch-size", 4, *words]
+    return warm.ranks(ranks, ["-m", "kd_core.cache", "build", *flags], KD_CACHE=str(cache))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +159,7 @@ def test_per_rank_on_a_sharded_pool_across_a_kill_in_the_window(
         good, bad = json.loads((folder / "run.json").read_text())["teachers"]
         assert (good["worse_than_chance"], bad["worse_than_chance"]) == (False, True)
         assert good["forwards"] == bad["forwards"] == 6 * 2
-    again = deepspeed(2, str(RECIPE), "--out", str(tmp_path / "killed5"), "--resume")
+    again = warm.ranks(2, [RECIPE, "--out", tmp_path / "killed5", "--resume"])
     assert again.returncode == 0
     assert "has finished" in again.stdout
 
@@ -172,9 +171,8 @@ def test_zero3_teachers_give_what_whole_ones_give(
     flags = [*SMALL, *EDGES, "--data", corpus_file, "--teachers", teacher, bad_teacher, "--sampler", "weighted"]
     flags += ["--teacher-weights", 2, 1]
     for placement in ("device", "zero3"):
-        done = deepspeed(
-            2, str(RECIPE), *map(str, flags), "--teacher-placement", placement, "--out", str(tmp_path / placement)
-        )
+        words = [RECIPE, *flags, "--teacher-placement", placement, "--out", tmp_path / placement]
+        done = warm.ranks(2, words, KD_CACHE=str(cache))
         assert done.returncode == 0, done.stderr[-3000:]
     assert trace(tmp_path / "zero3") == trace(tmp_path / "device")
     sizes = {

@@ -306,7 +306,7 @@ def test_workers_outlive_a_signal_to_the_process_group(folder: Path, number: int
     assert len(list(itertools.islice(made, 5))) == 5
     with pytest.raises(RuntimeError, match="exited unexpectedly with exit code 143"):
         worker.terminate()  # by its rank
-        worker.wait(10)
+        worker.wait(120)
 
 
 def test_patterns_repeat_the_views_of_their_own_seed_in_other_orders(folder: Path) -> None:

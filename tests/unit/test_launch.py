@@ -47,7 +47,7 @@ if __name__ == "__main__":
 """
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 40) -> float:
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> float:
     """Seconds until the condition held."""
     start = time.monotonic()
     while not condition():
@@ -105,7 +105,7 @@ def test_two_runs_at_once_of_two_forms_do_not_clash(launch: Launch, tmp_path: Pa
     (other.folder / "start.sh").write_text('cd "$(dirname "$0")" && exec sh run.sh "$@"')
     first = launch.start(f"bash '{launch.folder.name}/run.sh' {ARGUMENTS} 0", ranks=2)
     second = other.start("bash other/start.sh --exit 3")
-    assert (first.wait(60), second.wait(60)) == (0, 3)
+    assert (first.wait(120), second.wait(120)) == (0, 3)
     started = launch.read("started") + other.read("started")
     assert [rank["argv"] for rank in started[:2]] == [[f"--local_rank={rank}", *PARSED, "0"] for rank in (0, 1)]
     assert [rank["WORLD_SIZE"] for rank in started] == ["2", "2", "1"]
@@ -119,7 +119,7 @@ def test_typed_deepspeed_and_executable(launch: Launch, tmp_path: Path) -> None:
     )
     other = Launch(tmp_path / "other")
     executable = other.start("./other/run.sh --exit 7")
-    assert (typed.wait(60), executable.wait(60)) == (7, 7)
+    assert (typed.wait(120), executable.wait(120)) == (7, 7)
     argv = [rank["argv"] for rank in launch.read("started")]
     assert argv[0] == ["--local_rank=0", *PARSED, "7"]  # rank 1 may have been stopped before it began
     assert other.read("started")[0]["argv"] == ["--local_rank=0", "--exit", "7"]
@@ -129,7 +129,7 @@ def test_typed_deepspeed_and_executable(launch: Launch, tmp_path: Path) -> None:
 def test_hostfile_without_ssh(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     where = f"--hostfile hosts --no_ssh --node_rank 0 --master_addr 127.0.0.1 --master_port {free_port()}"
-    assert launch.start(f"deepspeed -q {where} '{launch.folder.name}/run.sh' --exit 0").wait(60) == 0
+    assert launch.start(f"deepspeed -q {where} '{launch.folder.name}/run.sh' --exit 0").wait(120) == 0
     assert [rank["WORLD_SIZE"] for rank in launch.read("started")] == ["2", "2"]
 
 
@@ -142,7 +142,7 @@ def test_hostfile_over_ssh(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     plain = Launch(tmp_path / "plain")  # pdsh does not quote
     where = f"--hostfile hosts --force_multi --master_addr 127.0.0.1 --master_port {free_port()}"
-    assert plain.start(f"deepspeed {where} plain/run.sh --exit 0").wait(60) == 0
+    assert plain.start(f"deepspeed {where} plain/run.sh --exit 0").wait(120) == 0
     assert [rank["WORLD_SIZE"] for rank in plain.read("started")] == ["2", "2"]
 
 
@@ -156,7 +156,7 @@ def test_first_signal_saves_on_all_ranks_and_second_is_ignored(
     run.send_signal(first)
     time.sleep(0.5)
     run.send_signal(second)
-    assert run.wait(20) == code
+    assert run.wait(120) == code
     assert launch.read("saved") == [[first], [first]]
     assert not launch.processes()
 
@@ -165,7 +165,7 @@ def test_signal_before_the_ranks_exist(launch: Launch) -> None:
     run = launch.start(f"bash '{launch.folder.name}/run.sh' --wait")
     wait_for(lambda: any("deepspeed.launcher.runner" in process.info["cmdline"] for process in launch.processes()))
     run.send_signal(signal.SIGINT)
-    assert run.wait(20) == 130
+    assert run.wait(120) == 130
     assert not launch.processes()
     assert not launch.read("saved")
 
@@ -173,14 +173,14 @@ def test_signal_before_the_ranks_exist(launch: Launch) -> None:
 def test_killed_rank_ends_the_run(launch: Launch) -> None:
     run = launch.start_waiting()
     os.kill(launch.read("started")[1]["pid"], signal.SIGKILL)
-    assert run.wait(40) == 256 - signal.SIGKILL
+    assert run.wait(120) == 256 - signal.SIGKILL
     assert not launch.processes()
 
 
 def test_killed_launcher_is_no_success_and_the_ranks_save(launch: Launch) -> None:
     run = launch.start_waiting()
     os.kill(launch.read("started")[0]["ppid"], signal.SIGKILL)
-    assert run.wait(40) == 1
+    assert run.wait(120) == 1
     assert len(launch.read("saved")) == 2
     assert not launch.processes()
 
@@ -252,7 +252,7 @@ class Clone:
 
     def run(self, *command: str, mode: str = "") -> tuple[int, str, str]:
         process = self.start(*command, mode=mode)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
         return process.returncode, out, err
 
     def pip_calls(self) -> int:
@@ -262,13 +262,13 @@ class Clone:
 THIS_PYTHON = f'exec "{sys.executable}" "$@"'
 
 
-def test_active_environment_is_used_and_the_second_call_is_fast() -> None:
-    env = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+def test_active_environment_is_used_and_the_second_call_imports_nothing_to_find_out() -> None:
+    env = dict(os.environ, PYTHONPROFILEIMPORTTIME="1", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     command = ["bash", ROOT / "launch/env.sh", "python3", "-c", "import sys; print(sys.prefix)"]
     subprocess.run(command, env=env, check=True)
-    start = time.monotonic()
-    assert subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip() == sys.prefix
-    assert time.monotonic() - start < 2
+    again = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    assert again.stdout.strip() == sys.prefix
+    assert "importlib.metadata" in again.stderr and "torch" not in again.stderr
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_set_up_that_fails_is_interrupted_or_damaged_is_repaired(tmp_path: Path)
 
     # Two at once: one installs (over what the interrupted one left), the other waits for it.
     both = [clone.start(*command), clone.start(*command)]
-    results = [process.communicate(timeout=60) for process in both]
+    results = [process.communicate(timeout=120) for process in both]
     assert [out.strip() for out, err in results] == [prefix, prefix], results
     assert clone.pip_calls() == 3
 

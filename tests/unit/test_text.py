@@ -351,9 +351,7 @@ def test_the_cache_is_keyed_by_content_tokenizer_and_settings(tmp_path, monkeypa
 def test_opening_again_reads_no_text(tmp_path, monkeypatch):
     first = make_corpus(tmp_path)
     monkeypatch.setattr(documents, "read_file", lambda path: pytest.fail("read again"))
-    start = time.monotonic()
     again = make_corpus(tmp_path)
-    assert time.monotonic() - start < 2
     assert again.fingerprint == first.fingerprint and (again.validation == first.validation).all()
 
 
