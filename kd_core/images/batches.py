@@ -12,6 +12,7 @@ Shapes: B images, S the side of a view.
 
 import functools
 import itertools
+import math
 import os
 import signal
 import threading
@@ -26,7 +27,7 @@ from torchvision.transforms.v2 import functional as F
 
 from kd_core.images.flags import ImageFlags
 from kd_core.images.sources import DAMAGE, ImageSet, Split, decode, prepare, say_corrupt
-from kd_core.images.views import JpegView, View, jpeg_view, mix, training_view, validation_view
+from kd_core.images.views import JpegView, View, jpeg_view, mix, training_view, uncropped, validation_view
 from kd_core.system.ahead import prefetch
 from kd_core.system.hashing import uniforms
 from kd_core.system.ranks import local_rank, rank, world_size
@@ -34,6 +35,7 @@ from kd_core.training import loop
 from kd_core.training.loop import Run
 
 BATCHES_AHEAD = 2  # per worker
+RESIZED_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +162,16 @@ def _view(split: Split, index: int, view: View, size: int, numbers: Sequence[flo
         assert split.encoded is not None, "images held decoded are not decoded again"
         return jpeg_view(split.encoded.read(index), view, numbers)
     return training_view(_read(split, index), view, size, numbers)
+
+
+def smaller(split: Split, view: View) -> Split:
+    """Images held decoded, resized once where each padded crop would make them smaller again; others as they are."""
+    if view.crop != "padded" or split.pixels is None or view.size**2 >= math.prod(split.pixels.shape[1:3]):
+        return split
+    parts = range(0, len(split), RESIZED_AT_ONCE)
+    return replace(
+        split, pixels=np.concatenate([uncropped(split.pixels[at : at + RESIZED_AT_ONCE], view) for at in parts])
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,7 +354,7 @@ def batches(run: Run[Any], data: ImageSet, **views: int) -> Iterator[Step]:
     cfg = run.cfg
     data.check_batch(cfg.global_batch_size)
     made = TrainBatches(
-        data.train, cfg.view, cfg.steps, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size, rank(), world_size(),
+        smaller(data.train, cfg.view), cfg.view, cfg.steps, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size, rank(), world_size(),
         nvjpeg=cfg.decoder == "nvjpeg" and data.train.encoded is not None, **views,
     )  # fmt: skip
     check = corrupt_limit(run, len(data.train))

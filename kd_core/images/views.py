@@ -92,19 +92,24 @@ def shift(image_HWC: np.ndarray, down: float, right: float) -> np.ndarray:
     return out
 
 
-def _stretch(image_HWC: np.ndarray, size: int | tuple[int, int]) -> torch.Tensor:
-    """Bilinear with antialiasing; uint8 [3, h, w]."""
-    tensor = torch.from_numpy(image_HWC).permute(2, 0, 1)
+def _stretch(images_HWC: np.ndarray, size: int | tuple[int, int]) -> torch.Tensor:
+    """Bilinear with antialiasing; of uint8 [..., H, W, 3], uint8 [..., 3, h, w]."""
+    tensor = torch.from_numpy(images_HWC).movedim(-1, -3)
     return F.resize(tensor, [size] if isinstance(size, int) else list(size), antialias=True)
+
+
+def uncropped(images_HWC: np.ndarray, view: View) -> np.ndarray:
+    """What a padded crop begins with, the same in every epoch: images uint8 [..., H, W, 3] at the view's final side."""
+    if images_HWC.shape[-3:-1] == (view.size, view.size):
+        return images_HWC
+    return np.ascontiguousarray(_stretch(images_HWC, (view.size, view.size)).movedim(-3, -1).numpy())
 
 
 def training_view(image: Image.Image | np.ndarray, view: View, size: int, numbers: Sequence[float]) -> np.ndarray:
     """The view of one image: uint8 [size, size, 3]. An encoded image is decoded here, no finer than the view needs."""
     if view.crop == "padded":
         whole = image if isinstance(image, np.ndarray) else np.array(image.convert("RGB"))
-        if whole.shape[:2] != (view.size, view.size):
-            whole = np.ascontiguousarray(_stretch(whole, (view.size, view.size)).permute(1, 2, 0).numpy())
-        pixels = shift(whole, *numbers[BOX : BOX + 2])
+        pixels = shift(uncropped(whole, view), *numbers[BOX : BOX + 2])
         if size != view.size:
             pixels = _stretch(pixels, (size, size)).permute(1, 2, 0).numpy()
     else:

@@ -13,6 +13,10 @@ class Stopwatch:
 
     Parts nest: "teacher" and "data" are also counted within "train", "teacher/2" within "teacher". On resume, seconds and
     calls continue from those given.
+
+    On the host a part is what passes meanwhile, whoever works: a thread that makes batches ahead has no core of its own where
+    processes are as many as cores, and its work is then counted in the part that runs first in a step, the teacher's if there
+    is one, else the student's.
     """
 
     def __init__(

@@ -96,7 +96,7 @@ def main() -> int:
     dtype = "bf16" if CUDA else "fp32"
     cached = dataclasses.replace(base, teachers=(f"cache:{args.cache}",), kd_ratio=0.9, teacher_dtype=dtype)
     train = images.TrainBatches(
-        data.train, base.view, 10**6, 0, base.global_batch_size, base.micro_batch_size, 0, 1,
+        images.smaller(data.train, base.view), base.view, 10**6, 0, base.global_batch_size, base.micro_batch_size, 0, 1,
         **(cache_images.views(cached, data) if args.cache else {}),
     )  # fmt: skip
     batches: Iterator[images.Step] = images.steps(train, 0, workers=0)

@@ -296,6 +296,16 @@ def test_views_are_a_function_of_seed_epoch_and_image(folder: Path) -> None:
     assert torch.equal(torch.cat([micro.pixels for micro in workers]), whole[16:32])
 
 
+def test_images_that_each_padded_crop_makes_smaller_are_resized_once_to_the_same_pixels() -> None:
+    split = prepare("synthetic:4x24", decoded_gib=1, max_corrupt=0).train
+    view = View(16, crop="padded")
+    made = [images.TrainBatches(part, view, 10, 7, 64, 64, 0, 1) for part in (split, images.smaller(split, view))]
+    assert made[1].split.pixels.shape == (len(split), 16, 16, 3)
+    assert torch.equal(made[0][3].pixels, made[1][3].pixels)
+    for same in (View(24, crop="padded"), View(32, crop="padded"), View(16)):
+        assert images.smaller(split, same) is split
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_workers_outlive_a_signal_to_the_process_group(folder: Path, number: int) -> None:
     others = set(psutil.Process().children())  # of other tests, such as the compiler's
