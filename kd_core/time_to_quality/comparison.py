@@ -52,6 +52,9 @@ OF_AN_ARM = OF_A_RUN | METHOD | OPTIMIZER | COMPUTING
 # Below so many shared evaluations the report warns of the straight lines between them: a speed-up of 2 on a loss that
 # falls as 1 / sqrt(steps) reads 1.85 to 1.99 with 8 of them, at the five targets.
 ENOUGH_EVALUATIONS = 20
+# Above this factor between two lengths the report says that a target between them is interpolated.
+WIDE = 1.5
+DRAWN = 60  # points of a curve in a figure
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -279,8 +282,11 @@ def compared(
     computing = [f"{name} ({pair[0]}, {pair[1]})" for name, pair in apart.items() if name in COMPUTING]
     if computing:
         notes.append(f"The arms differ in {', '.join(computing)}: part of the speed-up may be due to that.")
+    notes += _gaps(rows, sign)
+    study["observed"] = [pair | {"quality": sign * pair["quality"]} for pair in observed(*arms)]
     study["targets"] = [row | {"target": sign * row["target"], "payback_runs": _payback(study, row)} for row in rows]
     study["notes"] = notes
+    drawn["saved"] = {method: _saved(pair, sign) for method, pair in curves.items()}
     return study, drawn
 
 
@@ -326,18 +332,11 @@ def _curves(arms: Sequence[Sequence[Run]]) -> tuple[dict[str, tuple[Curve, Curve
 
 
 def _tradeoff_curves(arms: Sequence[Sequence[Run]]) -> tuple[dict[str, tuple[Curve, Curve]], list[str]]:
-    """The tradeoff curves, if the runs allow both, through the lengths that both arms have where these are enough."""
-    first, second = ({run.length for run in arm} for arm in arms)
-    matched = len(first & second) > 1
-    through = (first & second) if matched else (first | second)
-    curves = [tradeoff_curve([run for run in arm if run.length in through]) for arm in arms]
-    if curves[0] is None or curves[1] is None:
-        why = "No tradeoff curve: it needs runs of two lengths (--steps) in both arms, the longer ones better."
-        return {}, [why]
-    told = "are left out" if matched else "had to be used; between other lengths a curve bends otherwise"
-    apart = ", ".join(map(str, sorted(first ^ second)))
-    notes = [f"Tradeoff curves: lengths that one arm alone has ({apart} steps) {told}."] if apart else []
-    return {"tradeoff": (curves[0], curves[1])}, notes
+    """The tradeoff curves, if the runs allow both."""
+    slow, fast = (tradeoff_curve(arm) for arm in arms)
+    if slow is None or fast is None:
+        return {}, ["No tradeoff curve: it needs runs of two lengths (--steps) in both arms, the longer ones better."]
+    return {"tradeoff": (slow, fast)}, []
 
 
 def _spread(methods: Sequence[tuple[Curve, Curve]]) -> list[float]:
@@ -359,16 +358,78 @@ def _row(method: str, curves: tuple[Curve, Curve], target: float) -> dict[str, A
     slow, fast = (curve.at(target) if curve.hardest <= target <= curve.easiest else None for curve in curves)
     row: dict[str, Any] = {"target": target, "method": method}
     row |= {"baseline_s": slow and _tidy(math.exp(slow.means[0])), "against_s": fast and _tidy(math.exp(fast.means[0]))}
-    row |= {"speedup": None, "low": None, "high": None, "verdict": "out of reach"}
-    row |= {"baseline": slow and _detail(slow), "against": fast and _detail(fast)}
+    row |= {"speedup": None, "straight": None, "low": None, "high": None, "verdict": "out of reach"}
+    row |= {"baseline": slow and _detail(slow), "against": fast and _detail(fast), "saved": None, "gaps": {}}
     if slow is None or fast is None:
         return row
     row |= {"speedup": _tidy(math.exp(slow.means[0] - fast.means[0])), "verdict": "not decided"}
-    interval = log_interval(slow, fast)
-    if interval:
-        low, high = (_tidy(math.exp(np.clip(bound, -99, 99))) for bound in interval)
+    row["saved"] = {
+        "steps": row["baseline"]["steps"] - row["against"]["steps"],
+        "s": row["baseline_s"] - row["against_s"],
+    }
+    ways = [(slow, fast)]
+    if curves[0].straight and curves[1].straight:
+        ways.append((curves[0].straight(target), curves[1].straight(target)))
+        row["straight"] = _tidy(math.exp(ways[1][0].means[0] - ways[1][1].means[0]))
+        around = {arm: curve.lengths(target) for arm, curve in zip(ARMS, curves, strict=True) if curve.lengths}
+        row["gaps"] = {arm: list(pair) for arm, pair in around.items() if pair[1] > WIDE * pair[0]}
+    intervals = [bounds for way in ways if (bounds := log_interval(*way))]
+    if intervals:
+        low, high = min(low for low, _ in intervals), max(high for _, high in intervals)
+        low, high = (_tidy(math.exp(np.clip(bound, -99, 99))) for bound in (low, high))
         row |= {"low": low, "high": high, "verdict": verdict(low, high)}
     return row
+
+
+def _gaps(rows: Sequence[dict[str, Any]], sign: int) -> list[str]:
+    """A sentence on each pair of lengths too far apart for what lies between them to be more than a guess."""
+    within: dict[tuple[str, int, int], list[float]] = {}
+    for row in rows:
+        for arm, (short, long) in row["gaps"].items():
+            within.setdefault((arm, short, long), []).append(sign * row["target"])
+    return [
+        f"No run of the {time_to_quality_report.NAMES[arm]} arm is longer than {short} and shorter than {long} steps: the targets "
+        f"{', '.join(f'{target:.6g}' for target in targets)} lie there. Their intervals hold the cubic and straight lines; runs in between would tell."
+        for (arm, short, long), targets in within.items()
+    ]
+
+
+def observed(baseline: Sequence[Run], against: Sequence[Run]) -> list[dict[str, Any]]:
+    """Pairs of lengths at which the one arm is as good as the other in every seed that both have: finished runs, no curve.
+
+    Of each length of the baseline the shortest such of the other arm; where that is the same for several, the longest of the
+    baseline's. The hardest first.
+    """
+    pairs: dict[int, dict[str, Any]] = {}
+    for long in sorted({run.length for run in baseline}):
+        theirs = {run.seed: run for run in baseline if run.length == long}
+        for short in sorted({run.length for run in against}):
+            ours = {run.seed: run for run in against if run.length == short and run.seed in theirs}
+            if ours and all(run.quality[-1] <= theirs[seed].quality[-1] for seed, run in ours.items()):
+                pairs[short] = _pair([theirs[seed] for seed in ours], list(ours.values()))
+                break
+    return sorted(pairs.values(), key=lambda pair: pair["quality"])
+
+
+def _pair(slow: Sequence[Run], fast: Sequence[Run]) -> dict[str, Any]:
+    seconds = [np.array([run.spent[-1, 0] for run in runs]) for runs in (slow, fast)]
+    means = [float(np.log(each).mean()) for each in seconds]
+    logs = [
+        Reached(np.array([mean]), [dict(enumerate(np.log(each)))]) for mean, each in zip(means, seconds, strict=True)
+    ]
+    interval = log_interval(logs[0], logs[1])
+    low, high = (_tidy(math.exp(bound)) for bound in interval) if interval else (None, None)
+    return {
+        "baseline_steps": slow[0].length,
+        "against_steps": fast[0].length,
+        "seeds": len(slow),
+        "quality": _tidy(float(np.mean([run.quality[-1] for run in slow]))),
+        "baseline_s": _tidy(math.exp(means[0])),
+        "against_s": _tidy(math.exp(means[1])),
+        "speedup": _tidy(math.exp(means[0] - means[1])),
+        "low": low,
+        "high": high,
+    }
 
 
 def verdict(low: float, high: float) -> str:
@@ -404,13 +465,26 @@ def _drawn(arm: Sequence[Run], curves: dict[str, Curve], sign: int) -> dict[str,
     windows = [(run.window_s, run) for run in arm if run.window_s is not None]
     means = {}
     for method, curve in curves.items():
-        targets = np.linspace(curve.easiest, curve.hardest, 60 if curve.hardest <= curve.easiest else 0)
+        targets = np.linspace(curve.easiest, curve.hardest, DRAWN if curve.hardest <= curve.easiest else 0)
         means[method] = [math.exp(curve.at(target).means[0]) for target in targets], sign * targets
     return {
         "runs": [(run.spent[:, 0], sign * run.quality) for run in arm],
         "windows": [(at, sign * np.interp(at, run.spent[:, 0], run.quality)) for at, run in windows],
         "curves": means,
     }
+
+
+def _saved(curves: tuple[Curve, Curve], sign: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Qualities [K] within reach of both arms, steps and seconds saved to each [K, 2], the same by straight lines."""
+    easiest, hardest = min(curve.easiest for curve in curves), max(curve.hardest for curve in curves)
+    targets = np.linspace(easiest, hardest, DRAWN if hardest <= easiest else 0)
+
+    def saved(ways: Sequence[Any]) -> np.ndarray:
+        slow, fast = ([np.exp(way(target).means[[1, 0]]) for target in targets] for way in ways)
+        return np.reshape(slow, (-1, 2)) - np.reshape(fast, (-1, 2))
+
+    straight = [curve.straight for curve in curves]
+    return sign * targets, saved([curve.at for curve in curves]), None if None in straight else saved(straight)
 
 
 def main() -> None:

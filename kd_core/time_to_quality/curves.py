@@ -1,8 +1,9 @@
 """What an arm of runs spends to reach a quality, by two methods, and the interval of the ratio of two arms.
 
     tradeoff    Each arm has runs of several lengths, the schedule scaled to each. A length is a point: mean quality at
-                the end, mean log seconds. Between lengths log seconds are a monotone cubic of quality: for a loss that
-                falls as 1 / sqrt(seconds), lengths a factor two apart, it is within 1 % (chords are 3 % too slow).
+                the end, mean log seconds. Between lengths log seconds are a monotone cubic of quality, and straight besides:
+                for a loss that falls as 1 / sqrt(seconds), lengths a factor two apart, the cubic is within 1 % and straight
+                lines are 3 % too slow, but across a plateau neither is right, and what they differ by belongs to the interval.
     learning    The first crossing of the target within runs of one length, at the evaluations that the runs of both
                 arms share. Between two of them seconds are linear in quality, which is late where a curve bends; arms
                 evaluated at different steps would be late by different amounts. The learning rate is still high there;
@@ -80,14 +81,21 @@ class Reached:
 
 @dataclass(frozen=True)
 class Curve:
-    """An arm by one method, from the easiest to the hardest quality within its reach; `at` is defined between them.
+    """An arm by one method, from the easiest to the hardest quality within its reach; the functions are defined between them.
 
     The hardest is easier than the easiest where the arm's runs share no quality: nothing is in reach.
+
+    Args:
+        at: what the arm spends to a quality.
+        straight: of a tradeoff curve, the same with straight lines between lengths.
+        lengths: of a tradeoff curve, the two lengths between whose ends a quality lies.
     """
 
     easiest: float
     hardest: float
     at: Callable[[float], Reached]
+    straight: Callable[[float], Reached] | None = None
+    lengths: Callable[[float], tuple[int, int]] | None = None
 
 
 def log_costs(spent: np.ndarray) -> np.ndarray:
@@ -148,25 +156,35 @@ def learning_curve(runs: Sequence[Run]) -> Curve:
 
 def tradeoff_curve(runs: Sequence[Run]) -> Curve | None:
     """Quality at the end against what it cost, over an arm's lengths; None without two, the longer better."""
-    groups = [[run for run in runs if run.length == length] for length in sorted({run.length for run in runs})]
+    lengths = sorted({run.length for run in runs})
+    groups = [[run for run in runs if run.length == length] for length in lengths]
     ends = [np.array([[run.quality[-1], *log_costs(run.spent[-1])] for run in group]) for group in groups]
     middle = np.array([end.mean(axis=0) for end in ends])  # [lengths, 1 + 6]
 
-    def costs(points: np.ndarray, target: float) -> np.ndarray:
-        falling = block_means(points, falling_blocks(points[:, 0]))[::-1]
-        return monotone_cubic(falling[:, 0], falling[:, 1:], target)
+    bounds = falling_blocks(middle[:, 0])
+    knots = block_means(middle[:, 0], bounds)
 
-    def at(target: float) -> Reached:
-        slopes = gradient(lambda points: float(costs(points, target)[0]), middle[:, :2])
+    def at(target: float, between: Callable[[np.ndarray, np.ndarray, float], np.ndarray] = monotone_cubic) -> Reached:
+        def costs(points: np.ndarray) -> np.ndarray:
+            falling = block_means(points, falling_blocks(points[:, 0]))[::-1]
+            return between(falling[:, 0], falling[:, 1:], target)
+
+        slopes = gradient(lambda points: float(costs(points)[0]), middle[:, :2])
         by_seed = [
             {run.seed: float(slope @ end[:2]) for run, end in zip(group, own, strict=True)}
             for group, own, slope in zip(groups, ends, slopes, strict=True)
             if slope.any()
         ]
-        return Reached(costs(middle, target), by_seed)
+        return Reached(costs(middle), by_seed)
 
-    knots = block_means(middle[:, 0], falling_blocks(middle[:, 0]))
-    return Curve(float(knots[0]), float(knots[-1]), at) if knots[0] > knots[-1] else None
+    def around(target: float) -> tuple[int, int]:
+        block = int(np.argmax(knots <= target))  # the first that is as good
+        here = lengths[bounds[block]]
+        return (lengths[bounds[block] - 1] if knots[block] < target else here), here
+
+    if knots[0] <= knots[-1]:
+        return None
+    return Curve(float(knots[0]), float(knots[-1]), at, functools.partial(at, between=straight_line), around)
 
 
 def gradient(function: Callable[[np.ndarray], float], at: np.ndarray) -> np.ndarray:
@@ -188,6 +206,11 @@ def monotone_cubic(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
     if len(x) == 1:
         return y[0]
     return np.asarray(PchipInterpolator(x, y)(at))
+
+
+def straight_line(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
+    """As `monotone_cubic`, with straight lines."""
+    return np.array([np.interp(at, x, column) for column in y.T])
 
 
 def log_interval(baseline: Reached, against: Reached) -> tuple[float, float] | None:

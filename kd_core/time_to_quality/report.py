@@ -23,12 +23,14 @@ NAMES = {"baseline": "baseline", "against": "distilled"}
 EXPLANATION = (
     "- Speed-up: seconds of the baseline over seconds of the distilled arm, at equal quality. *faster*: its interval is "
     "above 1; *slower*: below 1; *not decided*: it contains 1, or there is none. Each interval is for one target.",
-    "- Tradeoff curve: several lengths an arm, the schedule scaled to each, quality at the end. Learning curve: the "
+    "- Tradeoff curve: several lengths an arm, the schedule scaled to each, quality at the end; between lengths a cubic "
+    "and, beside it, straight lines, and the interval holds both. Learning curve: the "
     "first crossing of the target within a run, at the evaluations that all runs share; every run must reach it. "
     "Nothing is extrapolated: what an arm does not reach is *out of reach*.",
     "- Student seconds are all that is neither teacher nor waiting for data: forward, backward, optimizer. Teachers' "
     "forwards are counted, their training stands apart.",
 )
+OBSERVED = "Of finished runs, the shortest distilled ones that are as good as those alone in every seed:"
 COLOURS = {"baseline": "#444444", "against": "#d1495b", "tradeoff": "#00798c", "learning": "#edae49"}
 LABEL_HEIGHT = 0.025  # of a target's label, as a share of the axes
 
@@ -38,7 +40,8 @@ def headline(study: dict[str, Any]) -> str:
     method, rows = _judge(study)
     counts = Counter(row["verdict"] for row in rows)
     told = ", ".join(f"{verdict} at {count}" for verdict, count in counts.most_common())
-    sentences = [f"Distillation: {told} of {len(rows)} targets ({METHODS[method].lower()})."]
+    sentences = [_observed_sentence(study)] if study["observed"] else []
+    sentences.append(f"Distillation: {told} of {len(rows)} targets ({METHODS[method].lower()}).")
     best = min if study["lower_is_better"] else max
     hardest = best((row for row in rows if row["speedup"]), key=lambda row: row["target"], default=None)
     if hardest:
@@ -55,9 +58,48 @@ def headline(study: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
+def _observed_sentence(study: dict[str, Any]) -> str:
+    """The pair of the hardest quality; finished runs alone are behind it."""
+    pair = study["observed"][0]
+    seeds = f"in {pair['seeds']} of {pair['seeds']} seeds" if pair["seeds"] > 1 else "in one seed"
+    return (
+        f"Observed: distilled after {pair['against_steps']} steps is as good as alone after {pair['baseline_steps']} "
+        f"({study['metric']} {pair['quality']:.4g}) {seeds}, {_times(pair)} times as fast."
+    )
+
+
+def _times(row: dict[str, Any]) -> str:
+    return f"{row['speedup']:.3g}" + ("" if row["low"] is None else f" ({_interval(row)})")
+
+
+def _observed(study: dict[str, Any]) -> list[list[str]]:
+    """Pairs of finished runs of which the distilled are as good in every seed."""
+    head = [
+        f"alone: steps, {study['metric']}",
+        "distilled: steps",
+        "steps saved",
+        "baseline s",
+        "distilled s",
+        "times as fast",
+    ]
+    return [head] + [
+        [
+            f"{pair['baseline_steps']}, {pair['quality']:.4g}",
+            str(pair["against_steps"]),
+            str(pair["baseline_steps"] - pair["against_steps"]),
+            _seconds(pair["baseline_s"]),
+            _seconds(pair["against_s"]),
+            _times(pair),
+        ]
+        for pair in study["observed"]
+    ]
+
+
 def terminal(study: dict[str, Any]) -> str:
     """The verdict, then a table a method, the teachers' cost, and the notes."""
     lines = [headline(study)]
+    if study["observed"]:
+        lines += ["", OBSERVED, *aligned(_observed(study))]
     for method, rows in _by_method(study):
         lines += ["", f"{METHODS[method]}: training seconds to {study['metric']} ({_direction(study)})"]
         lines += [*aligned(_rows(study, rows)), _reach(study, method)]
@@ -68,6 +110,7 @@ def markdown(study: dict[str, Any]) -> str:
     """report.md."""
     lines = [f"# Time to equal {study['metric']}", "", f"**{headline(study)}**", ""]
     lines += ["![quality against training seconds](quality.svg)", "", "![speed-up against target](speedup.svg)", ""]
+    lines += ["![steps and seconds saved against quality](saved.svg)", ""]
     lines += ["## What was compared", ""]
     lines += markdown_table(
         [["arm", "runs", "steps", "seeds", "teachers' training seconds"]]
@@ -85,6 +128,8 @@ def markdown(study: dict[str, Any]) -> str:
     lines += ["", "Where the first runs of the arms differ:", ""]
     differences = [[name, *map(str, pair)] for name, pair in study["differences"].items()]
     lines += markdown_table([["flag", *NAMES.values()], *differences])
+    if study["observed"]:
+        lines += ["", "## Observed", "", OBSERVED, "", *markdown_table(_observed(study))]
     for method, rows in _by_method(study):
         lines += [
             "",
@@ -106,7 +151,9 @@ def _rows(study: dict[str, Any], rows: list[dict[str, Any]]) -> list[list[str]]:
         "baseline s",
         "distilled s",
         "speed-up",
+        "straight lines",
         f"{_percent(study)} interval",
+        "steps saved",
         "verdict",
         "paid back after",
     ]
@@ -116,7 +163,9 @@ def _rows(study: dict[str, Any], rows: list[dict[str, Any]]) -> list[list[str]]:
             _seconds(row["baseline_s"]),
             _seconds(row["against_s"]),
             f"{row['speedup']:.3g}" if row["speedup"] else "-",
+            f"{row['straight']:.3g}" if row["straight"] else "-",
             _interval(row),
+            f"{row['saved']['steps']:,.0f}" if row["saved"] else "-",
             row["verdict"],
             f"{math.ceil(row['payback_runs'])} runs" if row["payback_runs"] else "-",
         ]
@@ -185,17 +234,24 @@ def write(study: dict[str, Any], drawn: dict[str, dict[str, Any]], out: Path) ->
 
     Args:
         study: what report.json holds.
-        drawn: of each arm, `runs` and, by method, `curves`, as (seconds, quality); `windows`, where teachers left.
+        drawn: of each arm, `runs` and, by method, `curves`, as (seconds, quality); `windows`, where teachers left. By method
+            `saved`: qualities [K], steps and seconds saved to them [K, 2], and the same by straight lines, or None.
     """
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".") as hidden:
-        for name, figure in (("quality", _quality_figure(study, drawn)), ("speedup", _speedup_figure(study))):
+        figures = {"quality": _quality_figure(study, drawn), "speedup": _speedup_figure(study)}
+        figures["saved"] = _saved_figure(study, drawn)
+        for name, figure in figures.items():
             figure.savefig(Path(hidden, f"{name}.png"), dpi=150)
             with matplotlib.rc_context({"svg.hashsalt": name}):  # the same runs, the same bytes
                 figure.savefig(Path(hidden, f"{name}.svg"), metadata={"Date": None})
         Path(hidden, "report.md").write_text(markdown(study))
         Path(hidden, "report.json").write_text(json.dumps(study, indent=2, allow_nan=False) + "\n")
-        for name in ("quality.png", "quality.svg", "speedup.png", "speedup.svg", "report.md", "report.json"):
+        for name in (
+            *(f"{figure}.{kind}" for figure in figures for kind in ("png", "svg")),
+            "report.md",
+            "report.json",
+        ):
             os.replace(Path(hidden, name), out / name)
 
 
@@ -203,7 +259,8 @@ def _quality_figure(study: dict[str, Any], drawn: dict[str, dict[str, Any]]) -> 
     method, rows = _judge(study)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for arm, data in drawn.items():
+    for arm in NAMES:
+        data = drawn[arm]
         colour, windows = COLOURS[arm], data["windows"]
         for seconds, quality in data["runs"]:
             axes.plot(seconds, quality, color=colour, linewidth=0.8, alpha=0.4)
@@ -220,7 +277,7 @@ def _quality_figure(study: dict[str, Any], drawn: dict[str, dict[str, Any]]) -> 
             )
     targets = [row["target"] for row in rows]
     # The first evaluations are far from every target: they may leave the picture.
-    qualities = np.concatenate([quality for data in drawn.values() for _, quality in data["runs"]] + [targets])
+    qualities = np.concatenate([quality for arm in NAMES for _, quality in drawn[arm]["runs"]] + [targets])
     better = -1 if study["lower_is_better"] else 1
     best, easiest = better * max(better * qualities), better * min(better * np.array(targets))
     span = abs(best - easiest) or 1.0
@@ -282,4 +339,30 @@ def _speedup_figure(study: dict[str, Any]) -> Figure:
     axes.grid(alpha=0.2)
     if len(shown) > 1:
         axes.legend(fontsize=8, loc="upper right")
+    return figure
+
+
+def _saved_figure(study: dict[str, Any], drawn: dict[str, dict[str, Any]]) -> Figure:
+    """A saving that does not grow is a head start; one that grows in proportion is a faster method."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    method, _ = _judge(study)
+    qualities, cubic, straight = drawn["saved"][method]
+    for column, (axes, unit) in enumerate(zip(figure.subplots(1, 2), ("steps", "training seconds"), strict=True)):
+        axes.axhline(0, color="#444444", linewidth=1.2)
+        axes.plot(qualities, cubic[:, column], color=COLOURS[method], linewidth=2.5, label=METHODS[method].lower())
+        if straight is not None:
+            lines = straight[:, column]
+            axes.fill_between(
+                qualities,
+                cubic[:, column],
+                lines,
+                color=COLOURS[method],
+                alpha=0.25,
+                label="to straight lines between lengths",
+            )
+        if study["lower_is_better"]:
+            axes.invert_xaxis()
+        axes.set(xlabel=f"{study['metric']}, harder to the right", ylabel=f"{unit} saved")
+        axes.grid(alpha=0.2)
+    axes.legend(fontsize=8)
     return figure
