@@ -284,6 +284,9 @@ def compared(
         notes.append(f"The arms differ in {', '.join(computing)}: part of the speed-up may be due to that.")
     notes += _gaps(rows, sign)
     study["observed"] = [pair | {"quality": sign * pair["quality"]} for pair in observed(*arms)]
+    longest = max(run.length for run in arms[0])
+    if all(pair["baseline_steps"] < longest for pair in study["observed"]):
+        notes.append(f"No distilled length is as good in every seed as alone after {longest} steps, the longest.")
     study["targets"] = [row | {"target": sign * row["target"], "payback_runs": _payback(study, row)} for row in rows]
     study["notes"] = notes
     drawn["saved"] = {method: _saved(pair, sign) for method, pair in curves.items()}

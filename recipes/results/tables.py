@@ -92,7 +92,7 @@ def report(name: str, arm: str, longest: bool = False) -> tuple[dict[str, Any], 
     study = study_of(name)
 
     def folders(own: str) -> list[Path]:
-        lengths = lengths_of(name, own)[-1:] if longest else study.lengths
+        lengths = lengths_of(name, own)[-1:] if longest else lengths_of(name, own)
         return [Path("recipes/results", name, own, str(steps), str(seed)) for steps in lengths for seed in study.seeds]
 
     with contextlib.chdir(restored(name).name):
@@ -297,6 +297,30 @@ def speedup(name: str) -> str:
     return table(head, rows)
 
 
+def observed(name: str) -> str:
+    """Of finished runs, the shortest with a teacher that are as good as those alone in every seed."""
+    study = study_of(name)
+    head = [
+        "arm",
+        f"alone: steps, {study.metric}",
+        "with a teacher: steps",
+        "seeds",
+        "seconds alone",
+        "with",
+        "times as fast",
+    ]
+    rows = []
+    for arm, flags in study.arms.items():
+        for pair in report(name, arm)[0]["observed"] if "--teachers" in flags else []:
+            spread = "" if pair["low"] is None else f" ({pair['low']:.2f} to {pair['high']:.2f})"
+            alone = f"{pair['baseline_steps']}, {pair['quality']:.3f}"
+            seconds = [f"{pair[f'{side}_s']:.0f}" for side in ("baseline", "against")]
+            rows.append(
+                [arm, alone, str(pair["against_steps"]), str(pair["seeds"]), *seconds, f"{pair['speedup']:.2f}{spread}"]
+            )
+    return table(head, rows)
+
+
 def online_totals() -> str:
     """At how many targets of all studies in `verdicts` online distillation is faster, by the ends of runs."""
     counts: Counter[str] = Counter()
@@ -431,7 +455,7 @@ def methods() -> str:
 
 
 FOR_THE_PAGE: tuple[Callable[..., Any], ...] = (
-    arms, compared, crossings, equal_speed, found, gain, glue, glue_gap, methods, milliseconds, online_totals, prepared, quality, seconds_for_longest, single_runs, slower, speedup,
+    arms, compared, crossings, equal_speed, found, gain, glue, glue_gap, methods, milliseconds, observed, online_totals, prepared, quality, seconds_for_longest, single_runs, slower, speedup,
     teachers_quality, times, verdicts,
 )  # fmt: skip
 

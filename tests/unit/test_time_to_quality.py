@@ -292,6 +292,8 @@ def test_what_was_observed_is_told_first_and_needs_every_seed(
         "Observed: distilled after 400 steps is as good as alone after 800 (eval/loss 2.707) in 3 of 3 seeds, 2 (2 to 2) times as fast."
     )
     assert [(pair["baseline_steps"], pair["against_steps"]) for pair in study["observed"]] == [(800, 400), (400, 200)]
+    slow = times(baseline, make_arm(tmp_path / "c", seeds=(1, 2, 3), speed=0.5))
+    assert "No distilled length is as good in every seed as alone after 800 steps, the longest." in slow["notes"]
     bad = make_run(tmp_path / "bad", seed=3, steps=400, speed=2.0, shift=0.01)
     study = report(baseline, [run for run in against if run.name != "3-400"] + [bad], out=tmp_path / "r")
     assert (study["observed"][0]["baseline_steps"], study["observed"][0]["against_steps"]) == (800, 800)
