@@ -1,14 +1,14 @@
-"""DeepSpeed: config, engine, token-exact normalisation, one checked step.
+"""DeepSpeed: engine, token-exact normalisation, one checked step.
 
 DeepSpeed is imported inside functions: bad input is refused before those seconds are spent.
 """
 
 import contextlib
-import json
+import io
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,68 +16,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kd_core.system.ranks import device, gathered, world_size
+from kd_core.training.ds_config import read_config
 from kd_core.training.flags import TrainFlags
 from kd_core.training.plain import PlainEngine
 from kd_core.training.processes import limit_collectives
 
 Engine = Any  # a DeepSpeed engine or a PlainEngine
 
-OWNED_BY_RECIPE = {
-    "train_batch_size": "--global-batch-size",
-    "train_micro_batch_size_per_gpu": "--micro-batch-size",
-    "gradient_accumulation_steps": "--global-batch-size and --micro-batch-size",
-    "gradient_clipping": "--clip",
-    "optimizer": "--lr and its neighbours",
-    "scheduler": "--lr and --warmup-fraction",
-}
-
-# What DeepSpeed 0.19 reads at the top level and a recipe leaves to the file; it has no list of its own.
-KNOWN_KEYS = frozenset(
-    {"torch_autocast", "data_types", "communication_data_type", "zero_allow_untested_optimizer", "aio", "compile"}
-    | {"zero_force_ds_cpu_optimizer", "prescale_gradients", "gradient_predivide_factor", "activation_checkpointing"}
-    | {"flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "tensorboard"}
-    | {"wandb", "csv_monitor", "checkpoint", "disable_allgather", "disable_python_gc"}
-)
-
-
-def find_config(path: str, flag: str = "--deepspeed-config") -> Path:
-    """The DeepSpeed JSON `path`: as given, or in `ds_configs/` beside `kd_core/`."""
-    root = Path(__file__).resolve().parents[2]
-    for candidate in (Path(path), root / path, root / "ds_configs" / path):
-        if candidate.is_file():
-            return candidate
-    available = sorted(file.name for file in (root / "ds_configs").glob("*.json"))
-    raise FileNotFoundError(f"{flag} {path} does not exist; give a JSON file or one of {available}")
-
-
-def _read_config(path: str, flag: str) -> dict[str, Any]:
-    """
-    Raises:
-        ValueError: malformed JSON, an unknown key, a key that the recipe owns, or "auto".
-    """
-    file = find_config(path, flag)
-    try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {file} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{flag} {file} must hold a JSON object, got {type(config).__name__}")
-    for key, owner in OWNED_BY_RECIPE.items():
-        if key in config:
-            raise ValueError(f"{flag} {file} sets {key!r}, which {owner} sets; remove it from the file")
-    _refuse_unknown_keys(config, f"{flag} {file}")
-    if '"auto"' in json.dumps(config):
-        raise ValueError(f'{flag} {file} has the value "auto", which only Hugging Face\'s Trainer fills in')
-    return config
+# Of every engine: no lines of DeepSpeed's own, and offloading with the recipe's optimizer instead of DeepSpeed's.
+ALWAYS = {"steps_per_print": 10**9, "zero_force_ds_cpu_optimizer": False}
 
 
 def load_config(cfg: TrainFlags) -> dict[str, Any]:
     """The DeepSpeed config of `--deepspeed-config` plus what the recipe owns: batch sizes, accumulation, clipping.
 
     Raises:
-        ValueError: as `_read_config`, or a batch that does not split.
+        ValueError: as `read_config`, or a batch that does not split.
     """
-    config = _read_config(cfg.deepspeed_config, "--deepspeed-config")
+    config = read_config(cfg.deepspeed_config, "--deepspeed-config")
     share = cfg.micro_batch_size * world_size()
     if cfg.global_batch_size % share:
         raise ValueError(
@@ -89,39 +45,43 @@ def load_config(cfg: TrainFlags) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": cfg.micro_batch_size,
         "gradient_accumulation_steps": cfg.global_batch_size // share,
         "gradient_clipping": cfg.clip,
-        "steps_per_print": 10**9,
+        **ALWAYS,
     }
 
 
-def _refuse_unknown_keys(config: dict[str, Any], what: str) -> None:
-    """DeepSpeed ignores unknown keys silently at the top level, and names those below only once a model is built."""
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+def initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any], what: str = "--deepspeed-config"
+) -> Any:
+    """A DeepSpeed engine around `model`, with every process group given a finite timeout.
 
-    sections = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
-    if config.get("fp16", {}).get("enabled"):
-        raise ValueError(f"{what} enables fp16, whose loss scaling skips steps; use bf16")
-    unknown = set(config) - KNOWN_KEYS - set(sections)
-    for name, section in sections.items():
-        keys = config.get(name, {})
-        if not isinstance(keys, dict):
-            raise ValueError(f"{what}: {name!r} must be an object, got {keys!r}")
-        fields = section.model_fields
-        known = set(fields) | {field.alias for field in fields.values()}
-        unknown |= {f"{name}.{key}" for key in set(keys) - known}
-    if unknown:
-        raise ValueError(f"{what} has unknown keys {sorted(unknown)}; correct or remove them")
-
-
-def initialize(model: nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]) -> Any:
-    """A DeepSpeed engine around `model`, with every process group given a finite timeout."""
+    Raises:
+        ValueError: DeepSpeed cannot do what the config, named by `what`, asks of it here.
+    """
     import deepspeed
 
-    quiet = contextlib.nullcontext() if os.environ.get("KD_VERBOSE") else contextlib.redirect_stdout(None)
-    with quiet:
+    with _refusals(what):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     limit_collectives()  # of the groups that DeepSpeed has made
     return engine
+
+
+@contextlib.contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Keeps what DeepSpeed prints to itself; when it fails, shows that, and turns what it raises into one line."""
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    said = io.StringIO()
+    try:
+        with contextlib.nullcontext() if os.environ.get("KD_VERBOSE") else contextlib.redirect_stdout(said):
+            yield
+    except BaseException as error:
+        sys.stderr.write(said.getvalue())
+        refusals = (ValueError, AssertionError, ImportError, RuntimeError, DeepSpeedConfigError, ZeRORuntimeException)
+        if isinstance(error, torch.OutOfMemoryError | LoopError) or not isinstance(error, refusals):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"DeepSpeed fails on {what} ({reason}); change it, or see where with KD_VERBOSE=1") from error
 
 
 def split_by_zero3(model: nn.Module, path: str) -> Any:
@@ -137,24 +97,24 @@ def split_by_zero3(model: nn.Module, path: str) -> Any:
     """
     import deepspeed
 
-    config = _read_config(path, "--teacher-deepspeed-config")
+    what = f"--teacher-deepspeed-config {path}"
+    config = read_config(path, "--teacher-deepspeed-config")
     stage, bf16 = config.get("zero_optimization", {}).get("stage"), config.get("bf16", {}).get("enabled", False)
     if stage != 3:
-        raise ValueError(f"--teacher-deepspeed-config {path} must have zero_optimization.stage 3, got {stage}")
+        raise ValueError(f"{what} must have zero_optimization.stage 3, got {stage}")
     dtype = next(model.parameters()).dtype
     if bf16 != (dtype == torch.bfloat16):
         raise ValueError(
-            f"--teacher-deepspeed-config {path} has bf16 {'on' if bf16 else 'off'}, but the teacher is {dtype}; "
-            "choose --teacher-dtype accordingly"
+            f"{what} has bf16 {'on' if bf16 else 'off'}, but the teacher is {dtype}; choose --teacher-dtype accordingly"
         )
-    config |= {"train_batch_size": world_size(), "train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
+    config |= {"train_batch_size": world_size(), "train_micro_batch_size_per_gpu": 1, **ALWAYS}
     # DeepSpeed's own linear layer would replace PyTorch's in the whole process, so in the student too.
     config["zero_optimization"] |= {"memory_efficient_linear": False}
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device())  # ZeRO-3 sees to parameters only
-    with contextlib.redirect_stdout(None):
+    with _refusals(what):
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
-    return initialize(model, None, config)
+    return initialize(model, None, config, what)
 
 
 def destroy_engines(engines: Iterable[Any]) -> None:

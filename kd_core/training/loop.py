@@ -192,7 +192,8 @@ class Run(Generic[C]):
             raise LoopError("Run.engine needs a Config with TrainFlags, whose --deepspeed-config it takes")
         # DeepSpeed's list of optimizers tested with ZeRO has no SGD; the project's tests do.
         config = engines.for_backwards(self._ds_config, backwards) | {"zero_allow_untested_optimizer": True}
-        return self._add(name, engines.initialize(model, optimizer, config), after)
+        what = f"--deepspeed-config {self.cfg.deepspeed_config}"
+        return self._add(name, engines.initialize(model, optimizer, config, what), after)
 
     def plain_engine(
         self,
