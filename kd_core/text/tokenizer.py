@@ -7,6 +7,8 @@ and neither cuts nor pads of its own accord.
 
 import hashlib
 import json
+import random
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,12 @@ ROLES = {
 MAX_ALPHABET = 1000
 # ... and of a large text only those that are more frequent than this.
 MIN_CHARACTER_SHARE = 1e-6
+SPACE = "\u2581"  # what SentencePiece writes for a space
+SAMPLED_LINES = 200
+ORDINARY_LINES = [
+    "The quick brown fox, 3,141 times: it's (almost) 50% over the lazy dog's e-mail!", " A space before, and one behind ",
+    "na\u00efve caf\u00e9, \u00bfqu\u00e9?", "\u4e2d\u6587\u5b57 \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \U0001f600", "two\nlines\tand a tab", "x",
+]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -184,17 +192,22 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
     kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
     if kind not in ("UNIGRAM", "BPE") or not proto.pieces:
         raise ValueError(f"--tokenizer {path} is a SentencePiece model of type {kind}; allowed are UNIGRAM and BPE")
+    control = [piece.piece for piece in proto.pieces if piece.type == piece.CONTROL]
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
     tokenizer = tokenizers.Tokenizer(_unigram_model(proto) if kind == "UNIGRAM" else _bpe_model(proto))
-    tokenizer.normalizer = tokenizers.normalizers.Sequence(_sentencepiece_normalizers(proto.normalizer_spec))
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(_sentencepiece_normalizers(proto, user_defined))
+    suffix = proto.trainer_spec.treat_whitespace_as_suffix
+    if not any(SPACE in (piece.piece[:-1] if suffix else piece.piece[1:]) for piece in proto.pieces):
+        # No piece goes on beyond a space, so words can be taken apart, which is faster.
+        behavior: Any = "merged_with_previous" if suffix else "merged_with_next"
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(SPACE, behavior)
     scheme: Any = "always" if proto.normalizer_spec.add_dummy_prefix else "never"
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
     space = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
     bytes_and_space = [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(), space]
     tokenizer.decoder = tokenizers.decoders.Sequence(bytes_and_space) if proto.trainer_spec.byte_fallback else space
-    control, user_defined = 3, 4
-    for piece in proto.pieces:
-        if piece.type in (control, user_defined):
-            tokenizer.add_tokens([tokenizers.AddedToken(piece.piece, normalized=False, special=piece.type == control)])
+    tokenizer.add_tokens([tokenizers.AddedToken(piece, normalized=True) for piece in user_defined])
+    tokenizer.add_special_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in control])
+    _require_same_tokens(tokenizer, proto, path)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=proto.trainer_spec.unk_piece)
 
 
@@ -204,11 +217,12 @@ def _unigram_model(proto: Any) -> tokenizers.models.Model:
 
 
 def _bpe_model(proto: Any) -> tokenizers.models.Model:
-    """SentencePiece merges any two pieces that form a piece, the best piece first; pieces are in this order."""
+    """SentencePiece merges any two pieces that form a piece, the best piece first."""
     ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    best_first = sorted(proto.pieces, key=lambda piece: -piece.score)
     merges = [
         (piece[:cut], piece[cut:])
-        for piece in ids
+        for piece in (piece.piece for piece in best_first)
         for cut in range(1, len(piece))
         if piece[:cut] in ids and piece[cut:] in ids
     ]
@@ -216,16 +230,42 @@ def _bpe_model(proto: Any) -> tokenizers.models.Model:
     return tokenizers.models.BPE(ids, merges, unk_token=spec.unk_piece, fuse_unk=True, byte_fallback=spec.byte_fallback)
 
 
-def _sentencepiece_normalizers(spec: Any) -> list[tokenizers.normalizers.Normalizer]:
+def _sentencepiece_normalizers(proto: Any, user_defined: list[str]) -> list[tokenizers.normalizers.Normalizer]:
+    """Spaces as SentencePiece has them. User-defined pieces go through this too, and alone they get no prefix."""
+    spec, regex, replace = proto.normalizer_spec, tokenizers.Regex, tokenizers.normalizers.Replace
     steps: list[tokenizers.normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(tokenizers.normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [
-            tokenizers.normalizers.Strip(),
-            tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
-        ]
-    return steps
+        steps += [replace(regex(r"\A +| +\z"), ""), replace(regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        alone = "|".join(map(re.escape, user_defined))
+        end = r"\z" if proto.trainer_spec.treat_whitespace_as_suffix else r"\A"
+        steps.append(replace(regex(f"(?!\\A(?:{alone})\\z){end}" if alone else end), SPACE))
+    return [*steps, replace(" ", SPACE)]
+
+
+def _require_same_tokens(tokenizer: tokenizers.Tokenizer, proto: Any, path: Path) -> None:
+    """Compares tokens with SentencePiece's own, on lines made of the model's pieces and on ordinary ones.
+
+    Raises:
+        ValueError: they differ, by an option that the form in Rust does not follow.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    theirs = SentencePieceProcessor(model_proto=proto.SerializeToString())
+    taken = [piece.piece for piece in proto.pieces if piece.type in (piece.NORMAL, piece.USER_DEFINED)]
+    draw = random.Random(0)
+    lines = ["".join(draw.choices(taken, k=12)).replace(SPACE, " ") for _ in range(SAMPLED_LINES)] + ORDINARY_LINES
+    lines = [line.replace(" ", " " * spaces) for spaces in (1, 3, 9) for line in lines]
+    ours = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    ours.encode_special_tokens = True
+    fast = [encoded.ids for encoded in ours.encode_batch(lines, add_special_tokens=False)]
+    if wrong := [line for line, a, b in zip(lines, fast, theirs.encode(lines), strict=True) if a != b]:
+        raise ValueError(
+            f"--tokenizer {path} has an option of SentencePiece that its fast form does not follow: {len(wrong)} of {len(lines)} "
+            f"lines have other tokens, the first {wrong[0]!r}; train it without that option, or give another tokenizer"
+        )
 
 
 def _from_hub(name: str) -> Any:

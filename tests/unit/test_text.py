@@ -483,6 +483,66 @@ def test_sentencepiece(tmp_path, kind):
     assert saved(*texts[:2])["input_ids"] == cls + first + sep + second + sep
 
 
+SPACES = {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True}
+SENTENCEPIECE_OPTIONS = {
+    "spaces behind words": {"treat_whitespace_as_suffix": True},
+    "pieces of several words": {"split_by_whitespace": False},
+    "all spaces kept": SPACES,
+    "all spaces kept, as LLaMA": SPACES
+    | {"normalization_rule_name": "identity", "byte_fallback": True, "vocab_size": 500},
+    "no prefix": {"add_dummy_prefix": False},
+    "lower case": {"normalization_rule_name": "nmt_nfkc_cf"},
+    "the user's own pieces": {"user_defined_symbols": ["<sep>", "@@", "ab"]},
+}
+
+
+def train_sentencepiece(folder, **options):
+    import sentencepiece
+
+    lines = [t.replace(" ", "    ", 3) if "remove_extra_whitespaces" in options else t for t in make_texts(300)]
+    (folder / "t.txt").write_text("\n".join(lines))
+    settings = {"vocab_size": 200, "model_type": "bpe", "hard_vocab_limit": False, "minloglevel": 2} | options
+    sentencepiece.SentencePieceTrainer.train(input=str(folder / "t.txt"), model_prefix=str(folder / "spm"), **settings)
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model")), lines
+
+
+@pytest.mark.parametrize("options", SENTENCEPIECE_OPTIONS.values(), ids=SENTENCEPIECE_OPTIONS)
+def test_options_of_sentencepiece_give_its_tokens(tmp_path, options):
+    original, lines = train_sentencepiece(tmp_path, **options)
+    tokenizer = load_tokenizer(str(tmp_path / "spm.model"))
+    for line in [*lines[:50], " one before", "and behind  ", "ab<sep>cd @@ef", "x \u4e2d", "Upper"]:
+        assert tokenizer(line, add_special_tokens=False)["input_ids"] == original.encode(line), line
+
+
+def test_the_score_of_a_merge_decides_and_not_its_place(tmp_path):
+    """As in Mistral's model, whose pieces of spaces stand first and come last."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    train_sentencepiece(tmp_path)
+    proto = sentencepiece_model_pb2.ModelProto.FromString((tmp_path / "spm.model").read_bytes())
+    first = proto.pieces.pop(3)
+    first.score = -1e9
+    proto.pieces.append(first)
+    (tmp_path / "spm.model").write_bytes(proto.SerializeToString())
+    load_tokenizer(str(tmp_path / "spm.model"))
+    proto.pieces.insert(3, proto.pieces.pop())
+    (tmp_path / "spm.model").write_bytes(proto.SerializeToString())
+    load_tokenizer(str(tmp_path / "spm.model"))
+
+
+def test_an_option_that_cannot_be_followed_is_refused(tmp_path, monkeypatch):
+    from kd_core.text import tokenizer as module
+
+    train_sentencepiece(tmp_path, treat_whitespace_as_suffix=True)
+    normalizers = module._sentencepiece_normalizers
+    monkeypatch.setattr(module, "_sentencepiece_normalizers", lambda *of: normalizers(*of)[:-2])
+    with pytest.raises(
+        ValueError, match=r"spm.model has an option of SentencePiece .* lines have other tokens"
+    ) as error:
+        load_tokenizer(str(tmp_path / "spm.model"))
+    error_line(error)
+
+
 def no_network(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub_constants, "ENDPOINT", "http://127.0.0.1:9")
