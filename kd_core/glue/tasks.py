@@ -20,7 +20,7 @@ from torch import Tensor
 from kd_core.system.files import build_once, cache_key, cache_root, file_digest
 from kd_core.system.hub import require_hub
 from kd_core.system.terminal import one_line
-from kd_core.text.tokenizer import tokenizer_digest
+from kd_core.text.tokenizer import tokenizer_digest, unknown_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -434,7 +434,9 @@ def tokenise(task: Task, source: str, tokenizer: "PreTrainedTokenizerFast", max_
     def build(folder: Path) -> None:
         for split in splits:
             texts = read_split(task, split, source)
-            np.savez(folder / f"{split}.npz", **_tokens(texts, tokenizer, max_length))
+            arrays = _tokens(texts, tokenizer, max_length)
+            unknown_share(tokenizer, arrays["tokens"], f"--data {source}: {task.splits[split].file}")
+            np.savez(folder / f"{split}.npz", **arrays)
 
     name = f"{task.name}-{key}"
     build_once(cache_root() / "glue" / name, build)

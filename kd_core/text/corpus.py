@@ -19,12 +19,14 @@ from kd_core.system.terminal import say
 from kd_core.text import c4, documents
 from kd_core.text.flags import MAX_SEQ_LEN, MIN_SEQ_LEN, TextFlags
 from kd_core.text.packing import VALIDATION_ROWS, HeldOut, Packer, Report
-from kd_core.text.tokenizer import load_tokenizer, tokenizer_digest, train_wordpiece
+from kd_core.text.tokenizer import load_tokenizer, tokenizer_digest, train_wordpiece, unknown_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IGNORE_INDEX = -100
+CHECKED_ROWS = 10_000  # of the training rows, for tokens that are unknown
+WORTH_SAYING = 0.01  # of the tokens unknown
 TOKENIZER_TRAINING_CHARS = 100_000_000
 
 
@@ -120,7 +122,7 @@ def prepare(
     folder = cache_root() / f"corpus-{cache_key(texts.key, tokenizer_digest(loaded), seq_len)}"
     build_once(folder, lambda new: _build_corpus(new, texts, packer, progress))
     facts = json.loads((folder / "facts.json").read_text())
-    return Corpus(
+    corpus = Corpus(
         name=texts.name,
         fingerprint=facts["fingerprint"],
         tokenizer=loaded,
@@ -128,6 +130,9 @@ def prepare(
         validation=packer.open(folder / "validation.bin"),
         train=LocalRows(folder / "train.bin", packer),
     )
+    rows = corpus.rows(0)
+    _check_known(corpus, rows[:: -(-len(rows) // CHECKED_ROWS)], progress)
+    return corpus
 
 
 def _open_source(source: str | None, progress: bool) -> documents.Documents:
@@ -147,7 +152,7 @@ def _open_c4(tokenizer: "PreTrainedTokenizerFast", seq_len: int, progress: bool)
     packer = Packer.of(tokenizer, seq_len)
     folder = cache_root() / f"c4-{packer.identity}"
     build_once(folder, lambda new: c4.build_validation(new, packer, progress))
-    return Corpus(
+    corpus = Corpus(
         name="c4",
         fingerprint=cache_key("c4", packer.identity),
         tokenizer=tokenizer,
@@ -155,6 +160,18 @@ def _open_c4(tokenizer: "PreTrainedTokenizerFast", seq_len: int, progress: bool)
         validation=packer.open(folder / "validation.bin"),
         train=c4.Shards(folder, packer, progress),
     )
+    _check_known(corpus, corpus.validation, progress)
+    return corpus
+
+
+def _check_known(corpus: Corpus, rows: np.ndarray, progress: bool) -> None:
+    """Raises ValueError when the tokenizer does not know most of the text, and says how much it does not know."""
+    parts = {"training": rows, "validation": corpus.validation}
+    shares = [
+        unknown_share(corpus.tokenizer, part, f"--data {corpus.name}, {name} text") for name, part in parts.items()
+    ]
+    if max(shares) >= WORTH_SAYING and progress:
+        say(f"--data {corpus.name}: {max(shares):.1%} of the tokens are unknown to the tokenizer")
 
 
 def _build_embedded(folder: Path, progress: bool) -> None:

@@ -37,6 +37,7 @@ ROLES = {
 MAX_ALPHABET = 1000
 # ... and of a large text only those that are more frequent than this.
 MIN_CHARACTER_SHARE = 1e-6
+MOST_UNKNOWN = 0.5  # of a text's tokens
 SPACE = "\u2581"  # what SentencePiece writes for a space
 SAMPLED_LINES = 200
 ORDINARY_LINES = [
@@ -102,6 +103,23 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
     """Identifies what a tokenizer does to a text: normalisation, model, vocabulary, special ids."""
     content = tokenizer.backend_tokenizer.to_str() + json.dumps(_special_ids(tokenizer))
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def unknown_share(tokenizer: "PreTrainedTokenizerFast", ids: np.ndarray, what: str) -> float:
+    """The share of unknown tokens in `ids`, of `what`, tokens around texts aside.
+
+    Raises:
+        ValueError: it is above half, or there is nothing: a model would learn nothing of the text.
+    """
+    around = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
+    content = ids[~np.isin(ids, around)]
+    share = float((content == tokenizer.unk_token_id).mean()) if len(content) else 1.0
+    if share > MOST_UNKNOWN:
+        raise ValueError(
+            f"{what}: {share:.0%} of the tokens are unknown to the tokenizer {tokenizer.name_or_path}; give text in a script that "
+            "it has, or another tokenizer"
+        )
+    return share
 
 
 def _special_ids(tokenizer: "PreTrainedTokenizerFast") -> dict[str, int | None]:
@@ -285,6 +303,12 @@ def _with_special_tokens(tokenizer: Any) -> "PreTrainedTokenizerFast":
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"--tokenizer {tokenizer.name_or_path} has no fast (Rust) form; give a tokenizer.json")
     vocabulary = tokenizer.get_vocab()
+    taken = set(vocabulary.values())
+    if hole := next((str(number) for number in range(len(vocabulary)) if number not in taken), ""):
+        raise ValueError(
+            f"--tokenizer {tokenizer.name_or_path} has {len(vocabulary)} tokens with ids up to {max(taken)}, and none has id {hole}; "
+            f"if line {int(hole) + 1} of its vocab.txt stands there twice, give that one a name of its own, such as [unused]"
+        )
     missing: dict[str, Any] = {}
     for role, names in ROLES.items():
         if getattr(tokenizer, role) is None and (role != "unk_token" or names[0] in vocabulary):

@@ -543,6 +543,46 @@ def test_an_option_that_cannot_be_followed_is_refused(tmp_path, monkeypatch):
     error_line(error)
 
 
+@pytest.mark.parametrize("line", ["in the middle", "at the end", "blank"])
+def test_a_vocabulary_with_a_repeated_line_is_refused(tmp_path, line):
+    """Its ids go beyond the number of its tokens, and so beyond the embedding."""
+    vocabulary = make_corpus(tmp_path).tokenizer.get_vocab()
+    words = sorted(vocabulary, key=vocabulary.get)
+    twice = {"in the middle": [*words[:200], words[100], *words[200:]], "at the end": [*words, words[100]]}
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "vocab.txt").write_text("\n".join(twice.get(line, [*words, "", "", ""])))
+    first = len(words) + 1 if line == "blank" else 101
+    with pytest.raises(
+        ValueError, match=rf"none has id {first - 1}; if line {first} of its vocab.txt stands there twice"
+    ):
+        load_tokenizer(str(tmp_path / "v"))
+    content = json.loads(make_corpus(tmp_path).tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"][words[-1]] = 10**6
+    (tmp_path / "gap.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="with ids up to 1000000, and none has id") as error:
+        load_tokenizer(str(tmp_path / "gap.json"))
+    error_line(error)
+
+
+@pytest.mark.parametrize("first", [0x10D0, 0x1F600])
+def test_text_that_the_tokenizer_does_not_know(tmp_path, capsys, first):
+    (tmp_path / "t").mkdir()
+    make_corpus(tmp_path).tokenizer.save_pretrained(tmp_path / "t")
+    known = make_texts(300)
+    foreign = [t.translate({97 + i: first + i for i in range(26)}) for t in known]
+    tokenizer = str(tmp_path / "t")
+    for name, train, validation in (("training", foreign, known), ("validation", known, foreign)):
+        write_jsonl(tmp_path / name / "train.jsonl", train)
+        write_jsonl(tmp_path / name / "val.jsonl", validation)
+        with pytest.raises(ValueError, match=rf"{name} text: \d+% of the tokens are unknown to the tokenizer") as error:
+            prepare(str(tmp_path / name), tokenizer=tokenizer, vocab_size=0, seq_len=SEQ_LEN)
+        error_line(error)
+    capsys.readouterr()
+    write_jsonl(tmp_path / "some.jsonl", known * 3 + foreign)
+    prepare(str(tmp_path / "some.jsonl"), tokenizer=tokenizer, vocab_size=0, seq_len=SEQ_LEN, progress=True)
+    assert "% of the tokens are unknown to the tokenizer" in capsys.readouterr().err
+
+
 def no_network(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub_constants, "ENDPOINT", "http://127.0.0.1:9")
