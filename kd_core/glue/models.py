@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from kd_core.glue import tasks as glue
 from kd_core.glue.plan import FineTuning
 from kd_core.system.ranks import device, to_device
-from kd_core.text.pretrained import load_pretrained
+from kd_core.text.pretrained import load_pretrained, require_all_weights
 
 disable_progress_bar()
 set_verbosity_error()  # a fresh classifier is what is wanted here, and nothing to warn of
@@ -25,10 +25,13 @@ def build_student(job: FineTuning, task: glue.Task) -> Any:
     model, info = from_pretrained(
         job.model, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **settings
     )
-    lacking = {name for name in info["missing_keys"] if not name.startswith(("classifier.", "bert.pooler."))}
-    lacking |= {name for name, *_ in info["mismatched_keys"] if not name.startswith("classifier.")}
-    if lacking:
-        raise ValueError(f"{job.model} lacks weights of BERT, or has them in other shapes: {sorted(lacking)[:3]}")
+    require_all_weights(
+        info,
+        str(job.model),
+        BertForSequenceClassification,
+        fresh=("classifier.", "bert.pooler."),
+        beside=r"^cls\.|\.position_ids$",
+    )
     fresh = [model.classifier]
     fresh += [model.bert.pooler.dense] if "bert.pooler.dense.weight" in info["missing_keys"] else []
     torch.manual_seed(job.seed)

@@ -47,7 +47,10 @@ def load_net(folder: str, flag: str) -> tuple[nn.Module, dict[str, Any]]:
         net = build_net(config["model"], len(config["classes"]), blurpool=config["blurpool"])
         net.load_state_dict(load_file(source / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{flag} {folder} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
+        reason = " ".join((str(error) or repr(error)).split())[
+            :200
+        ]  # load_state_dict names weights from its second line on
+        raise ValueError(f"{flag} {folder} cannot be loaded: {reason}") from error
     return net, config
 
 

@@ -1,5 +1,6 @@
 """Pretrained models of transformers, loaded whole or not at all."""
 
+import re
 from collections.abc import Sequence
 from pickle import UnpicklingError
 from typing import Any
@@ -16,6 +17,8 @@ UNLOADABLE = (
     OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, EOFError, UnpicklingError,
     SafetensorError, StrictDataclassError,
 )  # fmt: skip
+# Weights of a file that other tasks have beside BERT, and buffers that older versions saved.
+OTHER_HEADS = r"^(bert\.)?pooler\.|^cls\.seq_relationship\.|\.position_ids$"
 
 
 def load_pretrained(
@@ -29,7 +32,7 @@ def load_pretrained(
         settings: passed on; they become part of the model's config.
 
     Raises:
-        ValueError: another architecture, missing weights, too few tokens or positions, an unreadable or unsafe file.
+        ValueError: another architecture, weights that are missing or too many, too few tokens or positions, an unreadable or unsafe file.
     """
     source = model_source(path, flag)
     verbosity = logging.get_verbosity()
@@ -43,18 +46,40 @@ def load_pretrained(
         raise ValueError(f"{flag} {path} cannot be loaded: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
-    tied = set(getattr(model, "_tied_weights_keys", None) or {})
-    wrong = sorted(set(info["missing_keys"]) - tied) or sorted(name for name, *_ in info["mismatched_keys"])
-    if wrong:
-        raise ValueError(
-            f"{flag} {path} lacks {len(wrong)} weights of {model_class.__name__}, or has them in other shapes: {wrong[0]}"
-        )
+    require_all_weights(info, f"{flag} {path}", model_class)
     if model.config.vocab_size < vocab_size:
         raise ValueError(f"{flag} {path} knows {model.config.vocab_size} tokens, the run's tokenizer has {vocab_size}")
     if model.config.max_position_embeddings < seq_len:
         positions = model.config.max_position_embeddings
         raise ValueError(f"{flag} {path} has {positions} positions, fewer than --seq-len {seq_len}; lower --seq-len")
     return model
+
+
+def require_all_weights(
+    info: dict[str, Any], what: str, model_class: Any, *, fresh: tuple[str, ...] = (), beside: str = OTHER_HEADS
+) -> None:
+    """Refuses a file that is not the model whole, nor less than the model.
+
+    Args:
+        info: what `from_pretrained` says of the loading.
+        fresh: beginnings of the names that the file may lack.
+        beside: pattern of the names that it may have besides.
+
+    Raises:
+        ValueError: naming the first weight that is missing, of another shape, or taken by nothing: of a layer that the config
+            leaves out, or of a kind that the class does not compute.
+    """
+    lacking = sorted(name for name in info["missing_keys"] if not name.startswith(fresh))
+    lacking = lacking or sorted(name for name, *_ in info["mismatched_keys"] if not name.startswith(fresh))
+    if lacking:
+        raise ValueError(
+            f"{what} lacks {len(lacking)} weights of {model_class.__name__}, or has them in other shapes: {lacking[0]}"
+        )
+    if taken_by_nothing := sorted(name for name in info["unexpected_keys"] if not re.search(beside, name)):
+        raise ValueError(
+            f"{what} has {len(taken_by_nothing)} weights that {model_class.__name__} with its config.json does not take: "
+            f"{taken_by_nothing[0]}; correct the config, or give a model of this class"
+        )
 
 
 def int8_weights(*, keep: Sequence[str]) -> TorchAoConfig:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -302,6 +303,11 @@ def test_bad_teachers(attempt: Attempt, teacher: Path, tmp_path: Path) -> None:
     assert "knows the 1000 classes of ImageNet, the data has 10" in attempt(*kd, "resnet50")
     for name in ("./nowhere", "timm/resnet50"):
         assert f"--teachers {name} is no folder and no model of torchvision" in attempt(*kd, name)
+    shallow = tmp_path / "shallow"
+    shutil.copytree(teacher / "hf", shallow)
+    config = json.loads((shallow / "config.json").read_text())
+    (shallow / "config.json").write_text(json.dumps(config | {"model": "resnet8"}))
+    assert re.search(r'cannot be loaded: .*key\(s\) in state_dict: "layer', attempt(*kd, shallow))
     broken = tmp_path / "broken"
     shutil.copytree(teacher / "hf", broken)
     weights = broken / "model.safetensors"

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 from transformers.utils import logging
 
@@ -141,6 +142,11 @@ def bert(tmp_path: Path) -> Path:
         ({"num_attention_heads": 0}, "cannot be loaded: integer modulo by zero"),
         ({"intermediate_size": 16}, "lacks 3 weights of BertForMaskedLM, or has them in other shapes: bert"),
         ({"num_hidden_layers": 2}, "lacks 16 weights of BertForMaskedLM, or has them in other shapes: bert"),
+        (
+            {"num_hidden_layers": 0},
+            "has 16 weights that BertForMaskedLM with its config.json does not take: bert.encoder.layer.0.attention.output.Lay",
+        ),
+        ({"tie_word_embeddings": False}, "lacks 2 weights of BertForMaskedLM, .*: cls.predictions.decoder.bias"),
         ({}, "has 16 positions, fewer than --seq-len 32; lower --seq-len"),
     ],
 )
@@ -154,6 +160,23 @@ def test_a_model_that_does_not_fit_is_refused_in_one_line(
     assert len(str(refused.value).splitlines()) == 1
     assert "REPORT" not in capfd.readouterr().err
     assert logging.get_verbosity() == before
+
+
+def test_weights_that_nothing_takes_are_refused_and_other_heads_are_not(bert: Path) -> None:
+    file = bert / "model.safetensors"
+    whole = load_file(file)
+    old = {"bert.embeddings.position_ids": torch.arange(16), "cls.seq_relationship.weight": torch.ones(2, 8)}
+    save_file(whole | old | {"bert.pooler.dense.weight": torch.ones(8, 8)}, file, {"format": "pt"})
+    load_pretrained(BertForMaskedLM, str(bert), 64, seq_len=16)
+    for name in (
+        "attention.self.distance_embedding.weight",
+        "attention.self.query.lora_A.weight",
+        "output.adapter.bias",
+    ):
+        added = f"bert.encoder.layer.0.{name}"
+        save_file(whole | {added: torch.ones(8, 8)}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"has 1 weights that BertForMaskedLM .* does not take: {added}; correct"):
+            load_pretrained(BertForMaskedLM, str(bert), 64, seq_len=16)
 
 
 def test_draws_need_no_state_and_end_with_the_window() -> None:
