@@ -58,7 +58,9 @@ ConfigT = TypeVar("ConfigT", bound=Flags)
 
 # Flags that --resume may change: where, how long and how often, never what is computed.
 COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")  # of the shell; tyro's own flags
-FREE_ON_RESUME = frozenset({"out", "resume", "max_minutes", "save_every", "keep", "eval_every", "log_every", "workers"})
+FREE_ON_RESUME = frozenset(
+    {"out", "resume", "max_minutes", "grace_seconds", "save_every", "keep", "eval_every", "log_every", "workers"}
+)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ from kd_core.runs.design import Study, read_study
 from kd_core.system.terminal import aligned
 from kd_core.time_to_quality.comparison import direction
 from kd_core.time_to_quality.curves import CONFIDENCE, quantile
+from kd_core.training.processes import end_process
 
 PLAIN = "kd"  # the arm of plain distillation, by its name
 SHARES = ("accuracy", "top1", "top5")  # metrics in [0, 1] that are told in percent
@@ -410,4 +411,4 @@ def plot(study: Study, runs: Mapping[str, lean.Lean], metric: str | None = None)
 
 
 if __name__ == "__main__":
-    main()
+    end_process(main)

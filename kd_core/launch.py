@@ -9,7 +9,10 @@ signal that reaches all ranks at once, so that they can save together (the launc
 an exit code to rely on, with no rank left behind.
 """
 
+import contextlib
 import ctypes
+import io
+import itertools
 import os
 import shlex
 import signal
@@ -17,13 +20,45 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 import psutil
 
 SECONDS_TO_START = 60.0  # within which the launcher has started the ranks of one machine
-SECONDS_TO_SAVE = 60.0  # from the first signal until what still runs is killed
+GRACE_SECONDS = 900.0  # from the first signal until a run that hangs ends; whoever gives less time kills it himself
+SECONDS_TO_KILL = 15.0  # after that a rank has ended by itself
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Lasting(io.FileIO):
+    """A stream of the terminal into which can be written for ever: what nobody reads any more, or a full disk, is dropped."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+def outlive_readers() -> None:
+    """Has this process go on when its output cannot be written: streams closed before it began, a `tee` that has ended, a
+    terminal that was closed, a log on a full disk. Output is no reason to lose a checkpoint.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file to be opened would take its place, and what libraries print
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        stream = getattr(sys, name)
+        if number and stream is getattr(sys, f"__{name}__"):  # not what a test has put there
+            with contextlib.suppress(OSError, AttributeError):  # AttributeError: None, where it was closed
+                stream.flush()
+            errors = "backslashreplace" if name == "stderr" else "replace"
+            lasting = io.BufferedWriter(Lasting(number, "w", closefd=False))
+            encoding = getattr(stream, "encoding", "utf-8")
+            setattr(sys, name, io.TextIOWrapper(lasting, encoding, errors, line_buffering=True))
 
 
 def die_with_parent() -> None:
@@ -44,6 +79,26 @@ def started_by_deepspeed() -> bool:
     """Whether this process is a rank of DeepSpeed's launcher, rather than, say, `nohup python recipes/x.py &`."""
     parent = psutil.Process().parent()
     return parent is not None and "deepspeed.launcher.launch" in parent.cmdline()
+
+
+@contextlib.contextmanager
+def pause_launcher() -> Iterator[None]:
+    """Within, DeepSpeed's launcher of this rank stands still: it kills its ranks 30 s after it was told to stop, saved or not.
+
+    Not once it has lost one of them, whom the others would wait for.
+    """
+    parent = os.getppid()
+    if len(psutil.Process(parent).children()) < int(os.environ.get("LOCAL_SIZE", "1")):
+        yield
+        return
+    # Its standard input ends when this process does, by whatever end; the launcher, which tells it to stop too, then goes on.
+    command = ["sh", "-c", "trap '' TERM INT HUP; read -r _; kill -s CONT \"$0\"", str(parent)]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    send(signal.SIGSTOP, parent)
+    try:
+        yield
+    finally:
+        guard.communicate()
 
 
 def free_port() -> int:
@@ -83,9 +138,20 @@ def send(signum: int, *pids: int) -> None:
             continue
 
 
+def grace_seconds(flags: Sequence[str]) -> float:
+    """What --grace-seconds says in a recipe's flags; what is wrong there, the recipe refuses."""
+    value = GRACE_SECONDS
+    for flag, following in itertools.pairwise([*flags, ""]):
+        with contextlib.suppress(ValueError):
+            if flag.startswith("--grace-seconds"):
+                value = float(flag.partition("=")[2] or following)
+    return value
+
+
 def main() -> int:
     if len(sys.argv) < 2:
         sys.exit("usage: python -m kd_core.launch SCRIPT [flags of the recipe]")
+    outlive_readers()
     script, *flags = sys.argv[1:]
     received = 0
 
@@ -93,8 +159,10 @@ def main() -> int:
         nonlocal received
         received = received or signum  # the ranks are saving since the first signal: a second changes nothing
 
-    signal.signal(signal.SIGTERM, remember)
-    signal.signal(signal.SIGINT, remember)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, remember)
+    seconds_to_save = grace_seconds(flags) + SECONDS_TO_KILL
 
     env = dict(os.environ)
     on_cpu = env.get("DS_ACCELERATOR") == "cpu"
@@ -119,7 +187,7 @@ def main() -> int:
     deadline = float("inf")
     while launcher.poll() is None and time.monotonic() < deadline:
         if received and deadline == float("inf"):
-            deadline = time.monotonic() + SECONDS_TO_SAVE
+            deadline = time.monotonic() + seconds_to_save
             ranks = find_ranks(group, script)
             send(received, *ranks)
             if not ranks:  # still starting: nothing to save
@@ -136,7 +204,7 @@ def main() -> int:
         print(f"kd_core.launch: the launcher died before its {len(orphans)} ranks: stopping them", file=sys.stderr)
     if orphans:
         send(signal.SIGTERM, *orphans)
-        deadline = min(deadline, time.monotonic() + SECONDS_TO_SAVE)
+        deadline = min(deadline, time.monotonic() + seconds_to_save)
         while find_ranks(group, script) and time.monotonic() < deadline:
             time.sleep(0.1)
     if launcher.poll() is None or find_ranks(group, script):
@@ -146,7 +214,7 @@ def main() -> int:
     guard.wait()
 
     if received and (not ranks or code in (0, 256 - received)):  # 256 - received: a rank had not set its handler yet
-        return 0 if ranks and code == 0 and received == signal.SIGTERM else 128 + received
+        return 0 if ranks and code == 0 and received != signal.SIGINT else 128 + received
     return 128 - code if code < 0 else code
 
 

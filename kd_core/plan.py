@@ -45,6 +45,7 @@ from kd_core.system import files
 from kd_core.teachers.samplers import Sampler
 from kd_core.teachers.window import first_step
 from kd_core.time_to_quality.comparison import METHOD, OF_A_RUN, OPTIMIZER
+from kd_core.training.processes import end_process
 
 # What may differ between runs whose step times describe one step: it costs no time, or time in the teacher alone.
 FREE = OF_A_RUN | METHOD | (OPTIMIZER - {"dropout"})
@@ -339,4 +340,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_process(main)

@@ -57,6 +57,7 @@ from kd_core.system import files
 from kd_core.system.terminal import say
 from kd_core.time_to_quality import comparison as time_to_quality
 from kd_core.time_to_quality import curves
+from kd_core.training.processes import end_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_process(main)

@@ -13,10 +13,12 @@ Shapes: B images, S the side of a view.
 import functools
 import itertools
 import math
+import multiprocessing
 import os
+import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +33,7 @@ from kd_core.images.views import JpegView, View, jpeg_view, mix, training_view, 
 from kd_core.system.ahead import prefetch
 from kd_core.system.hashing import uniforms
 from kd_core.system.ranks import local_rank, rank, world_size
+from kd_core.system.terminal import say
 from kd_core.training import loop
 from kd_core.training.loop import Run
 
@@ -290,7 +293,7 @@ def num_workers(asked: int | None, split: Split, randaugment: int = 0) -> int:
 
 def _obey_rank_alone(_: int) -> None:
     """In a worker: of signals only its rank's count. One to the whole process group is the rank's to handle, by saving."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
@@ -300,19 +303,71 @@ def _obey_rank_alone(_: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+@dataclass(frozen=True, eq=False)
+class Sent(Dataset[Any]):
+    """What workers make, in shared memory while that has room for all of theirs, else as bytes that go through a pipe.
+
+    Without room PyTorch's worker would fail in a thread, and its rank wait for ever.
+    """
+
+    batches: Dataset[MicroBatch]
+    at_once: int  # batches that may be on their way on this machine
+
+    def __getitem__(self, number: int) -> MicroBatch | bytes:
+        micro = self.batches[number]
+        return micro if micro.pixels.nbytes * self.at_once < shared_memory_left() else pickle.dumps(micro)
+
+
+def shared_memory_left() -> int:
+    """Bytes; 0 without any. Docker gives 64 MiB unless --shm-size says otherwise."""
+    try:
+        there = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return there.f_bavail * there.f_frsize
+
+
+@functools.cache
+def can_have_workers() -> bool:
+    """Whether processes can be made that wait for one another; where not, says so."""
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        say(f"/dev/shm cannot be used ({error.strerror}): images are decoded without --workers, which is slower")
+        return False
+    return True
+
+
 def load(batches: Dataset[MicroBatch], numbers: Sequence[int], *, workers: int) -> Iterator[MicroBatch]:
     """The micro-batches `numbers` in order, made ahead: by worker processes, or with 0 by a thread of this one."""
     cuda = torch.cuda.is_available()
+    if not workers or not can_have_workers():
+        return prefetch(DataLoader(batches, batch_size=None, sampler=numbers), pin_memory=cuda)
     loader = DataLoader(
-        batches,
+        Sent(batches, (workers * BATCHES_AHEAD + 1) * int(os.environ.get("LOCAL_SIZE", "1"))),
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
-        pin_memory=cuda and workers > 0,
-        prefetch_factor=BATCHES_AHEAD if workers else None,
+        pin_memory=cuda,
+        prefetch_factor=BATCHES_AHEAD,
         worker_init_fn=_obey_rank_alone,
     )
-    return iter(loader) if workers else prefetch(loader, pin_memory=cuda)
+    return received(loader, pin_memory=cuda)
+
+
+def received(sent: Iterable[MicroBatch | bytes], *, pin_memory: bool) -> Iterator[MicroBatch]:
+    """What workers sent, whichever way; the slower one is said once."""
+    told = False
+    for one in sent:
+        if isinstance(one, bytes):
+            if not told and local_rank() == 0:
+                say(
+                    f"/dev/shm has {shared_memory_left() / 2**20:.0f} MiB left, too little for batches of images: they go "
+                    "through pipes, which is slower; give it more (docker run --shm-size=8g), or take fewer --workers"
+                )
+            told, one = True, pickle.loads(one)
+            one = one.pin_memory() if pin_memory else one
+        yield one
 
 
 def steps(batches: TrainBatches, first: int, *, workers: int) -> Iterator[Step]:

@@ -11,6 +11,7 @@ from kd_core.images.batches import ValidationBatches, load, num_workers
 from kd_core.images.sources import ImageSet
 from kd_core.system import ranks
 from kd_core.system.terminal import say
+from kd_core.training.stop import interruptible
 
 CALIBRATION_BINS = 15
 NUM_SUMS = 4 + 2 * CALIBRATION_BINS
@@ -43,7 +44,7 @@ def classification_sums(logits_BC: Tensor, labels_B: Tensor, counted_B: Tensor) 
 def validation_sums(model: Any, batches: ValidationBatches, *, workers: int) -> Tensor:
     """`classification_sums` of this rank's share of the validation images, by a model in evaluation."""
     sums, left_out = torch.zeros(NUM_SUMS, device=ranks.device()), 0
-    for micro in load(batches, range(len(batches)), workers=workers):
+    for micro in interruptible(load(batches, range(len(batches)), workers=workers)):
         pixels, labels, counted = ranks.to_device(micro.pixels, micro.labels, micro.counted)
         sums += classification_sums(model(pixels), labels, counted)
         left_out += int(micro.corrupt)

@@ -23,8 +23,10 @@ import torch
 from tqdm import tqdm
 
 from kd_core.cli import FREE_ON_RESUME
-from kd_core.launch import SECONDS_TO_SAVE, die_with_parent
+from kd_core.launch import GRACE_SECONDS, SECONDS_TO_KILL, die_with_parent
 
+SECONDS_TO_SAVE = GRACE_SECONDS + 2 * SECONDS_TO_KILL  # by then a job has ended, and so has what it is supervised by
+SECONDS_TO_LEAVE = 60  # that another call has to leave a folder
 RESUMED = b"--- resumed\n"  # in a job's log, before what it says then
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -147,7 +149,7 @@ def locked(out: Path) -> Iterator[int]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if waited >= SECONDS_TO_SAVE:
+                if waited >= SECONDS_TO_LEAVE:
                     raise ValueError(f"--out {out} is in use by another call; choose another folder") from None
                 if not waited:
                     print(f"waiting for the runs of another call to leave {out}", file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from kd_core.text.corpus import IGNORE_INDEX, Corpus
 from kd_core.text.masking import validation_batches
 from kd_core.text.pretrained import int8_weights, load_pretrained
 from kd_core.training.engine import Engine, gathered_state_dict
+from kd_core.training.stop import interruptible
 
 disable_progress_bar()  # Hugging Face's, for files that load in a moment
 # Layers and width of Turc et al. 2019 (arXiv 1908.08962) and Devlin et al. 2018; heads of 64, feed-forward 4 x width.
@@ -107,7 +108,9 @@ def evaluate(model: Any, corpus: Corpus, *, micro_batch_size: int) -> dict[str, 
     """Loss (nats), perplexity and accuracy at the validation set's fixed masked positions, over all ranks."""
     model.eval()
     sums = torch.zeros(3, device=device())
-    for batch in validation_batches(corpus, micro_batch_size=micro_batch_size, rank=rank(), world_size=world_size()):
+    for batch in interruptible(
+        validation_batches(corpus, micro_batch_size=micro_batch_size, rank=rank(), world_size=world_size())
+    ):
         input_ids, positions, labels = to_device(batch.input_ids, batch.positions, batch.labels)
         logits = model(input_ids, positions)[:, : len(corpus.tokenizer)]
         _, label_N = softmax_kl(logits, None, labels)

@@ -189,12 +189,17 @@ def backward(engine: Engine, loss_sum: Tensor, rows: Tensor) -> None:
         engine.step()  # only counts the backward
 
 
+def due_backwards(engine: Engine) -> int | None:
+    """How many backward passes DeepSpeed counts on in an update; None: any number."""
+    if isinstance(engine, PlainEngine) or not engine.managed_gradient_accumulation():
+        return None
+    return int(engine.gradient_accumulation_steps())
+
+
 def check_backwards(engine: Engine, made: int) -> None:
     """Raises LoopError unless DeepSpeed counted on as many backward passes: it would step on a part of the gradient."""
-    if isinstance(engine, PlainEngine) or not engine.managed_gradient_accumulation():
-        return
-    due = engine.gradient_accumulation_steps()
-    if made != due:
+    due = due_backwards(engine)
+    if due is not None and made != due:
         raise LoopError(
             f"{made} backward passes before Step.update, the engine counts on {due}: one for each micro-batch, times "
             "Run.engine(..., backwards=N); backwards=None allows any number"

@@ -1,11 +1,13 @@
-"""What a run keeps besides its engines, for `Run.keep`: a moving average of the weights, the best evaluation."""
+"""What a run keeps besides its engines, for `Run.keep`: a moving average of the weights, the best evaluation; what a step changes."""
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 class Ema:
@@ -67,6 +69,29 @@ class Best:
 
     def load_state_dict(self, state: float) -> None:
         self._value = state
+
+
+class Before:
+    """Where a step begins: what forwards and the recipe may change before the first update, which alone changes weights."""
+
+    def __init__(self, engines: Iterable[Any], kept: Mapping[str, Any]) -> None:
+        self._buffers = [buffer for engine in engines for buffer in engine.module.buffers()]
+        self._values = [buffer.detach().clone() for buffer in self._buffers]
+        self._kept = kept
+        self._leaves, self._marks = _marks(kept)
+
+    def restore(self) -> bool:
+        """Puts the buffers back, running statistics for example; False when what the recipe keeps has changed, or may have."""
+        if _marks(self._kept)[1] != self._marks:
+            return False
+        _copy(self._buffers, self._values)
+        return True
+
+
+def _marks(kept: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """The parts of what is kept, and what is other once one has changed; of tensors their memory and how often it was written."""
+    leaves = tree_leaves({name: one.state_dict() for name, one in kept.items()})
+    return leaves, [(leaf.data_ptr(), leaf._version) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 @torch.no_grad()

@@ -44,9 +44,10 @@ from kd_core.training import engine as engines
 from kd_core.training.engine import Engine, LoopError, NonFiniteStepError
 from kd_core.training.flags import TrainFlags
 from kd_core.training.guards import Guards
+from kd_core.training.kept import Before
 from kd_core.training.plain import PlainEngine
 from kd_core.training.processes import join, leave, limit_collectives
-from kd_core.training.stop import StopSignal
+from kd_core.training.stop import Interrupted, StopSignal
 
 # Names of the log that no term may have; nor may it end in _s, as seconds do, or begin with eval/.
 TAKEN = {"step", "samples", "tokens", "loss", "lr", "grad_norm", "kd_ratio", "teacher", "rows"}
@@ -100,6 +101,10 @@ def start(file: str, config: type[C], typed: Sequence[str] | None = None, preset
             if not hasattr(run, "stop"):
                 raise LoopError("Stopped before Run.steps has begun; what a user can fix is a ValueError") from stop
             run.finish(stop.reason, code=stop.code, **stop.fields)
+        except Interrupted:
+            run.give_up_step()
+            end = run.stopped(run.number)
+            run.finish(end.reason, code=end.code, **end.fields)
         except NonFiniteStepError as error:
             run.finish("non-finite", code=1, step=run.number + 1, error=str(error), sample_ids=list(error.samples))
 
@@ -129,6 +134,8 @@ class Run(Generic[C]):
         self._at_end: list[Callable[[], None]] = []
         self.guards = Guards()
         self.number, self.went_to_its_end, self._saved = 0, False, False
+        self._before: Before | None = None
+        self._line: dict[str, Any] | None = None  # of the last step, if it is not in the log
 
     # --- set-up -------------------------------------------------------------------------------------------------------
 
@@ -158,7 +165,7 @@ class Run(Generic[C]):
         self._state: dict[str, Any] = {}
         if self._checkpoint:
             self._state = checkpoints.read_state(self._checkpoints / self._checkpoint)
-        self.position = self._state.get("position")
+        self.position = self._position = self._state.get("position")
         clocks = self._state.get("clocks")  # of older runs, seconds alone
         clock = clocks[rank()] if clocks else (self._state.get("seconds", {}),)
         self.clock = Stopwatch(*clock, compiling=getattr(self.cfg, "compile", False))
@@ -285,14 +292,23 @@ class Run(Generic[C]):
                 Without micro-batches there is one row a rank.
             evaluate: metrics "eval/..." over all ranks; the time that it takes is not the training's.
 
+        A step that takes long is given up in favour of the last one, and an evaluation until the run is resumed.
+
         Raises:
             Stopped: a signal or --max-minutes, once the checkpoint is written; the `with` of `start` takes it.
         """
         cfg, ahead = self.cfg, None if batches is None else iter(batches)
+        owed = self._state.get("owed") if evaluate else None  # the line of a step that was not evaluated any more
         self._state = {}
-        self.record.begin(cfg, self.first)
+        self.record.begin(cfg, self.first - bool(owed), self.first)
         self._set_up.close()  # what is wrong from here on is no user's flag
-        self.stop = StopSignal(cfg.max_minutes, self._began)
+        self.stop = StopSignal(cfg.max_minutes, self._began, cfg.grace_seconds)
+        self.stop.taken = self.stop.saved = self.number = self.first
+        if owed and evaluate:
+            evaluated = self._evaluate(owed, evaluate)
+            self._write(owed, write=True)
+            if not evaluated:
+                raise self.stopped(self.first)
         for number in range(self.first, cfg.steps):
             self.number, last = number, number + 1 == cfg.steps
             for function in self._before_step:
@@ -306,17 +322,23 @@ class Run(Generic[C]):
                     engine.train()
                 seed_step(cfg.seed, number)
                 step = Step(self, number, batch)
+                self._before = Before(self._engines.values(), self._kept) if self.stop.pace.looks_within else None
+                self.stop.pace.begin()
                 yield step
                 step.close()
+            self.stop.taken = number + 1
             if check := getattr(batch, "check", None):
                 check(step)
-            if evaluate and (last or (not self.stop.agreed and (number + 1) % cfg.eval_every == 0)):
-                step.log(**evaluate())
-            self._write(step, write=last or bool(self.stop.agreed) or (number + 1) % cfg.log_every == 0)
+            due = evaluate if last or (number + 1) % cfg.eval_every == 0 else None
+            if due and (last or not self.stop.agreed) and self._evaluate(step.line, due):
+                due = None
+            logged = last or bool(self.stop.agreed) or (number + 1) % cfg.log_every == 0
+            self._write(step.line, write=logged)
+            self._line, self._position = None if logged else step.line, getattr(batch, "position", None)
             if last or self.stop.agreed or (number + 1) % cfg.save_every == 0:
-                self._save(getattr(batch, "position", None))
-            if self.stop.agreed and not last:
-                raise Stopped(self.stop.agreed, code=130 if self.stop.agreed == "SIGINT" else 0, step=number + 1)
+                self._save(number + 1, owed=step.line if due else None)
+            if self.stop.agreed and (due or not last):
+                raise self.stopped(number + 1)
         self._end()
         self.went_to_its_end = True
 
@@ -325,13 +347,36 @@ class Run(Generic[C]):
         for function in functions:
             function()
 
-    def _write(self, step: "Step", *, write: bool) -> None:
-        evaluated = any(name.startswith("eval/") for name in step.line)
+    def stopped(self, step: int) -> Stopped:
+        """What ends the run after `step` steps, for the reason that all ranks have agreed on."""
+        return Stopped(self.stop.agreed, code=130 if self.stop.agreed == "SIGINT" else 0, step=step)
+
+    def can_give_up_step(self) -> bool:
+        """Whether the run can go back to where the step began."""
+        return self._before is not None and self._before.restore()
+
+    def give_up_step(self) -> None:
+        """Saves what the last step has left, when a step was interrupted."""
+        if self._line:
+            self._write(self._line, write=True)
+        if self.number > self.stop.saved:
+            self._save(self.number)
+
+    def _evaluate(self, line: dict[str, Any], evaluate: Callable[[], Mapping[str, float]]) -> bool:
+        """Adds the evaluation to the line of a step; False when it was interrupted."""
+        try:
+            line |= evaluate()
+        except Interrupted:
+            return False
+        return True
+
+    def _write(self, line: dict[str, Any], *, write: bool) -> None:
+        evaluated = any(name.startswith("eval/") for name in line)
         seconds = self.clock.read(wait=evaluated)  # on every rank: it frees what has been read
-        values = step.line | {f"{part}_s": round(value, 6) for part, value in seconds.items() if "/" not in part}
+        values = line | {f"{part}_s": round(value, 6) for part, value in seconds.items() if "/" not in part}
         self.record.line(values, write=write)
 
-    def _save(self, position: Any) -> None:
+    def _save(self, step: int, owed: dict[str, Any] | None = None) -> None:
         for name, engine in self._engines.items() if world_size() > 1 else ():
             if len(set(gathered(tensor_digest(engine.module.named_buffers())))) > 1:
                 raise LoopError(
@@ -339,21 +384,24 @@ class Run(Generic[C]):
                     "Run.engine(..., after=), as images.resnets.average_batch_norm does"
                 )
         state: dict[str, Any] = {
-            "position": None if position is None else tuple(position),
+            "position": None if self._position is None else tuple(self._position),
             "clocks": gathered((self.clock.read(wait=True), self.clock.calls)),
             "kept": {name: one.state_dict() for name, one in self._kept.items()},
+            "owed": owed,
         }
         if not self._saved:  # what would not come back is found at the first checkpoint, not at the resume
             for name, kept in state["kept"].items():
                 _require_loadable(name, kept)
         self._saved = True
-        checkpoints.save(self._checkpoints, self.number + 1, self._engines, state, self.cfg.keep)
+        checkpoints.save(self._checkpoints, step, self._engines, state, self.cfg.keep)
+        self.stop.saved = step
 
     def finish(self, stopped: str, *, code: int = 0, **fields: Any) -> None:
         """Writes the result and leaves the process group; `start` calls it."""
         self._end()
         self.record.finish(stopped, peak_memory_gib=peak_gib(), **fields)
         leave()
+        StopSignal.current = None
         let_go(folders.lock_of(self.folder))
         self.code = code
 
@@ -440,6 +488,9 @@ class Step:
         self._losses.setdefault(name, []).append(loss_sum.detach())
         for term, value in terms.items():
             self._terms.setdefault(name, {}).setdefault(term, []).append(value.detach())
+        counted = engines.due_backwards(engine) is not None  # as often on every rank
+        if counted and not self._agreed and self._run.stop.look() and self._run.can_give_up_step():
+            raise Interrupted
 
     def count(self, **values: Tensor | float) -> None:
         """Adds to sums over ranks for the log, which are not divided by rows; they go with the next update."""
@@ -472,10 +523,11 @@ class Step:
         names = zlib.crc32(",".join([name, *sums]).encode()) % 2**12
         touched = zlib.crc32(self._run.guards.used(name)) % 2**12
         agree = [torch.full((1,), float(value), device=device()) for value in (names, touched)]
-        mine = torch.cat([stop.votes(), *agree, _summed(sums.values())])
+        own_votes = stop.votes()
+        mine = torch.cat([own_votes, *agree, _summed(sums.values())])
         mine = nn.functional.pad(mine, (0, -len(mine) % 64))  # or ranks with other terms would wait for each other
         *read, rows = torch.cat([total(mine), self.rows[None]]).tolist()
-        votes, (all_names, all_touched, *read) = read[: len(stop.REASONS)], read[len(stop.REASONS) :]
+        votes, (all_names, all_touched, *read) = read[: len(own_votes)], read[len(own_votes) :]
         if all_names != names * world_size():
             own = ", ".join(sums)
             raise LoopError(

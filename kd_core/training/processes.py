@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from kd_core.launch import die_with_parent, free_port, started_by_deepspeed
+from kd_core.launch import die_with_parent, free_port, outlive_readers, started_by_deepspeed
 from kd_core.system.ranks import local_rank
 
 T = TypeVar("T")
@@ -89,13 +89,14 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def end_process(main: Callable[[], int]) -> NoReturn:
+def end_process(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and ends the process with its code, without C++ destructors: gloo's sometimes abort, work done.
 
-    A disk that fills up or goes away while training is one line and exit code 1.
+    A disk that fills up or goes away while training is one line and exit code 1; output that nobody reads is no error.
     """
+    outlive_readers()
     try:
-        code = main()
+        code = main() or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except OSError as error:

@@ -399,7 +399,7 @@ def test_checkpoints_give_quality_against_pretraining_seconds(
     exported = out / "a@3" / "hf" / "model.safetensors"
     inode = exported.stat().st_ino
     monkeypatch.setenv("KD_CACHE", str(cache))
-    monkeypatch.setattr(jobs, "SECONDS_TO_SAVE", 0)
+    monkeypatch.setattr(jobs, "SECONDS_TO_LEAVE", 0)
     with jobs.locked(out), pytest.raises(SystemExit):
         recipe.main([*map(str, words), "--protocol", "sane", "--data", str(glue_folder), "--out", str(out)])
     assert "is in use by another call" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -212,3 +213,71 @@ def test_a_checkpoint_that_lacks_something_is_one_line(
     (process,) = begin("two_networks.py", ["--out", "run", "--resume"], 1, tmp_path)
     assert process.wait(120) == 2
     assert message in (tmp_path / "0.log").read_text().splitlines()[-1]
+
+
+LONG = "--steps 6 --global-batch-size 16 --micro-batch-size 2 --eval-every 2 --log-every 1 --lr 1e-2".split()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "more"),
+    [
+        (1, 0, []),
+        pytest.param(2, 0, ["--counts"], marks=pytest.mark.slow),
+        *(pytest.param(2, stage, [], marks=pytest.mark.slow) for stage in range(4)),
+    ],
+)
+def test_a_long_step_and_a_long_evaluation_are_left_on_a_signal_and_nothing_is_lost(
+    ranks: int, stage: int, more: list[str], configs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = bool(more)  # what the recipe keeps changes within a step, which is not given up then
+    stops = {"step 3 batch 1": (3 + counts, 1), "evaluation 5 batch 1": (6, 2)}  # steps taken, whole evaluations
+    monkeypatch.setenv("STOPS", ",".join(stops))
+    run("long_steps.py", ["in-turn", *LONG, *more, "--deepspeed-config", configs[stage]], ranks, tmp_path)
+    for place, (taken, evaluations) in stops.items():
+        folder = tmp_path / f"stopped at {place}"
+        result = json.loads((folder / "run.json").read_text())["result"]
+        assert (result["stopped"], result["step"]) == ("SIGTERM", taken)
+        assert [line["step"] for line in lines(folder)] == list(range(1, taken + 1))
+        assert len([line for line in lines(folder) if "eval/score" in line]) == evaluations
+        assert (folder / "checkpoints" / f"step{taken:08d}").exists()
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_deepspeed_does_not_kill_a_rank_that_takes_more_than_30_seconds_to_save(
+    configs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOP_AT", "step 3 batch 1")
+    monkeypatch.setenv("SECONDS_THEN", "35")
+    words = [*LONG, "--deepspeed-config", configs[0], "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", "2", "--master_port"]
+    command += [str(free_port()), str(TOYS / "long_steps.py"), *words]
+    started = subprocess.Popen(command, env=cpu_environment(PYTHONPATH=str(ROOT)), start_new_session=True)
+    started.wait(150)
+    wait_until(lambda: "result" in json.loads((tmp_path / "run" / "run.json").read_text()))
+    result = json.loads((tmp_path / "run" / "run.json").read_text())["result"]
+    assert (result["stopped"], result["step"]) == ("SIGINT", 3)
+    wait_until(
+        lambda: (
+            not [
+                one for one in psutil.process_iter(["cmdline"]) if str(tmp_path / "run") in (one.info["cmdline"] or [])
+            ]
+        )
+    )
+    assert not [one for one in psutil.process_iter(["cmdline"]) if str(tmp_path / "run") in (one.info["cmdline"] or [])]
+
+
+def test_a_run_that_hangs_ends_within_its_grace_and_says_what_is_lost(
+    configs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOP_AT", "step 3 batch 1")
+    monkeypatch.setenv("SECONDS_THEN", "1000")
+    words = [*LONG, "--deepspeed-config", configs[0], "--save-every", "2", "--grace-seconds", "1", "--out", "run"]
+    env = cpu_environment(PYTHONPATH=str(ROOT))
+    command = [sys.executable, str(TOYS / "long_steps.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, start_new_session=True)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr.splitlines()[-1] == (
+        "error: SIGINT came 1 s ago (--grace-seconds) and the run could not save: steps 3 to 3 are lost; "
+        "continue with --resume"
+    )

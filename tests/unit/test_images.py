@@ -1,5 +1,6 @@
 """Images: sources and their splits, views as pure functions, batches over ranks, corrupt files."""
 
+import dataclasses
 import io
 import itertools
 import re
@@ -448,3 +449,39 @@ def test_views_decoded_on_the_device_are_near_those_of_the_workers(folder: Path,
         pixels_BCHW = images.on_device(there, device)
         assert pixels_BCHW.dtype == torch.uint8 and pixels_BCHW.is_contiguous(memory_format=torch.channels_last)
         assert (pixels_BCHW.cpu().float() - here.pixels.float()).abs().mean() < 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered(torch.utils.data.Dataset):
+    """Batches of one image whose pixels are their number."""
+
+    def __getitem__(self, number: int) -> images.MicroBatch:
+        one = torch.full((1,), number)
+        pixels = torch.full((1, 3, 64, 64), number, dtype=torch.uint8)
+        return images.MicroBatch(pixels, one, one, one, one.bool(), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("left", [10**12, 1000])
+def test_batches_of_workers_arrive_whatever_shared_memory_is_left(
+    left: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Docker's 64 MiB: PyTorch's worker failed in a thread, and the run waited for ever."""
+    monkeypatch.setattr(images, "shared_memory_left", lambda: left)
+    got = list(images.load(Numbered(), range(5), workers=1))
+    assert [int(micro.pixels[0, 0, 0, 0]) for micro in got] == [int(micro.labels) for micro in got] == list(range(5))
+    said = capsys.readouterr().err.count("/dev/shm has 0 MiB left, too little for batches of images")
+    assert said == (left == 1000)
+
+
+def test_without_shared_memory_images_are_decoded_by_the_rank_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(images.multiprocessing, "Lock", refuse)
+    images.can_have_workers.cache_clear()
+    got = list(images.load(Numbered(), range(3), workers=2))
+    images.can_have_workers.cache_clear()
+    assert [int(micro.labels) for micro in got] == [0, 1, 2]
+    assert "/dev/shm cannot be used (Read-only file system)" in capsys.readouterr().err

@@ -456,7 +456,7 @@ def test_kill_9_of_the_study_and_of_a_run(folder: Folder) -> None:
 
 def test_a_second_study_in_the_same_folder_waits_then_gives_up(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.out.mkdir()
-    monkeypatch.setattr(jobs, "SECONDS_TO_SAVE", 0)
+    monkeypatch.setattr(jobs, "SECONDS_TO_LEAVE", 0)
     with jobs.locked(folder.out), pytest.raises(ValueError, match="is in use by another call"):  # noqa: SIM117
         with jobs.locked(folder.out):
             pass
