@@ -18,7 +18,7 @@ from kd_core.launch import die_with_parent
 from kd_core.runs import folders
 from kd_core.system import ranks
 from kd_core.training import engine
-from kd_core.training.processes import end_process
+from kd_core.training.processes import check_launcher, end_process
 
 # What decides how data is read, by student and teacher alike.
 DATA_FIELDS = ("data", "tokenizer", "vocab_size", "seq_len", "decoded_gib", "max_corrupt")
@@ -48,6 +48,7 @@ def launch(
 
     def run() -> int:
         with cli.one_line_errors():
+            check_launcher()
             preset, typed = cli.take(sys.argv[1:], "--preset")
             if preset not in (None, "node", "small"):
                 if preset not in config_type.PRESETS:

@@ -46,7 +46,7 @@ from kd_core.training.flags import TrainFlags
 from kd_core.training.guards import Guards
 from kd_core.training.kept import Before
 from kd_core.training.plain import PlainEngine
-from kd_core.training.processes import join, leave, limit_collectives
+from kd_core.training.processes import check_launcher, join, leave, limit_collectives
 from kd_core.training.stop import Interrupted, StopSignal
 
 # Names of the log that no term may have; nor may it end in _s, as seconds do, or begin with eval/.
@@ -88,6 +88,7 @@ def start(file: str, config: type[C], typed: Sequence[str] | None = None, preset
     """
     with contextlib.ExitStack() as set_up:
         undo = set_up.enter_context(cli.one_line_errors())
+        check_launcher()
         cfg = cli.parse(config, typed, preset)
         if folders.says_finished(cfg):
             raise SystemExit(0)

@@ -7,7 +7,9 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -16,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from kd_core.launch import die_with_parent, free_port, outlive_readers, started_by_deepspeed
-from kd_core.system.ranks import local_rank
+from kd_core.system.ranks import local_rank, rank, world_size
+from kd_core.system.terminal import say
 
 T = TypeVar("T")
 
@@ -24,6 +27,7 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 # The other ranks wait this long at the door while local rank 0 reads and tokenises.
 PREPARE_TIMEOUT = timedelta(hours=24)
+SECONDS_TO_WONDER = 60.0  # after which they say so
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LARGEST_MMAP_THRESHOLD = 2**25  # what mallopt takes
@@ -37,6 +41,7 @@ def join(prepare: Callable[[], T]) -> T:
     """
     if started_by_deepspeed():
         die_with_parent()  # a launcher that is killed leaves its ranks running
+    check_launcher()
     if local_rank() == 0:
         result = prepare()
         _init_distributed()
@@ -45,10 +50,40 @@ def join(prepare: Callable[[], T]) -> T:
     return prepare()
 
 
-def _init_distributed() -> None:
-    if "RANK" not in os.environ:  # no launcher: a world of one, without MPI
+def check_launcher() -> None:
+    """Completes what a launcher leaves out of the environment, and refuses what would have this process wait for ever.
+
+    Without a launcher it is a world of one, whatever another has left behind, MPI's variables included.
+
+    Raises:
+        ValueError: ranks without an address to meet at, or a port that another process has.
+    """
+    there = os.environ
+    if there.get("WORLD_SIZE", "1") == "1" or "RANK" not in there:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(free_port()))
+        there.update(alone, MASTER_PORT=str(free_port()))
+        there.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's, at the port that it had chosen
+        return
+    there.setdefault("LOCAL_RANK", "0")
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not there.get(name)]
+    if lacking:
+        raise ValueError(
+            f"RANK={rank()} and WORLD_SIZE={world_size()} are set and {lacking[0]} is not: left over from another launcher, "
+            "then unset RANK and WORLD_SIZE; else start by deepspeed or torchrun, which set all of them"
+        )
+    if rank() == 0 and there.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun has taken it for us
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
+            try:
+                sock.bind(("", int(there["MASTER_PORT"])))
+            except (OSError, OverflowError, ValueError) as error:
+                raise ValueError(
+                    f"port {there['MASTER_PORT']} of this machine cannot be used ({error}), by another run perhaps; "
+                    "choose another, deepspeed --master_port N, or start by bash, which finds a free one"
+                ) from None
+
+
+def _init_distributed() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     import deepspeed
@@ -62,7 +97,12 @@ def _init_distributed() -> None:
         _keep_freed_memory()
     # A rank may wait here for minutes inside C++, where a Python handler cannot run and a signal would end in its trace.
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    others = "the other ranks" if rank() == 0 else f"rank 0 at {os.environ['MASTER_ADDR']}, which reads the data first"
+    waits = threading.Timer(SECONDS_TO_WONDER, say, (f"rank {rank()} of {world_size()} waits for {others}",))
+    waits.daemon = True
+    waits.start()
     deepspeed.init_distributed(timeout=PREPARE_TIMEOUT, verbose=False)
+    waits.cancel()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -174,3 +175,57 @@ def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
         assert time.monotonic() > began + files.SECONDS_TO_DIE
         other.kill()
     files.hold(lock, "x")
+
+
+PRINTS = """
+import os, sys
+from kd_core.launch import outlive_readers
+outlive_readers()
+name = sys.argv[1]
+for _ in range(3):
+    print("a line", flush=True)
+    print("a line", file=sys.stderr, flush=True)
+with open(name, "w") as file:
+    assert file.fileno() > 2, "a file in the place of the terminal"
+    file.write("done")
+"""
+
+
+@pytest.mark.parametrize("sink", [">&-", "2>&-", "<&- >&- 2>&-", "2>&1 | true", ">/dev/full 2>&1"])
+def test_output_that_nobody_reads_is_no_error(sink: str, tmp_path: Path) -> None:
+    """Standard output closed, as by cron or a daemon; a pipe whose reader has ended; a log on a full disk."""
+    command = f'sleep 0; "$0" -c "$1" "$2" {sink}; exit ${{PIPESTATUS[0]}}'
+    words = ["bash", "-c", command, sys.executable, PRINTS, str(tmp_path / "file")]
+    done = subprocess.run(words, env=cpu_environment(PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, (tmp_path / "file").read_text()) == (0, "done"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["python", "deepspeed", "bash"])
+def test_ctrl_c_saves_where_tee_has_ended_before(form: str, corpus_file: Path, cache: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches every process of the terminal's group, the reader of the output too."""
+    out = tmp_path / "run"
+    command = {
+        "python": [sys.executable, RECIPE],
+        "deepspeed": [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--num_gpus",
+            2,
+            "--master_port",
+            free_port(),
+            RECIPE,
+        ],
+        "bash": ["bash", ROOT / "launch" / "bert_kd.sh", "--kd-ratio", 0],
+    }[form]
+    words = shlex.join(map(str, [*command, *LONG, "--data", corpus_file, "--out", out]))
+    process = start(cache, "bash", "-c", f"{words} 2>&1 | tee {tmp_path}/log")
+    wait_for_step(out, 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(60)
+    deadline = time.monotonic() + 60
+    while "result" not in (record := json.loads((out / "run.json").read_text())) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert record["result"]["stopped"] in ("SIGINT", "SIGTERM")
+    assert (out / "checkpoints" / f"step{record['result']['step']:08d}").exists()
