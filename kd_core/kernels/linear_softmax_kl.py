@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from kd_core.kernels import softmax_kl
+from kd_core.kernels.softmax_kl_arguments import check_options, check_row_weight, plain_weights, readable
 from kd_core.kernels.softmax_kl_torch import compute_dtype
 
 # Of a chunk's logits and gradient together. The head's gradient is read and written once a chunk, which costs less the
@@ -129,9 +130,12 @@ def _linear_softmax_kl(
     labels: torch.Tensor | None,
     student_tau_N: torch.Tensor | None,
     teacher_tau_N: torch.Tensor | None,
+    mix_N: torch.Tensor | None,
     student_tau: float,
     teacher_tau: float,
-    reverse: bool,
+    mix: float,
+    direction: str,
+    beta: float,
     ignore_index: int,
     columns: int,
     impl: str,
@@ -186,8 +190,10 @@ def _linear_softmax_kl(
             teacher_logits, *others = others
             _logits(teacher, teacher_hidden_C[0], out=teacher_logits)
         grad = others[0] if others else None
-        taus = student_tau, teacher_tau, _part(student_tau_N, index), _part(teacher_tau_N, index)
-        options = softmax_kl.make_options(logits, *taus, reverse, ignore_index, columns)
+        options = softmax_kl.make_options(
+            logits, _part(student_tau_N, index), _part(teacher_tau_N, index), _part(mix_N, index), student_tau,
+            teacher_tau, mix, direction, beta, ignore_index, columns,
+        )  # fmt: skip
         weights = weight_C, kd_weight, label_weight
         given = logits, teacher_logits, _part(labels, index)
         _, kd, label = softmax_kl.weighted_sum(*given, options, impl, *weights, grad)
@@ -301,7 +307,7 @@ def _check_rows(rows_M: torch.Tensor | None, chunk_rows: int | None, num_rows: i
         raise ValueError(
             f"rows_M must be int64 [M] on {device}, got {rows_M.dtype} of shape {tuple(rows_M.shape)} on {rows_M.device}"
         )
-    if rows_M is not None and softmax_kl.readable(rows_M) and len(rows_M) > 0:
+    if rows_M is not None and readable(rows_M) and len(rows_M) > 0:
         times = torch.bincount(rows_M.clamp(0, num_rows), minlength=num_rows)
         if rows_M.min() < 0 or len(times) > num_rows or times.max() > 1:
             raise ValueError(f"rows_M must be different rows in [0, {num_rows}), got {rows_M.tolist()[:8]}...")
@@ -338,6 +344,8 @@ def linear_softmax_kl(
     row_weight_N: torch.Tensor | None = None,
     rows_M: torch.Tensor | None = None,
     direction: str = "forward",
+    beta: float | None = None,
+    mix: float | torch.Tensor | None = None,
     ignore_index: int = -100,
     valid_columns: int | None = None,
     chunk_rows: int | None = None,
@@ -387,10 +395,10 @@ def linear_softmax_kl(
     if teacher is not None:
         _check_teacher(teacher, student, columns)
     _check_rows(rows_M, chunk_rows, num_rows, device)
-    softmax_kl.check_row_weight(row_weight_N, student.hidden_ND)
-    options = softmax_kl.check_options(
+    check_row_weight(row_weight_N, student.hidden_ND)
+    options = check_options(
         student.hidden_ND, teacher and teacher.hidden_ND, labels_N, temperature, teacher_temperature, direction,
-        ignore_index, columns, impl,
+        beta, mix, ignore_index, columns, impl,
     )  # fmt: skip
     if impl == "reference":
         if rows_M is not None:
@@ -403,7 +411,7 @@ def linear_softmax_kl(
         return softmax_kl.softmax_kl_sum(
             _reference_logits(student, columns), teacher and _reference_logits(teacher, columns), labels_N,
             kd_weight=kd_weight, label_weight=label_weight, row_weight_N=row_weight_N, temperature=temperature,
-            teacher_temperature=teacher_temperature, direction=direction, ignore_index=ignore_index, impl=impl,
+            teacher_temperature=teacher_temperature, direction=direction, beta=beta, mix=mix, ignore_index=ignore_index, impl=impl,
         )  # fmt: skip
     wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in student[:3]]
     if any(wanted) and student.hidden_ND.dtype == torch.float16:
@@ -414,7 +422,7 @@ def linear_softmax_kl(
     with torch.autocast(device.type, enabled=False):
         loss, kd_sum, label_sum, *_ = function(
             *student, *(teacher or (None, None, None, 1.0, None)), labels_N, *options,
-            row_weight_N, *softmax_kl.plain_weights(kd_weight, label_weight), rows_M, chunk_rows, *wanted,
+            row_weight_N, *plain_weights(kd_weight, label_weight), rows_M, chunk_rows, *wanted,
         )  # fmt: skip
     return loss.float(), kd_sum.detach().float(), label_sum.detach().float()
 

@@ -9,31 +9,18 @@
 //
 // Compile with contraction of a * b + c to a fused multiply-add, which the accuracy of u depends on.
 
-#include <math.h>
 #include <stdatomic.h>
 #include <stdbool.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef __AVX512DQ__
-#include <immintrin.h>
-#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
 
-#if defined(__AVX512DQ__)
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
-#define INLINE static inline __attribute__((always_inline))
+#include "vectors.h"
 
 enum { BLOCK = 1024, EDGE = 2 * LANES };
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
-enum kind { NO_TEACHER, FORWARD, REVERSE };
+enum kind { NO_TEACHER, FORWARD, REVERSE, JS };
 // The student's exponentials at temperature 1 are this power of those at its temperature. SAME also where there are no
 // labels; OWN at temperatures where they are none of these powers. Slope and shift of both are exact multiples then.
 enum power { OWN = 0, SAME = 1, SQUARE = 2, FOURTH = 4, EIGHTH = 8 };
@@ -41,6 +28,7 @@ enum power { OWN = 0, SAME = 1, SQUARE = 2, FOURTH = 4, EIGHTH = 8 };
 static const float MIN_MAX = -1e30f;   // a row maximum below this is that of a row of -inf
 static const float MAX_EXCESS = 4.0f;  // in units of log 2: exponents stay small, and so do their rounding errors
 static const float MAX_LABEL_EXCESS = 64.0f;  // at temperature 1, where high temperatures let it grow: far from overflow
+static const float MIN_PROBABILITY = 1e-30f;     // of a mixture: below it nothing counts
 static const double LOG2_E = 1.44269504088896340736;
 static const double LN_2 = 0.69314718055994530942;
 
@@ -64,139 +52,16 @@ struct call {
     struct vector labels;                        // int64
     struct vector student_tau, teacher_tau;      // double
     struct vector kd_upstream, label_upstream;   // float
-    float *statistics;                           // [7, rows], in the order of Rows
-    int64_t rows, columns, ignore_index, with_statistics, reverse, rows_at_once;
+    struct vector mix;                           // float: the teacher's share of the target; absent: 1
+    double beta;                                 // of JS
+    float *statistics;                           // [8, rows], in the order of Rows
+    int64_t rows, columns, ignore_index, with_sums, with_mixture, kind, rows_at_once;
     _Atomic int64_t next_row;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Vectors of LANES floats
+// Elements of a row
 // ---------------------------------------------------------------------------------------------------------------------
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-INLINE vec load(const float *from) { return *(const loose_vec *)from; }
-INLINE void store(float *to, vec value) { *(loose_vec *)to = value; }
-INLINE vec splat(float value) { return value - (vec){0.0f}; }
-
-INLINE float sum_of_lanes(vec value) {
-    float sum = 0.0f;
-    for (int lane = 0; lane < LANES; lane++) sum += value[lane];
-    return sum;
-}
-
-INLINE float max_of_lanes(vec value) {
-    float max = value[0];
-    for (int lane = 1; lane < LANES; lane++) max = value[lane] > max ? value[lane] : max;
-    return max;
-}
-
-// 2^f for f in [0, 1) or [-0.5, 0.5], exact at zero: the coefficients are a minimax fit for the interval.
-INLINE vec polynomial(vec f, const float coefficients[5]) {
-    vec value = splat(coefficients[4]);
-    for (int i = 3; i >= 0; i--) value = value * f + coefficients[i];
-    return value * f + 1.0f;
-}
-
-#ifdef __AVX512DQ__
-
-// x, or max where x is smaller or NaN.
-INLINE vec larger(vec x, vec max) { return _mm512_max_ps(x, max); }
-
-// sum + weight * x, but sum where the weight is zero or NaN, whatever x.
-INLINE vec add_weighted(vec sum, vec weight, vec x) {
-    return _mm512_mask3_fmadd_ps(weight, x, sum, _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_GT_OQ));
-}
-
-INLINE vec zero_unless_finite(vec x) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x - x, _mm512_setzero_ps(), _CMP_EQ_OQ), x);
-}
-
-// 2^u within 1e-7: 0 for -inf, NaN for NaN.
-INLINE vec exp2_of(vec u) {
-    static const float c[5] = {0x1.62e4bap-1f, 0x1.ebdb56p-3f, 0x1.c91ce6p-5f, 0x1.277856p-7f, 0x1.e974fap-10f};
-    vec fraction = _mm512_reduce_ps(u, _MM_FROUND_TO_NEG_INF);  // of -inf it is 0
-    return _mm512_scalef_ps(polynomial(fraction, c), u);
-}
-
-#else
-
-typedef int32_t int_vec __attribute__((vector_size(4 * LANES)));
-
-// x, or max where x is smaller or NaN.
-INLINE vec larger(vec x, vec max) {
-    int_vec is_larger = x > max;
-    return (vec)(((int_vec)x & is_larger) | ((int_vec)max & ~is_larger));
-}
-
-// sum + weight * x, but sum where the weight is zero or NaN, whatever x.
-INLINE vec add_weighted(vec sum, vec weight, vec x) {
-    return sum + (vec)((int_vec)(weight * x) & (int_vec)(weight > 0.0f));
-}
-
-INLINE vec zero_unless_finite(vec x) { return (vec)((int_vec)x & (int_vec)(x - x == 0.0f)); }
-
-// 2^u within 1e-7, for u < 128: 0 for -inf and below the normal numbers, NaN for NaN.
-INLINE vec exp2_of(vec u) {
-    static const float c[5] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
-    // Adding this rounds u to an integer and leaves integer + 127 in the low bits, where the exponent of 2^integer is.
-    const float to_integer = 0x1.8p23f + 127.0f;
-    vec biased = u + to_integer;
-    vec value = polynomial(u - (biased - to_integer), c) * (vec)((int_vec)biased << 23);
-    return (vec)((int_vec)value & ~(int_vec)(u < -126.0f));
-}
-
-#endif
-
-INLINE vec power_of(vec x, enum power power) {
-    vec square = x * x;
-    switch (power) {
-        case FOURTH: return square * square;
-        case EIGHTH: return square * square * (square * square);
-        default: return square;
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Elements of a row as float, and back
-// ---------------------------------------------------------------------------------------------------------------------
-
-INLINE uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-
-INLINE float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE float from_bfloat16(uint16_t bits) { return float_of((uint32_t)bits << 16); }
-
-INLINE float from_float16(uint16_t half) {
-    // The exponent's bias grows by 112; infinities and NaN need the rest of its bits.
-    float magnitude = float_of((uint32_t)(half & 0x7fff) << 13) * 0x1p112f;
-    uint32_t bits = bits_of(magnitude) | (magnitude >= 65536.0f ? 0x7f800000u : 0u);
-    return float_of(bits | (uint32_t)(half & 0x8000) << 16);
-}
-
-INLINE uint16_t to_bfloat16(float value) {
-    uint32_t bits = bits_of(value), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)(value == value ? rounded : 0x7fc0u);
-}
-
-INLINE uint16_t to_float16(float value) {
-    uint32_t bits = bits_of(value) & 0x7fffffff, sign = (bits_of(value) >> 16) & 0x8000;
-    uint32_t normal = ((bits + 0xfff + ((bits >> 13) & 1)) >> 13) - (112 << 10);
-    normal = bits >= 0x47800000 || normal > 0x7c00 ? 0x7c00 : normal;
-    // The last place of 0.5 is that of the subnormal numbers.
-    uint32_t subnormal = bits_of(float_of(bits) + 0.5f) - bits_of(0.5f);
-    uint32_t half = bits < 0x38800000 ? subnormal : normal;
-    return (uint16_t)(sign | (bits > 0x7f800000 ? 0x7e00 : half));
-}
 
 static int64_t element_bytes(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
@@ -291,6 +156,7 @@ struct row {
     enum kind kind;
     enum power power;
     double student_tau, teacher_tau;
+    float mix, beta, rest;  // rest: 1 - beta
     int64_t label;
     bool with_label;  // it is not ignored
     bool label_is_column;
@@ -321,7 +187,10 @@ static enum power power_at(double tau, bool with_teacher) {
 static struct row row_at(const struct call *call, int64_t index) {
     bool with_teacher = call->teacher.data, with_labels = call->labels.data;
     struct row row = {.index = index, .layout = layout_of(call, index)};
-    row.kind = !with_teacher ? NO_TEACHER : call->reverse ? REVERSE : FORWARD;
+    row.kind = (enum kind)call->kind;
+    row.mix = call->mix.data ? float_at(call->mix, index) : 1.0f;
+    row.beta = (float)call->beta;
+    row.rest = (float)(1.0 - call->beta);
     row.student_tau = double_at(call->student_tau, index);
     row.teacher_tau = double_at(call->teacher_tau, index);
     row.power = with_labels ? power_at(row.student_tau, with_teacher) : SAME;
@@ -346,16 +215,46 @@ static struct exponents exponents_of(const struct row *row, struct maxima maxima
 
 INLINE vec apply(struct exponent exponent, vec logits) { return logits * exponent.slope - exponent.shift; }
 
+// The target's logits: student + mix * (teacher - student), so exactly either's where they are equal; -inf where one of them
+// is; at the ends of the mix one side alone, whatever the other holds.
+static const float *mixed(float mix, const float *student, const float *teacher, int64_t count, float *scratch) {
+    if (mix == 1.0f) return teacher;
+    if (mix == 0.0f) return student;
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec s = load(student + i), t = load(teacher + i);
+        store(scratch + i, where_zero(s != -INFINITY, s + t, s + mix * (t - s)));
+    }
+    return scratch;
+}
+
+static const float *read_target(
+    const struct call *call, const struct row *row, struct block block, const float *student, float *scratch
+) {
+    if (row->kind == NO_TEACHER) return NULL;
+    const float *teacher = read_block(&call->teacher, row->index, block, scratch);
+    return mixed(row->mix, student, teacher, block.padded, scratch);
+}
+
 // The combinations of kind and power for which the loops over a block are compiled.
 #define FOR_EACH_LOOP(LOOP) \
     LOOP(NO_TEACHER, OWN) LOOP(NO_TEACHER, SAME) \
     LOOP(FORWARD, OWN) LOOP(FORWARD, SAME) LOOP(FORWARD, SQUARE) LOOP(FORWARD, FOURTH) LOOP(FORWARD, EIGHTH) \
-    LOOP(REVERSE, OWN) LOOP(REVERSE, SAME) LOOP(REVERSE, SQUARE) LOOP(REVERSE, FOURTH) LOOP(REVERSE, EIGHTH)
+    LOOP(REVERSE, OWN) LOOP(REVERSE, SAME) LOOP(REVERSE, SQUARE) LOOP(REVERSE, FOURTH) LOOP(REVERSE, EIGHTH) \
+    LOOP(JS, OWN) LOOP(JS, SAME) LOOP(JS, SQUARE) LOOP(JS, FOURTH) LOOP(JS, EIGHTH)
 #define LOOP_INDEX(kind, power) (16 * (kind) + (power))
 
 // ---------------------------------------------------------------------------------------------------------------------
 // First pass: statistics
 // ---------------------------------------------------------------------------------------------------------------------
+
+INLINE vec power_of(vec x, enum power power) {
+    vec square = x * x;
+    switch (power) {
+        case FOURTH: return square * square;
+        case EIGHTH: return square * square * (square * square);
+        default: return square;
+    }
+}
 
 struct sums {
     double student, label, teacher, difference;
@@ -382,7 +281,8 @@ INLINE struct block_result take_block_as(
         teacher_sum += p;
         // A column of weight zero adds zero also where its difference is infinite, or -inf minus -inf. A NaN among the
         // logits is in the sums too and is not lost.
-        difference = kind == FORWARD ? add_weighted(difference, p, v - u) : add_weighted(difference, q, u - v);
+        if (kind == FORWARD) difference = add_weighted(difference, p, v - u);
+        if (kind == REVERSE) difference = add_weighted(difference, q, u - v);
     }
     return (struct block_result){
         {sum_of_lanes(student_sum), sum_of_lanes(label_sum), sum_of_lanes(teacher_sum), sum_of_lanes(difference)},
@@ -462,15 +362,15 @@ static void write_statistics(
     for (int i = 0; i < 7; i++) call->statistics[i * call->rows + row->index] = values[i];
 }
 
-static void take_statistics(const struct call *call, const struct row *row) {
+static void take_sums(const struct call *call, const struct row *row) {
     _Alignas(4 * LANES) float student_scratch[BLOCK], teacher_scratch[BLOCK];
     struct maxima maxima = {MIN_MAX, MIN_MAX}, base = maxima;
     struct exponents exponents = {0};
     struct sums sums = {0};
     for (int64_t i = 0; i < num_blocks(row->layout); i++) {
         struct block block = block_of(row->layout, i);
-        const float *student = read_block(&call->student, row->index, block, student_scratch), *teacher = NULL;
-        if (row->kind != NO_TEACHER) teacher = read_block(&call->teacher, row->index, block, teacher_scratch);
+        const float *student = read_block(&call->student, row->index, block, student_scratch);
+        const float *teacher = read_target(call, row, block, student, teacher_scratch);
         if (i == 0) {
             base.student = max_of_block(student, block.padded);
             if (teacher != NULL) base.teacher = max_of_block(teacher, block.padded);
@@ -490,6 +390,59 @@ static void take_statistics(const struct call *call, const struct row *row) {
     write_statistics(call, row, maxima, moved(sums, row, exponents, exponents_of(row, maxima)));
 }
 
+struct statistics {
+    struct maxima maxima;
+    float student_sum, label_sum, teacher_sum, difference;
+};
+
+static struct statistics statistics_of(const struct call *call, const struct row *row) {
+    const float *first = call->statistics + row->index;
+    int64_t step = call->rows;
+    return (struct statistics){{first[0], first[3 * step]}, first[step], first[2 * step], first[4 * step], first[5 * step]};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// First pass of JS, second turn: the row's normalisers are known and the row is in the cache. softmax_kl_torch.py derives it
+// ---------------------------------------------------------------------------------------------------------------------
+
+// What q is to be compared with is p times this: zero where either side is -inf throughout.
+static float ratio_of(struct statistics statistics) {
+    bool empty = statistics.student_sum == 0.0f || statistics.teacher_sum == 0.0f;
+    return empty ? 0.0f : statistics.student_sum / statistics.teacher_sum;
+}
+
+// (p - q) / (beta p + (1 - beta) q), zero where both are.
+INLINE vec skew_of(vec p, vec q, float beta) {
+    vec gap = p - q;
+    return gap / larger(q + beta * gap, splat(MIN_PROBABILITY));
+}
+
+static void take_mixture(const struct call *call, const struct row *row) {
+    _Alignas(4 * LANES) float student_scratch[BLOCK], teacher_scratch[BLOCK];
+    struct statistics statistics = statistics_of(call, row);
+    struct exponents e = exponents_of(row, statistics.maxima);
+    float ratio = ratio_of(statistics), beta = row->beta;
+    double student_difference = 0.0, teacher_difference = 0.0;
+    for (int64_t i = 0; i < num_blocks(row->layout); i++) {
+        struct block block = block_of(row->layout, i);
+        const float *student = read_block(&call->student, row->index, block, student_scratch);
+        const float *teacher = read_target(call, row, block, student, teacher_scratch);
+        vec of_student = splat(0.0f), of_teacher = of_student;
+        for (int64_t j = 0; j < block.padded; j += LANES) {
+            vec q = exp2_of(apply(e.student, load(student + j))), p = exp2_of(apply(e.teacher, load(teacher + j))) * ratio;
+            vec skew = skew_of(p, q, beta);
+            of_student += q * log2_of_1_plus(-beta * skew);
+            of_teacher += p * log2_of_1_plus(row->rest * skew);
+        }
+        student_difference += sum_of_lanes(of_student);
+        teacher_difference += sum_of_lanes(of_teacher);
+    }
+    float *first = call->statistics + row->index;
+    float inverse = statistics.student_sum == 0.0f ? 0.0f : 1.0f / statistics.student_sum;
+    first[5 * call->rows] = (float)student_difference * inverse;
+    first[7 * call->rows] = (float)teacher_difference * inverse;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Second pass: the student's gradient
 // ---------------------------------------------------------------------------------------------------------------------
@@ -498,7 +451,8 @@ static void take_statistics(const struct call *call, const struct row *row) {
 // gets besides.
 struct factors {
     float student, teacher, label, onehot;
-    float difference;  // as in Rows
+    float difference;   // as in Rows
+    float ratio, beta;  // of JS
 };
 
 INLINE void write_gradient_as(
@@ -507,12 +461,16 @@ INLINE void write_gradient_as(
 ) {
     for (int64_t i = 0; i < count; i += LANES) {
         vec x = load(student + i), u = apply(e.student, x), q = exp2_of(u), gradient = q * factors.student;
+        if (kind == JS) {
+            vec p = exp2_of(apply(e.teacher, load(teacher + i))) * factors.ratio;
+            gradient *= log2_of_1_plus(-factors.beta * skew_of(p, q, factors.beta)) - factors.difference;
+        }
         if (kind == FORWARD) gradient -= exp2_of(apply(e.teacher, load(teacher + i))) * factors.teacher;
         // Not finite where q is zero or the row's KL is infinite: no gradient from there.
         if (kind == REVERSE) gradient *= zero_unless_finite(u - apply(e.teacher, load(teacher + i)) - factors.difference);
         if (power == OWN) gradient += exp2_of(apply(e.label, x)) * factors.label;
         else if (power != SAME) gradient += power_of(q, power) * factors.label;
-        else if (kind == REVERSE) gradient += q * factors.label;
+        else if (kind == REVERSE || kind == JS) gradient += q * factors.label;
         store(out + i, gradient);
     }
 }
@@ -529,28 +487,18 @@ static void write_gradient(
     }
 }
 
-struct statistics {
-    struct maxima maxima;
-    float student_sum, label_sum, teacher_sum, difference;
-};
-
-static struct statistics statistics_of(const struct call *call, const struct row *row) {
-    const float *first = call->statistics + row->index;
-    int64_t step = call->rows;
-    return (struct statistics){{first[0], first[3 * step]}, first[step], first[2 * step], first[4 * step], first[5 * step]};
-}
-
 static struct factors factors_of(const struct call *call, const struct row *row, struct statistics statistics) {
-    struct factors factors = {.difference = statistics.difference};
+    struct factors factors = {.difference = statistics.difference, .ratio = ratio_of(statistics), .beta = row->beta};
     if (row->kind != NO_TEACHER) {
         float upstream = float_at(call->kd_upstream, row->index) * (float)row->teacher_tau;
         if (statistics.student_sum != 0.0f && statistics.teacher_sum != 0.0f) {
             factors.student = upstream / statistics.student_sum;
             factors.teacher = upstream / statistics.teacher_sum;
         }
-        // zero_unless_finite hides it.
+        // zero_unless_finite and log2_of_1_plus hide it.
         if (isnan(statistics.teacher_sum)) factors.student = NAN;
         if (row->kind == REVERSE) factors.student *= (float)LN_2;
+        if (row->kind == JS) factors.student *= (float)(LN_2 / row->beta);
     }
     if (row->with_label && statistics.label_sum != 0.0f) {
         float upstream = float_at(call->label_upstream, row->index);
@@ -574,11 +522,11 @@ static void take_gradient(const struct call *call, const struct row *row) {
     struct exponents exponents = exponents_of(row, statistics.maxima);
     struct factors factors = factors_of(call, row, statistics);
     // One multiplication serves both terms where both have the student's softmax as a summand.
-    if (row->power == SAME && row->kind != REVERSE) factors.student += factors.label;
+    if (row->power == SAME && row->kind <= FORWARD) factors.student += factors.label;
     for (int64_t i = 0; i < num_blocks(row->layout); i++) {
         struct block block = block_of(row->layout, i);
-        const float *student = read_block(&call->student, row->index, block, student_scratch), *teacher = NULL;
-        if (row->kind != NO_TEACHER) teacher = read_block(&call->teacher, row->index, block, teacher_scratch);
+        const float *student = read_block(&call->student, row->index, block, student_scratch);
+        const float *teacher = read_target(call, row, block, student, teacher_scratch);
         float *out = place_of_block(&call->gradient, row->index, block, out_scratch);
         write_gradient(row, student, teacher, block.padded, exponents, factors, out);
         int64_t label = position(block, row->label);
@@ -599,7 +547,8 @@ void softmax_kl(struct call *call) {
         int64_t last = first + call->rows_at_once;
         for (int64_t index = first; index < last && index < call->rows; index++) {
             struct row row = row_at(call, index);
-            if (call->with_statistics) take_statistics(call, &row);
+            if (call->with_sums) take_sums(call, &row);
+            if (call->with_mixture) take_mixture(call, &row);
             if (call->gradient.data != NULL) take_gradient(call, &row);
         }
     }

@@ -22,80 +22,15 @@ Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (a
 that the KL includes the teacher's entropy, so that equal models give zero.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 
 from kd_core.kernels import softmax_kl_native, softmax_kl_torch, softmax_kl_triton
+from kd_core.kernels.softmax_kl_arguments import check_call, check_row_weight, plain_weights
+from kd_core.kernels.softmax_kl_reference import softmax_kl_reference
 from kd_core.kernels.softmax_kl_torch import Options, Rows
-
-DIRECTIONS = ("forward", "reverse")
-IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reference: the definition, differentiated by autograd
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def softmax_kl_reference(
-    student_logits_NV: torch.Tensor,
-    teacher_logits_NV: torch.Tensor | None,
-    labels_N: torch.Tensor | None = None,
-    *,
-    temperature: float | torch.Tensor = 1.0,
-    teacher_temperature: float | torch.Tensor | None = None,
-    direction: str = "forward",
-    ignore_index: int = -100,
-    valid_columns: int | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`softmax_kl` in plain PyTorch, computed and returned in `dtype`; arguments are not checked.
-
-    In float64 it is the truth that every implementation is tested against.
-    """
-    columns = student_logits_NV.shape[1] if valid_columns is None else valid_columns
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    student_tau, teacher_tau = (
-        tau.to(dtype)[:, None] if isinstance(tau, torch.Tensor) else tau for tau in (temperature, teacher_temperature)
-    )
-    student = student_logits_NV[:, :columns].to(dtype)
-    student_empty_N1 = (student == -math.inf).all(dim=1, keepdim=True)
-    student = student.masked_fill(student_empty_N1, 0.0)
-    kd_N = label_N = student.new_zeros(student.shape[0])
-
-    if teacher_logits_NV is not None:
-        teacher = teacher_logits_NV[:, :columns].to(dtype)
-        teacher_empty_N1 = (teacher == -math.inf).all(dim=1, keepdim=True)
-        log_p = torch.log_softmax(teacher.masked_fill(teacher_empty_N1, 0.0) / teacher_tau, dim=1)
-        log_q = torch.log_softmax(student / student_tau, dim=1)
-        if direction == "forward":
-            p = log_p.exp()
-            kl_NV = p * torch.where(p == 0, 0.0, log_p - log_q)
-        else:
-            # Where the teacher excludes what the student allows, the KL is infinite and has no derivative: zero by
-            # convention.
-            infinite_N1 = ((log_p == -math.inf) & (log_q.exp() > 0)).any(dim=1, keepdim=True)
-            log_q = torch.where(infinite_N1, log_q.detach(), log_q)
-            q = log_q.exp()
-            kl_NV = q * torch.where(q == 0, 0.0, log_q - log_p)
-        kl_N1 = kl_NV.sum(dim=1, keepdim=True)
-        # Rounding may leave a value just below zero; this lifts the value and keeps the gradient.
-        kl_N1 = torch.where(kl_N1 < 0, kl_N1 - kl_N1.detach(), kl_N1)
-        kl_N1 = kl_N1.masked_fill(student_empty_N1 | teacher_empty_N1, 0.0)
-        kd_N = (student_tau * teacher_tau * kl_N1).squeeze(1)
-
-    if labels_N is not None:
-        ignored_N = (labels_N == ignore_index) | student_empty_N1.squeeze(1)
-        index_N1 = labels_N.masked_fill(ignored_N, 0)[:, None]
-        label_N = -torch.log_softmax(student, dim=1).gather(1, index_N1).squeeze(1)
-        label_N = label_N.masked_fill(ignored_N, 0.0)
-    return kd_N, label_N
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Autograd. Each pass is a plain function, which eager mode calls as it is: an operator of torch.library would cost the
@@ -105,18 +40,25 @@ def softmax_kl_reference(
 
 def make_options(
     student: torch.Tensor,
-    student_tau: float,
-    teacher_tau: float,
     student_tau_N: torch.Tensor | None,
     teacher_tau_N: torch.Tensor | None,
-    reverse: bool,
+    mix_N: torch.Tensor | None,
+    student_tau: float,
+    teacher_tau: float,
+    mix: float,
+    direction: str,
+    beta: float,
     ignore_index: int,
     columns: int,
 ) -> Options:
+    dtype = _dtype(student)
+    rows = lambda given_N, number: number if given_N is None else given_N.to(dtype).contiguous()
     return Options(
-        student_tau if student_tau_N is None else student_tau_N.to(_dtype(student)).contiguous(),
-        teacher_tau if teacher_tau_N is None else teacher_tau_N.to(_dtype(student)).contiguous(),
-        reverse,
+        rows(student_tau_N, student_tau),
+        rows(teacher_tau_N, teacher_tau),
+        rows(mix_N, None if mix == 1.0 else mix),
+        direction,
+        beta,
         ignore_index,
         columns,
     )
@@ -134,35 +76,64 @@ def _empty_gradient(student_NV: torch.Tensor, columns: int) -> torch.Tensor:
     return grad_NV
 
 
+def statistics_of_part(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    options: Options,
+    impl: str,
+) -> torch.Tensor:
+    """The statistics [8, N] of these columns, for rows that have more of them elsewhere."""
+    given = student[:, : options.columns], _taking_part(teacher, options.columns), labels, options
+    if impl == "triton":
+        return softmax_kl_triton.statistics(*given, of_part=True)[2]
+    return torch.stack(_backend(*given[:2]).statistics(*given, of_part=True))
+
+
+def add_mixture(student: torch.Tensor, teacher: torch.Tensor, stats: torch.Tensor, options: Options, impl: str) -> None:
+    """Fills in what js has of the mixture in these columns, as a summand of the row's."""
+    given = student[:, : options.columns], teacher[:, : options.columns]
+    if impl == "triton":
+        softmax_kl_triton.mixture(*given, stats, options)
+    else:
+        _backend(*given).mixture(*given, Rows(*stats.unbind()), options)
+
+
+def _backend(student: torch.Tensor, teacher: torch.Tensor | None) -> Any:
+    return softmax_kl_native if softmax_kl_native.supports(student, teacher) else softmax_kl_torch
+
+
 def _softmax_kl(
     student: torch.Tensor,
     teacher: torch.Tensor | None,
     labels: torch.Tensor | None,
     student_tau_N: torch.Tensor | None,
     teacher_tau_N: torch.Tensor | None,
+    mix_N: torch.Tensor | None,
     student_tau: float,
     teacher_tau: float,
-    reverse: bool,
+    mix: float,
+    direction: str,
+    beta: float,
     ignore_index: int,
     columns: int,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """kd_N, label_N, and the statistics [7, N] that the gradient needs (`Rows`)."""
+    """kd_N, label_N, and the statistics [8, N] that the gradient needs (`Rows`)."""
     options = make_options(
-        student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns
-    )
+        student, student_tau_N, teacher_tau_N, mix_N, student_tau, teacher_tau, mix, direction, beta, ignore_index, columns
+    )  # fmt: skip
     student, teacher = student[:, :columns], _taking_part(teacher, columns)
     if impl == "triton":
         return softmax_kl_triton.statistics(student, teacher, labels, options)
-    native = softmax_kl_native.supports(student, teacher)
-    stats = (softmax_kl_native if native else softmax_kl_torch).statistics(student, teacher, labels, options)
+    stats = _backend(student, teacher).statistics(student, teacher, labels, options)
     kd_N, label_N = softmax_kl_torch.values(stats, labels, teacher is not None, options)
     return kd_N, label_N, torch.stack(stats)
 
 
 def _softmax_kl_fake(student: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     kd_N, label_N = (student.new_empty(student.shape[0], dtype=_dtype(student)) for _ in range(2))
-    return kd_N, label_N, student.new_empty((7, student.shape[0]), dtype=_dtype(student))
+    return kd_N, label_N, student.new_empty((len(Rows._fields), student.shape[0]), dtype=_dtype(student))
 
 
 def _softmax_kl_gradient(
@@ -174,16 +145,19 @@ def _softmax_kl_gradient(
     labels: torch.Tensor | None,
     student_tau_N: torch.Tensor | None,
     teacher_tau_N: torch.Tensor | None,
+    mix_N: torch.Tensor | None,
     student_tau: float,
     teacher_tau: float,
-    reverse: bool,
+    mix: float,
+    direction: str,
+    beta: float,
     ignore_index: int,
     columns: int,
     impl: str,
 ) -> torch.Tensor:
     options = make_options(
-        student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns
-    )
+        student, student_tau_N, teacher_tau_N, mix_N, student_tau, teacher_tau, mix, direction, beta, ignore_index, columns
+    )  # fmt: skip
     grad_NV = _empty_gradient(student, columns)
     student, teacher, out = student[:, :columns], _taking_part(teacher, columns), grad_NV[:, :columns]
     if impl == "triton":
@@ -191,9 +165,7 @@ def _softmax_kl_gradient(
         softmax_kl_triton.gradient(student, teacher, labels, stats, options, kd, label, out)
         return grad_NV
     upstream = [torch.zeros_like(stats[0]) if given is None else given for given in (kd_upstream, label_upstream)]
-    native = softmax_kl_native.supports(student, teacher)
-    gradient = (softmax_kl_native if native else softmax_kl_torch).gradient
-    gradient(student, teacher, labels, Rows(*stats.unbind()), options, *upstream, out)
+    _backend(student, teacher).gradient(student, teacher, labels, Rows(*stats.unbind()), options, *upstream, out)
     return grad_NV
 
 
@@ -205,8 +177,8 @@ def _softmax_kl_gradient_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(output[2], *inputs[:5])
-    ctx.rest = inputs[5:]
+    ctx.save_for_backward(output[2], *inputs[:6])
+    ctx.rest = inputs[6:]
     ctx.set_materialize_grads(False)
 
 
@@ -218,7 +190,7 @@ def _backward(gradient: Callable[..., torch.Tensor]) -> Callable[..., tuple[Any,
         # is a constant, as that of a sum is.
         if torch.is_grad_enabled():
             raise RuntimeError("softmax_kl can be differentiated once; for create_graph=True pass impl='reference'")
-        return gradient(kd_upstream, label_upstream, *ctx.saved_tensors, *ctx.rest), *[None] * 10
+        return gradient(kd_upstream, label_upstream, *ctx.saved_tensors, *ctx.rest), *[None] * 13
 
     return backward
 
@@ -259,7 +231,7 @@ def weighted_sum(
     ones_N = student.new_ones((), dtype=_dtype(student)).expand(len(student))
     weight_N = ones_N if row_weight_N is None else row_weight_N.to(ones_N.dtype)
     upstream = kd_weight * weight_N, label_weight * weight_N
-    backend = softmax_kl_native if softmax_kl_native.supports(student, teacher) else softmax_kl_torch
+    backend = _backend(student, teacher)
     if out is None:
         stats = backend.statistics(student, teacher, labels, options)
     else:
@@ -282,9 +254,12 @@ def _softmax_kl_sum(
     labels: torch.Tensor | None,
     student_tau_N: torch.Tensor | None,
     teacher_tau_N: torch.Tensor | None,
+    mix_N: torch.Tensor | None,
     student_tau: float,
     teacher_tau: float,
-    reverse: bool,
+    mix: float,
+    direction: str,
+    beta: float,
     ignore_index: int,
     columns: int,
     impl: str,
@@ -295,8 +270,8 @@ def _softmax_kl_sum(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """loss, kd_sum, label_sum, and the gradient of the loss, [N, V], or [0] where none is asked for."""
     options = make_options(
-        student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns
-    )
+        student, student_tau_N, teacher_tau_N, mix_N, student_tau, teacher_tau, mix, direction, beta, ignore_index, columns
+    )  # fmt: skip
     grad_NV = _empty_gradient(student, columns) if with_gradient else student.new_empty(0)
     out = grad_NV[:, :columns] if with_gradient else None
     weights = row_weight_N, kd_weight, label_weight
@@ -375,195 +350,19 @@ def _dtype(student: torch.Tensor) -> torch.dtype:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def readable(tensor: torch.Tensor) -> bool:
-    """Whether looking at values costs neither waiting for a GPU nor a graph of torch.compile."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_device(name: str, given: torch.Tensor, student: torch.Tensor) -> None:
-    if given.device != student.device:
-        raise ValueError(f"{name} is on {given.device}, the student's logits on {student.device}")
-
-
-def _check_temperature(name: str, tau: float | torch.Tensor, student: torch.Tensor) -> None:
-    num_rows = student.shape[0]
-    if not isinstance(tau, torch.Tensor):
-        if not 0.0 < tau < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {tau}")
-        return
-    if tau.shape != (num_rows,) or tau.dtype != torch.float32:
-        raise ValueError(
-            f"{name} must be a float or a float32 tensor of shape ({num_rows},), one per row, "
-            f"got {tau.dtype} of shape {tuple(tau.shape)}"
-        )
-    _check_device(name, tau, student)
-    if tau.requires_grad:
-        raise ValueError(f"{name} requires a gradient, but is not differentiated here; detach it")
-    if readable(tau) and not ((tau > 0) & (tau < math.inf)).all():
-        raise ValueError(f"{name} must be positive and finite in every row, got {tau.min()} to {tau.max()}")
-
-
-def _check_logits(student: torch.Tensor, teacher: torch.Tensor | None, valid_columns: int | None) -> None:
-    if student.ndim != 2 or not student.is_floating_point():
-        raise ValueError(
-            f"student_logits_NV must be floating-point [N, V], got {student.dtype} of shape {tuple(student.shape)}; "
-            "flatten batch and time first"
-        )
-    if valid_columns is not None and not 1 <= valid_columns <= student.shape[1]:
-        raise ValueError(
-            f"valid_columns must be in [1, {student.shape[1]}], the student's columns, got {valid_columns}"
-        )
-    if student.shape[1] == 0:
-        raise ValueError(f"student_logits_NV must have at least one column, got shape {tuple(student.shape)}")
-    if teacher is None:
-        return
-    columns = student.shape[1] if valid_columns is None else valid_columns
-    if teacher.ndim != 2 or not teacher.is_floating_point() or teacher.shape[0] != student.shape[0]:
-        raise ValueError(
-            f"teacher_logits_NV must be floating-point [N, V] with the student's N = {student.shape[0]} rows, "
-            f"got {teacher.dtype} of shape {tuple(teacher.shape)}"
-        )
-    if teacher.shape[1] < columns:
-        raise ValueError(
-            f"teacher_logits_NV has {teacher.shape[1]} columns, but {columns} take part; "
-            f"pass valid_columns={teacher.shape[1]} if the student's further columns are padding"
-        )
-    _check_device("teacher_logits_NV", teacher, student)
-    if teacher.requires_grad:
-        raise ValueError(
-            "teacher_logits_NV requires a gradient, but only the student is differentiated; "
-            "detach it, or run the teacher under torch.no_grad()"
-        )
-
-
-def _check_labels(labels: torch.Tensor, student: torch.Tensor, columns: int, ignore_index: int) -> None:
-    num_rows = student.shape[0]
-    if labels.shape != (num_rows,) or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels_N must be int64 of shape ({num_rows},), one per row of logits, "
-            f"got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    _check_device("labels_N", labels, student)
-    if readable(labels):
-        wrong = labels[((labels < 0) | (labels >= columns)) & (labels != ignore_index)]
-        if len(wrong) > 0:
-            raise ValueError(
-                f"labels_N must be in [0, {columns}) or ignore_index = {ignore_index}, "
-                f"got {wrong[0].item()} and {len(wrong) - 1} more outside"
-            )
-
-
-def check_row_weight(row_weight_N: torch.Tensor | None, student: torch.Tensor) -> None:
-    if row_weight_N is None:
-        return
-    if row_weight_N.shape != student.shape[:1] or row_weight_N.dtype != torch.float32 or row_weight_N.requires_grad:
-        raise ValueError(
-            f"row_weight_N must be float32 of shape ({len(student)},) without a gradient, "
-            f"got {row_weight_N.dtype} of shape {tuple(row_weight_N.shape)}"
-        )
-    _check_device("row_weight_N", row_weight_N, student)
-
-
-def plain_weights(kd_weight: float | torch.Tensor, label_weight: float | torch.Tensor) -> tuple[float, float]:
-    """The two as numbers; ValueError for a tensor whose gradient would be lost."""
-    for name, weight in (("kd_weight", kd_weight), ("label_weight", label_weight)):
-        if isinstance(weight, torch.Tensor) and weight.requires_grad:
-            raise ValueError(
-                f"{name} requires a gradient, which this does not make; detach it, or pass impl='reference'"
-            )
-    return float(kd_weight), float(label_weight)
-
-
-def _check_call(
-    student_logits_NV: torch.Tensor,
-    teacher_logits_NV: torch.Tensor | None,
-    labels_N: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    teacher_temperature: float | torch.Tensor | None,
-    direction: str,
-    ignore_index: int,
-    valid_columns: int | None,
-    impl: str,
-) -> tuple[Any, ...]:
-    """The operators' arguments that follow from a call's; raises ValueError for what is wrong with it."""
-    _check_logits(student_logits_NV, teacher_logits_NV, valid_columns)
-    columns = student_logits_NV.shape[1] if valid_columns is None else valid_columns
-    options = check_options(
-        student_logits_NV, teacher_logits_NV, labels_N, temperature, teacher_temperature, direction, ignore_index,
-        columns, impl,
-    )  # fmt: skip
-    return student_logits_NV, teacher_logits_NV, labels_N, *options
-
-
-def check_options(
-    student: torch.Tensor,
-    teacher: torch.Tensor | None,
-    labels_N: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    teacher_temperature: float | torch.Tensor | None,
-    direction: str,
-    ignore_index: int,
-    columns: int,
-    impl: str,
-) -> tuple[Any, ...]:
-    """What the operators take after the labels; student and teacher may be any tensors [N, ...] of the models."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
-    if teacher is None and labels_N is None:
-        raise ValueError("the teacher and labels_N are both None, so there is nothing to compute; give one of them")
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    _check_temperature("temperature", temperature, student)
-    _check_temperature("teacher_temperature", teacher_temperature, student)
-    if labels_N is not None:
-        _check_labels(labels_N, student, columns, ignore_index)
-    if impl == "auto":
-        impl = "triton" if student.is_cuda and _triton_serves(student, teacher) else "torch"
-    elif impl == "triton" and not _triton_serves(student, teacher):
-        raise ValueError(
-            f"impl='triton' computes in float32 on a GPU, got {student.dtype} on {student.device}; pass impl='auto'"
-        )
-    if teacher is None:
-        temperature = teacher_temperature = 1.0  # the label term's: one exponential does
-    taus = temperature, teacher_temperature
-    tensors = (tau if isinstance(tau, torch.Tensor) else None for tau in taus)
-    floats = (1.0 if isinstance(tau, torch.Tensor) else float(tau) for tau in taus)
-    return *tensors, *floats, direction == "reverse", ignore_index, columns, impl
-
-
-def _triton_serves(*logits: torch.Tensor | None) -> bool:
-    on_device = [tensor.is_cuda or triton.knobs.runtime.interpret for tensor in logits if tensor is not None]
-    return all(on_device) and all(tensor.dtype != torch.float64 for tensor in logits if tensor is not None)
-
-
-def _reference(args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    (
-        student,
-        teacher,
-        labels,
-        student_tau_N,
-        teacher_tau_N,
-        student_tau,
-        teacher_tau,
-        reverse,
-        ignore_index,
-        columns,
-        _,
-    ) = args
-    options = make_options(
-        student, student_tau, teacher_tau, student_tau_N, teacher_tau_N, reverse, ignore_index, columns
-    )
+def _reference(student: Any, teacher: Any, labels: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    options = make_options(student, *rest[:-1])
     kd_N, label_N = softmax_kl_reference(
         student,
         teacher,
         labels,
         temperature=options.student_tau,
         teacher_temperature=options.teacher_tau,
-        direction=DIRECTIONS[reverse],
-        ignore_index=ignore_index,
-        valid_columns=columns,
+        direction=options.direction,
+        beta=options.beta,
+        mix=options.mix,
+        ignore_index=options.ignore_index,
+        valid_columns=options.columns,
         dtype=torch.promote_types(student.dtype, torch.float32),
     )
     return kd_N.float(), label_N.float()
@@ -577,6 +376,8 @@ def softmax_kl(
     temperature: float | torch.Tensor = 1.0,
     teacher_temperature: float | torch.Tensor | None = None,
     direction: str = "forward",
+    beta: float | None = None,
+    mix: float | torch.Tensor | None = None,
     ignore_index: int = -100,
     valid_columns: int | None = None,
     impl: str = "auto",
@@ -615,12 +416,12 @@ def softmax_kl(
             there is neither a teacher nor labels. Values of temperatures and labels are checked on a CPU only, and not
             under torch.compile; elsewhere a label out of range makes its row's loss NaN.
     """
-    args = _check_call(
-        student_logits_NV, teacher_logits_NV, labels_N, temperature, teacher_temperature, direction, ignore_index,
-        valid_columns, impl,
+    args = check_call(
+        student_logits_NV, teacher_logits_NV, labels_N, temperature, teacher_temperature, direction, beta, mix,
+        ignore_index, valid_columns, impl,
     )  # fmt: skip
     if impl == "reference":
-        return _reference(args)
+        return _reference(*args)
     kd_N, label_N, _ = (_operator if torch.compiler.is_compiling() else _SoftmaxKL.apply)(*args)
     return kd_N.float(), label_N.float()
 
@@ -636,6 +437,8 @@ def softmax_kl_sum(
     temperature: float | torch.Tensor = 1.0,
     teacher_temperature: float | torch.Tensor | None = None,
     direction: str = "forward",
+    beta: float | None = None,
+    mix: float | torch.Tensor | None = None,
     ignore_index: int = -100,
     valid_columns: int | None = None,
     impl: str = "auto",
@@ -660,9 +463,9 @@ def softmax_kl_sum(
         ValueError: as `softmax_kl`; or float16 logits that require a gradient, most of whose elements would underflow
             before a loss scale reaches them.
     """
-    args = _check_call(
-        student_logits_NV, teacher_logits_NV, labels_N, temperature, teacher_temperature, direction, ignore_index,
-        valid_columns, impl,
+    args = check_call(
+        student_logits_NV, teacher_logits_NV, labels_N, temperature, teacher_temperature, direction, beta, mix,
+        ignore_index, valid_columns, impl,
     )  # fmt: skip
     student = student_logits_NV
     check_row_weight(row_weight_N, student)
@@ -675,7 +478,7 @@ def softmax_kl_sum(
         weight_N = torch.ones_like(args[0][:, 0], dtype=torch.float32) if row_weight_N is None else row_weight_N
         # A row of weight zero takes no part, whatever its logits.
         logits = (None if given is None else given.masked_fill(weight_N[:, None] == 0, 0.0) for given in args[:2])
-        kd_sum, label_sum = ((weight_N * value_N).sum() for value_N in _reference((*logits, *args[2:])))
+        kd_sum, label_sum = ((weight_N * value_N).sum() for value_N in _reference(*logits, *args[2:]))
         loss = weighted_loss(kd_weight, kd_sum, label_weight, label_sum)
     else:
         weights = row_weight_N, *plain_weights(kd_weight, label_weight)

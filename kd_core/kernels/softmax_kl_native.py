@@ -20,13 +20,14 @@ import torch
 
 from kd_core.kernels.softmax_kl_torch import Options, Rows
 
-SOURCE = Path(__file__).with_name("softmax_kl.c")
+SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("softmax_kl.c", "vectors.h"))
 COMPILERS = ("cc", "gcc", "clang")
 # The loops are written for contraction to fused multiply-adds; nothing here reads errno or floating-point traps.
 FLAGS = "-std=gnu11 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math".split()
 
-# Numbers of softmax_kl.c.
+# Numbers of softmax_kl.c; its kind 0 has no teacher.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {"forward": 1, "reverse": 2, "js": 3}
 
 # A thread is worth waking for this many logits.
 ELEMENTS_A_THREAD = 1 << 16
@@ -54,12 +55,11 @@ class _Vector(ctypes.Structure):
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _Matrix) for name in ("student", "teacher", "gradient")),
-        *((name, _Vector) for name in ("labels", "student_tau", "teacher_tau", "kd_upstream", "label_upstream")),
+        *((name, _Vector) for name in ("labels", "student_tau", "teacher_tau", "kd_upstream", "label_upstream", "mix")),
+        ("beta", ctypes.c_double),
         ("statistics", ctypes.c_void_p),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("rows", "columns", "ignore_index", "with_statistics", "reverse", "rows_at_once", "next_row")
-        ),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "ignore_index", "with_sums", "with_mixture", "kind")),
+        *((name, ctypes.c_int64) for name in ("rows_at_once", "next_row")),
     )
 
 
@@ -71,7 +71,7 @@ def _compile(compiler: list[str], *, anew: bool = False) -> ctypes.CDLL:
     """The compiled library: the one in the cache, unless there is none or it shall be made `anew`."""
     # All macros that the compiler predefines: its version and the processor that it compiles for.
     target = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c", os.devnull])
-    digest = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, target)).encode()).hexdigest()
+    digest = hashlib.sha256("\0".join((SOURCE.read_text(), HEADER.read_text(), *FLAGS, target)).encode()).hexdigest()
     folder = Path(os.environ.get("KD_CACHE") or "~/.cache/kd_recipes").expanduser() / "kernels"
     path = folder / f"softmax_kl-{digest[:16]}.so"
     if anew or not path.exists():
@@ -147,13 +147,14 @@ def _work(
     teacher_NV: torch.Tensor | None,
     labels_N: torch.Tensor | None,
     options: Options,
-    statistics_7N: torch.Tensor,
+    statistics_8N: torch.Tensor,
     *,
-    with_statistics: bool,
+    with_sums: bool = False,
+    with_mixture: bool = False,
     upstream: tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
 ) -> None:
-    """Fills `statistics_7N`, or `out` from it, or both one row after the other."""
+    """Fills in `statistics_8N`, or `out` from it, or both one row after the other."""
     native = library()
     assert native is not None, "called without asking `supports`"
     num_rows, columns = student_NV.shape
@@ -161,13 +162,18 @@ def _work(
         torch.as_tensor(tau, dtype=torch.float64).expand(num_rows) for tau in (options.student_tau, options.teacher_tau)
     ]
     weights = [None, None] if upstream is None else [weight_N.float().expand(num_rows) for weight_N in upstream]
+    mix_N = None if options.mix is None else torch.as_tensor(options.mix, dtype=torch.float32).expand(num_rows)
+    js = options.direction == "js" and teacher_NV is not None
     threads = min(torch.get_num_threads(), 1 + num_rows * columns // ELEMENTS_A_THREAD)
     rows_at_once = max(1, min(ELEMENTS_AT_ONCE // columns, num_rows // (4 * threads)))
     call = _Call(
         *(_matrix(tensor) for tensor in (student_NV, teacher_NV, out)),
-        *(_vector(tensor) for tensor in (labels_N, *taus, *weights)),
-        statistics_7N.data_ptr(),
-        *(num_rows, columns, options.ignore_index, with_statistics, options.reverse, rows_at_once, 0),
+        *(_vector(tensor) for tensor in (labels_N, *taus, *weights, mix_N)),
+        options.beta,
+        statistics_8N.data_ptr(),
+        *(num_rows, columns, options.ignore_index, with_sums, with_mixture and js),
+        0 if teacher_NV is None else KINDS[options.direction],
+        *(rows_at_once, 0),
     )
     if out is not None and out.nbytes >= HUGE_PAGES_FROM_BYTES and out.is_contiguous():
         native.softmax_kl_huge_pages(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
@@ -187,16 +193,29 @@ def _work_in(threads: int, native: ctypes.CDLL, call: _Call) -> None:
 
 
 def _new_statistics(student_NV: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(7, student_NV.shape[0])
+    return torch.zeros(len(Rows._fields), student_NV.shape[0])
 
 
 def statistics(
-    student_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labels_N: torch.Tensor | None, options: Options
+    student_NV: torch.Tensor,
+    teacher_NV: torch.Tensor | None,
+    labels_N: torch.Tensor | None,
+    options: Options,
+    *,
+    of_part: bool = False,
 ) -> Rows:
     """The first read of the logits, whose columns are all taken: maxima, sums and mean differences."""
-    statistics_7N = _new_statistics(student_NV)
-    _work(student_NV, teacher_NV, labels_N, options, statistics_7N, with_statistics=True)
-    return Rows(*statistics_7N.unbind())
+    given, statistics_8N = (student_NV, teacher_NV, labels_N, options), _new_statistics(student_NV)
+    _work(*given, statistics_8N, with_sums=True, with_mixture=not of_part)
+    return Rows(*statistics_8N.unbind())
+
+
+def mixture(student_NV: torch.Tensor, teacher_NV: torch.Tensor, stats: Rows, options: Options) -> None:
+    """Fills in what js has of the mixture."""
+    statistics_8N = torch.stack(stats)
+    _work(student_NV, teacher_NV, None, options, statistics_8N, with_mixture=True)
+    for row_N, filled_N in zip(stats, statistics_8N, strict=True):
+        row_N.copy_(filled_N)
 
 
 def gradient(
@@ -211,8 +230,7 @@ def gradient(
 ) -> None:
     """The second read of the logits; fills `out`. Upstream gradients enter before the rounding to its dtype."""
     upstream = kd_upstream_N, label_upstream_N
-    statistics_7N = torch.stack(stats)
-    _work(student_NV, teacher_NV, labels_N, options, statistics_7N, with_statistics=False, upstream=upstream, out=out)
+    _work(student_NV, teacher_NV, labels_N, options, torch.stack(stats), upstream=upstream, out=out)
 
 
 def statistics_and_gradient(
@@ -225,6 +243,7 @@ def statistics_and_gradient(
     out: torch.Tensor,
 ) -> Rows:
     """Both, for one row after the other: the second read finds the row in the cache."""
-    upstream, statistics_7N = (kd_upstream_N, label_upstream_N), _new_statistics(student_NV)
-    _work(student_NV, teacher_NV, labels_N, options, statistics_7N, with_statistics=True, upstream=upstream, out=out)
-    return Rows(*statistics_7N.unbind())
+    given, statistics_8N = (student_NV, teacher_NV, labels_N, options), _new_statistics(student_NV)
+    upstream = kd_upstream_N, label_upstream_N
+    _work(*given, statistics_8N, with_sums=True, with_mixture=True, upstream=upstream, out=out)
+    return Rows(*statistics_8N.unbind())
