@@ -135,7 +135,7 @@ def _exponents(
 def _take_sums(chunk: _Chunk, with_labels: bool, options: Options) -> None:
     (_, student, teacher, stats, *_), (u, v, weight) = chunk, chunk.buffers[:3]
     # A finite maximum keeps the exponents of a row of -inf from being NaN: they are -inf and the sum is zero.
-    stats.student_max.copy_(student.amax(dim=1, keepdim=True).clamp(min=MIN_MAX))
+    stats.student_max.copy_(student.amax(dim=1, keepdim=True)).clamp_(min=MIN_MAX)
     if with_labels and not options.one_exponential:
         _exponents(student, stats.student_max, 1.0, out=weight).exp2_()
         torch.sum(weight, dim=1, keepdim=True, out=stats.label_sum)
@@ -145,7 +145,7 @@ def _take_sums(chunk: _Chunk, with_labels: bool, options: Options) -> None:
         return
     torch.exp2(u, out=weight)
     torch.sum(weight, dim=1, keepdim=True, out=stats.student_sum)
-    stats.teacher_max.copy_(teacher.amax(dim=1, keepdim=True).clamp(min=MIN_MAX))
+    stats.teacher_max.copy_(teacher.amax(dim=1, keepdim=True)).clamp_(min=MIN_MAX)
     _exponents(teacher, stats.teacher_max, chunk.teacher_tau, out=v)
     if options.direction != "forward":
         u.sub_(v)

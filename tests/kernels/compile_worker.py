@@ -20,11 +20,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 FLAGS: dict[str, Any] = {
-    "TEACHER": True, "LABELS": True, "REVERSE": False, "TAU": 1, "STUDENT_TAUS": False, "TEACHER_TAUS": False,
-    "ALIGN": 8, "WEIGHTS": False, "KD": True, "LABEL": True,
+    "TEACHER": True, "LABELS": True, "DIRECTION": "forward", "TAU": 1, "STUDENT_TAUS": False, "TEACHER_TAUS": False,
+    "MIX": False, "MIXES": False, "ALIGN": 8, "WEIGHTS": False, "KD": True, "LABEL": True, "SUMS": True, "MIXTURE": False,
 }  # fmt: skip
-RESIDENT = ((1, False), (1, True), (8, False), (0, True))  # TAU and REVERSE: what takes few registers, and most
-FLOATS = ("student_tau", "teacher_tau", "kd_weight", "label_weight", "row_weight")
+# TAU and DIRECTION: what takes few registers, and most.
+RESIDENT = ((1, "forward"), (1, "reverse"), (8, "forward"), (0, "reverse"))
+JS = {"DIRECTION": "js", "MIX": True, "MIXTURE": True}
+OF_JS = (1000, 4096, 30522, 128256)  # vocabularies: a kernel of each kind, with an edge and without
+FLOATS = ("student_tau", "teacher_tau", "kd_weight", "label_weight", "row_weight", "mix", "beta", "rest")
 INTEGERS = ("N", "size", "ignore_index")
 
 
@@ -97,6 +100,7 @@ def report(
         "target": target,
         "cluster": blocks > 1,
         "tau": flags.get("TAU", 1),
+        "direction": flags.get("DIRECTION", "forward"),
     }
     print(json.dumps(row | (disassemble(done.asm["cubin"]) if "cubin" in done.asm else {})), flush=True)
 
@@ -108,26 +112,36 @@ def main() -> None:
             # Other GPUs need to compile, no more: one resident and one streaming kernel.
             for columns in vocabularies if target.startswith("sm_") else (1000, 30522):
                 flags = {"V": columns, "PEEL": columns % 8 != 0}
-                plan = kernels.plan(columns)
+                plan, width = kernels.plan(columns), {"bf16": 8, "fp32": 4}[dtype]
                 gradient = flags | {"BLOCK": kernels.GRADIENT_BLOCK}
                 report(kernels._gradient_kernel, columns, dtype, gradient, target, kernels.GRADIENT_WARPS)
                 if plan.rows == 0:
-                    width = {"bf16": 8, "fp32": 4}[dtype]
                     for tau in (1, 2, 0):
                         streaming = flags | {"LANES": plan.block, "WIDTH": width, "TAU": tau}
                         report(kernels._streaming_kernel, columns, dtype, streaming, target, plan.warps)
                 else:
-                    for tau, reverse in RESIDENT if columns > 1000 else RESIDENT[:1]:
+                    for tau, direction in RESIDENT if columns > 1000 else RESIDENT[:1]:
                         own = kernels.plan(columns, second_exponential=tau == 0)
                         if own.rows == 0:
                             continue
                         resident = {"ROWS": own.rows, "BLOCK": own.block, "TAIL": 0, "GRADIENT": True}
-                        resident |= {"TAU": tau, "REVERSE": reverse}
+                        resident |= {"TAU": tau, "DIRECTION": direction}
                         report(kernels._resident_kernel, columns, dtype, flags | resident, target, own.warps)
+                if columns in OF_JS:
+                    own = kernels.plan(columns, js=True)
+                    if own.rows == 0:
+                        report(kernels._gradient_kernel, columns, dtype, gradient | JS, target, kernels.GRADIENT_WARPS)
+                        streaming = flags | JS | {"LANES": own.block, "WIDTH": width, "TAU": 2}
+                        report(kernels._streaming_kernel, columns, dtype, streaming, target, own.warps)
+                    else:
+                        resident = {"ROWS": own.rows, "BLOCK": own.block, "TAIL": 0, "GRADIENT": True, "TAU": 0}
+                        report(kernels._resident_kernel, columns, dtype, flags | resident | JS, target, own.warps)
                 if plan.rows == 0 and target == "sm_90" and kernels.clusters_compile():
                     plan = kernels.cluster_plan(columns)
                     resident = {"ROWS": 1, "BLOCK": plan.block, "TAIL": plan.tail, "GRADIENT": True}
-                    report(kernels._resident_kernel, columns, dtype, flags | resident, target, plan.warps, plan.blocks)
+                    for extra in ({}, JS) if columns in OF_JS else ({},):
+                        settings = flags | resident | extra
+                        report(kernels._resident_kernel, columns, dtype, settings, target, plan.warps, plan.blocks)
             report(kernels._total_kernel, 0, dtype, {"BLOCK": kernels.TOTAL_BLOCK}, target, 4)
             scale = {"PROGRAMS": kernels.SCALE_PROGRAMS, "BLOCK": kernels.SCALE_BLOCK}
             report(kernels._scale_kernel, 0, dtype, scale, target, 8)

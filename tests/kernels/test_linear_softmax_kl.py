@@ -104,6 +104,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"student_softcap": 1.5, "teacher_softcap": 3.0},
     {"student_softcap": 2.0, "student_logit_scale": 1.3, "direction": "reverse", "temperature": 2.0},
     {"ignore_index": 5},
+    {"direction": "js", "beta": 0.9, "mix": PER_ROW / 3, "temperature": 2.0, "row_weight_N": ROW_WEIGHT},
+    {"mix": 0.4, "student_softcap": 2.0},
 )
 
 
@@ -382,7 +384,7 @@ def test_the_operator_is_registered_correctly() -> None:
     student = [tensors[name].requires_grad_() for name in STUDENT]
     teacher = [tensors[name] for name in NAMES[3:]]
     arguments = (
-        *student, 1.0, None, *teacher, 1.0, None, tensors["labels"], None, None, 2.0, 2.0, False, -100, 150, "torch",
+        *student, 1.0, None, *teacher, 1.0, None, tensors["labels"], None, None, None, 2.0, 2.0, 0.5, "js", 0.3, -100, 150, "torch",
         None, 0.7, 0.3, None, 8, True, True, True,
     )  # fmt: skip
     tensors["labels"].clamp_(max=149)
@@ -435,6 +437,8 @@ HIDDEN, WEIGHT = torch.randn(3, 4), torch.randn(7, 4)
         ((HIDDEN, WEIGHT, HIDDEN, WEIGHT), {"student_bias_V": torch.empty(0)}, "a sharded bias has to be gathered"),
         ((HIDDEN, WEIGHT, HIDDEN, WEIGHT), {"row_weight_N": torch.ones(2)}, r"row_weight_N must be float32 of shape \(3,\)"),
         ((HIDDEN, WEIGHT, HIDDEN, WEIGHT), {"temperature": 0.0}, "temperature must be positive"),
+        ((HIDDEN, WEIGHT, HIDDEN, WEIGHT), {"direction": "reverse", "beta": 0.5}, "beta goes with direction='js' alone"),
+        ((HIDDEN, WEIGHT, HIDDEN, WEIGHT), {"mix": torch.ones(2)}, r"mix must be a float or a float32 tensor of shape \(3,\)"),
         ((HIDDEN, WEIGHT, HIDDEN, WEIGHT), {"impl": "cuda"}, "impl must be one of"),
         ((HIDDEN, WEIGHT, HIDDEN, WEIGHT, torch.tensor([0, 7, 1])), {}, r"labels_N must be in \[0, 7\)"),
         ((HIDDEN.half().requires_grad_(), WEIGHT.half(), HIDDEN, WEIGHT), {}, "float16, in which the gradient"),

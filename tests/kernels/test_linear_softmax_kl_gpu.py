@@ -53,12 +53,13 @@ def test_logits_of_float32_keep_the_gradient_exact() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"student_softcap": 5.0, "teacher_softcap": 4.0, "student_logit_scale": 0.7}])
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "js"])
 def test_every_option_equals_the_reference(direction, options) -> None:
     inputs = make_inputs(CASE._replace(dtype="float32"), "cuda")
     biases = {f"{side}_bias_V": torch.randn(CASE.columns, device="cuda") for side in ("student", "teacher")}
     common: Any = {**options, **biases, "direction": direction, "temperature": 2.0, "label_weight": 0.3}
     common |= {"row_weight_N": torch.rand(CASE.rows, device="cuda"), "valid_columns": 30000}
+    common["mix"] = torch.rand(CASE.rows, device="cuda")
     labels = inputs.labels.clamp(max=29999)
     results = []
     for impl in ("auto", "reference"):

@@ -7,6 +7,7 @@ import torch
 
 from kd_core.kernels import softmax_kl_native, softmax_kl_torch, softmax_kl_triton
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_reference
+from kd_core.kernels.softmax_kl_arguments import DIRECTIONS
 
 INF = math.inf
 # What `impl` can mean. Triton's kernels run in its interpreter (tests/conftest.py), each as if it served every V.
@@ -44,7 +45,9 @@ PLANS = {
     "resident": lambda columns, **exponentials: (
         SERVED(columns, **exponentials) if columns <= 1000 else softmax_kl_triton.cluster_plan(columns)
     ),
-    "streaming": lambda columns, **_: softmax_kl_triton.STREAMING._replace(block=64 if columns <= 1000 else 256),
+    "streaming": lambda columns, *, js=False, **_: (
+        softmax_kl_triton.STREAMING_TWICE if js else softmax_kl_triton.STREAMING
+    )._replace(block=64 if columns <= 1000 else 256),
 }
 
 
@@ -143,7 +146,7 @@ def test_temperatures_need_not_be_adjacent_in_memory(tau, impl) -> None:
     assert_close(got, truth(student, teacher, labels, temperature=tau))
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_reference_gradient_equals_finite_differences(options, direction) -> None:
     student, teacher, labels = make(5, 7)
@@ -192,7 +195,7 @@ def test_all_rows_ignored(impl) -> None:
     assert (label == 0).all() and (gradient == 0).all()
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_columns_that_take_no_part(temperature, direction, impl) -> None:
     student, teacher, labels = make(13, 1000)
@@ -298,7 +301,7 @@ class TestMinusInfinity:
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
         return got
 
-    @pytest.mark.parametrize("direction", ["forward", "reverse"])
+    @pytest.mark.parametrize("direction", DIRECTIONS)
     def test_on_both_sides_is_as_if_the_column_were_absent(self, direction, impl, temperature) -> None:
         got = self.run([0.5, 1.0, -INF, 2.0], [1.5, 0.0, -INF, 1.0], impl, temperature, direction)
         short = self.run([0.5, 1.0, 2.0], [1.5, 0.0, 1.0], impl, temperature, direction)
@@ -327,7 +330,7 @@ class TestMinusInfinity:
         _, label, gradient = self.run([0.5, -INF, 1.0, 2.0], None, impl, temperature)
         assert label == INF and gradient[0, 1] == -1
 
-    @pytest.mark.parametrize("direction", ["forward", "reverse"])
+    @pytest.mark.parametrize("direction", DIRECTIONS)
     @pytest.mark.parametrize("empty", ["student", "teacher", "both"])
     def test_whole_row(self, empty, direction, impl, temperature) -> None:
         nothing, something = [-INF] * 4, [0.5, 1.0, 0.0, 2.0]
@@ -339,7 +342,7 @@ class TestMinusInfinity:
         else:
             assert label == 0 and (gradient == 0).all()
 
-    @pytest.mark.parametrize("direction", ["forward", "reverse"])
+    @pytest.mark.parametrize("direction", DIRECTIONS)
     @pytest.mark.parametrize("bad", [math.nan, INF])
     @pytest.mark.parametrize("side", [0, 1])
     def test_not_a_number_is_not_hidden(self, side, bad, direction, impl, temperature) -> None:
@@ -349,7 +352,7 @@ class TestMinusInfinity:
         kd, _, gradient = value_and_gradient(softmax_kl, *rows, None, **options)
         assert kd[0].isnan() and gradient[0].isnan().any() and kd[1].isfinite() and gradient[1].isfinite().all()
 
-    @pytest.mark.parametrize("direction", ["forward", "reverse"])
+    @pytest.mark.parametrize("direction", DIRECTIONS)
     def test_not_a_number_where_the_student_excludes_is_not_hidden(self, direction, impl, temperature) -> None:
         student, teacher = torch.tensor([[-INF, 1.0, 0.0, 2.0]]), torch.tensor([[math.nan, 0.0, 1.0, 1.0]])
         options = {"impl": impl, "direction": direction, "temperature": temperature}
@@ -367,7 +370,7 @@ def test_equal_models_have_exactly_zero_kl(dtype, temperature, direction, impl) 
     assert (kd == 0).all() and gradient.abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_kl_is_never_negative(direction, impl) -> None:
     student, _, _ = make(10 if impl == "triton" else 200, 1000)
     noise = torch.randn(student.shape, generator=torch.Generator().manual_seed(1))
@@ -402,7 +405,7 @@ def test_a_shift_of_the_logits_changes_nothing(options, direction, impl) -> None
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_tau_squared_is_in_value_and_gradient(direction, impl) -> None:
     """Logits and temperature times 3: the same distributions, so 9 times the value and 3 times the gradient."""
     student, teacher, _ = make(13, 1000)
@@ -454,7 +457,20 @@ LABELS = torch.zeros(3, dtype=torch.int64)
     [
         ((LOGITS, LOGITS), {"impl": "cuda"}, "impl must be one of auto, triton, torch, reference, got 'cuda'"),
         ((LOGITS.double(), LOGITS), {"impl": "triton"}, "got torch.float64 on cpu; pass impl='auto'"),
-        ((LOGITS, LOGITS), {"direction": "back"}, "direction must be one of forward, reverse, got 'back'"),
+        ((LOGITS, LOGITS), {"direction": "back"}, "direction must be one of forward, reverse, js, got 'back'"),
+        ((LOGITS, LOGITS), {"beta": 0.3}, "beta goes with direction='js' alone, got 0.3 with direction='forward'"),
+        ((LOGITS, LOGITS), {"direction": "js", "beta": 0.0}, r"beta must be a number in \(0, 1\), got 0.0; towards 0"),
+        ((LOGITS, LOGITS), {"direction": "js", "beta": torch.ones(3)}, r"beta must be a number in \(0, 1\)"),
+        ((LOGITS, LOGITS), {"mix": 1.1}, r"mix must be in \[0, 1\], got 1.1"),
+        ((LOGITS, LOGITS), {"mix": math.nan}, r"mix must be in \[0, 1\], got nan"),
+        (
+            (LOGITS, LOGITS),
+            {"mix": torch.tensor([0.0, -0.5, 1.0])},
+            r"mix must be in \[0, 1\] in every row, got -0.5 to 1",
+        ),
+        ((LOGITS, LOGITS), {"mix": torch.ones(2)}, r"mix must be a float or a float32 tensor of shape \(3,\)"),
+        ((LOGITS, LOGITS), {"mix": torch.ones(3, requires_grad=True)}, "mix requires a gradient"),
+        ((LOGITS, None, LABELS), {"mix": 0.5}, "mix is the teacher's share of the target, but there is no teacher"),
         ((LOGITS, None), {}, "both None"),
         ((LOGITS[None], LOGITS), {}, r"student_logits_NV must be floating-point \[N, V\].*flatten"),
         ((LOGITS.long(), LOGITS), {}, "student_logits_NV must be floating-point"),

@@ -19,7 +19,13 @@ def summed(hidden, weight, teacher, labels):
     return loss / 13 + 0 * (kd_sum + label_sum)
 
 
-@pytest.mark.parametrize("function", [per_row, summed])
+def sliding(hidden, weight, teacher, labels):
+    mix = torch.linspace(0.1, 0.9, 13)
+    kd, label = softmax_kl(hidden @ weight, teacher, labels, direction="js", beta=0.3, mix=mix)
+    return (0.7 * kd + 0.3 * label).sum() / 13
+
+
+@pytest.mark.parametrize("function", [per_row, summed, sliding])
 def test_one_graph_with_the_same_loss_and_gradient(function) -> None:
     _, teacher, labels = make(13, 1000)
     torch.manual_seed(0)
@@ -38,7 +44,7 @@ def test_one_graph_with_the_same_loss_and_gradient(function) -> None:
 def test_operators_are_registered_correctly() -> None:
     student, teacher, labels = make(13, 1000)
     student.requires_grad_()
-    arguments = (student, teacher, labels, None, None, 2.0, 2.0, False, -100, 900, "torch")
+    arguments = (student, teacher, labels, None, None, None, 2.0, 2.0, 0.5, "js", 0.3, -100, 900, "torch")
     labels.clamp_(max=899)
     torch.library.opcheck(module._operator, arguments)
     # Without the check of traced outputs: the last one is for the backward pass alone, which works in place.

@@ -5,6 +5,7 @@ import torch
 
 from kd_core.kernels import softmax_kl_triton
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_reference, softmax_kl_sum
+from kd_core.kernels.softmax_kl_arguments import DIRECTIONS
 from kd_core.kernels.softmax_kl_torch import Options
 
 pytestmark = pytest.mark.gpu
@@ -38,13 +39,14 @@ def assert_rounded(got, want) -> None:
     assert off.double().mean() <= 1e-3
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("mix", [None, 0.3])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("columns", VOCABULARIES)
-def test_equals_float64(columns, dtype, temperature, direction) -> None:
+def test_equals_float64(columns, dtype, temperature, mix, direction) -> None:
     student, teacher, labels = make(13, columns, dtype)
-    options = {"temperature": temperature, "direction": direction}
+    options = {"temperature": temperature, "direction": direction, "mix": mix}
     kd, label, gradient = gradient_of(softmax_kl, student, teacher, labels, impl="triton", **options)
     kd_64, label_64, want = gradient_of(softmax_kl_reference, student.double(), teacher, labels, **options)
     torch.testing.assert_close(kd.double(), kd_64, rtol=2e-6, atol=1e-6 * temperature**2)
@@ -77,13 +79,15 @@ def test_sum_equals_rows(columns) -> None:
 
 @pytest.mark.parametrize("columns", [30522, 32000, 50257, 128256, 151936])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_cluster_equals_streaming(columns, dtype) -> None:
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_cluster_equals_streaming(columns, dtype, direction) -> None:
     if torch.cuda.get_device_capability() < (9, 0) or not softmax_kl_triton.clusters_compile():
         pytest.skip("needs sm_90 and a Triton that reduces over clusters")
     student, teacher, labels = make(40, columns, dtype)
-    options = Options(2.0, 2.0, False, -100, columns)
+    options = Options(2.0, 2.0, 0.3, direction, 0.9, -100, columns)
+    streaming = softmax_kl_triton.STREAMING_TWICE if direction == "js" else softmax_kl_triton.STREAMING
     results = []
-    for plan in (softmax_kl_triton.STREAMING, softmax_kl_triton.cluster_plan(columns)):
+    for plan in (streaming, softmax_kl_triton.cluster_plan(columns)):
         grad = torch.empty_like(student)
         sums = softmax_kl_triton.weighted_sum(student, teacher, labels, options, None, 0.7, 0.3, grad, plan)
         results.append((*sums, grad))

@@ -29,8 +29,13 @@ def main() -> None:
     student, teacher, labels = make()
     taus = torch.linspace(0.5, 4.0, 6)
     upstream = torch.linspace(-1.0, 2.0, 6, dtype=torch.float64), torch.linspace(1.0, 3.0, 6, dtype=torch.float64)
+    shares = torch.linspace(0.0, 1.0, 6)
     for direction, (tau, teacher_tau), valid, with_labels, with_teacher in itertools.product(
-        ("forward", "reverse"), ((1.0, 1.0), (2.0, 3.3), (taus, taus)), (None, 11, 4), (True, False), (True, False)
+        ("forward", "reverse", "js"),
+        ((1.0, 1.0), (2.0, 3.3), (taus, taus)),
+        (None, 11, 4),
+        (True, False),
+        (True, False),
     ):
         if not (with_labels or with_teacher) or (direction == "reverse" and valid is None):
             continue  # reverse is infinite where the teacher excludes a column; softmax_kl's own tests cover that
@@ -39,7 +44,8 @@ def main() -> None:
             "teacher_temperature": teacher_tau,
             "direction": direction,
             "valid_columns": valid,
-        }
+            "mix": shares if with_teacher and tau is taus else None,
+        } | ({"beta": 0.9} if direction == "js" else {})
         given = labels.where(labels < (valid or 13), -100) if with_labels else None
         results = []
         for columns, function, extra in (
