@@ -1,15 +1,17 @@
 """A corpus: a source becomes packed rows of tokens once, memory-mapped.
 
-source -> tokens -> rows of [CLS] tokens [SEP], without padding -> cache
+source -> tokens -> rows of a `Packer` -> cache
 """
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import tokenizers
 
 from kd_core.system.files import build_once, cache_key, cache_root, file_digest, write_json
 from kd_core.system.hub import HUB_NAME
@@ -18,7 +20,7 @@ from kd_core.system.splits import VALIDATION_ONE_IN
 from kd_core.system.terminal import say
 from kd_core.text import c4, documents
 from kd_core.text.flags import MAX_SEQ_LEN, MIN_SEQ_LEN, TextFlags
-from kd_core.text.packing import VALIDATION_ROWS, HeldOut, Packer, Report
+from kd_core.text.packing import VALIDATION_ROWS, HeldOut, MaskedPacker, Packer, Report
 from kd_core.text.tokenizer import load_tokenizer, tokenizer_digest, train_wordpiece, unknown_share
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class Corpus:
     fingerprint: str  # of the content, the tokenizer and the settings: equal fingerprints give equal batches
     tokenizer: "PreTrainedTokenizerFast"
     seq_len: int
-    validation: np.ndarray  # uint16 or uint32 [R, seq_len], 1 <= R <= VALIDATION_ROWS
+    validation: np.ndarray  # [R, seq_len] of Packer.token_dtype, 1 <= R <= VALIDATION_ROWS
     train: Rows
 
     @property
@@ -57,7 +59,7 @@ class Corpus:
         return self.train.num_shards
 
     def rows(self, shard: int) -> np.ndarray:
-        """A shard's training rows, memory-mapped uint16 or uint32 [rows, seq_len]; of c4, waits until it is tokenised.
+        """A shard's training rows, memory-mapped [rows, seq_len] of tokens; of c4, waits until it is tokenised.
 
         Raises:
             ValueError: the shard cannot be downloaded or tokenised, with the worker's own message.
@@ -112,21 +114,30 @@ def prepare(
     if not MIN_SEQ_LEN <= seq_len <= MAX_SEQ_LEN:
         raise ValueError(f"--seq-len must be in [{MIN_SEQ_LEN}, {MAX_SEQ_LEN}], got {seq_len}")
     if source == "c4":
-        return _open_c4(load_tokenizer(tokenizer or c4.DEFAULT_TOKENIZER), seq_len, progress)
-    texts = _open_source(source, progress)
+        loaded = load_tokenizer(tokenizer or c4.DEFAULT_TOKENIZER)
+        return open_c4(loaded, MaskedPacker.of(loaded, seq_len), progress)
+    texts = open_source(source, progress)
     if tokenizer is None:
-        loaded = _trained_tokenizer(texts, vocab_size, progress)
+        loaded = load_tokenizer(trained_tokenizer(texts, train_wordpiece, vocab_size, progress))
     else:
         loaded = load_tokenizer(tokenizer)
-    packer = Packer.of(loaded, seq_len)
-    folder = cache_root() / f"corpus-{cache_key(texts.key, tokenizer_digest(loaded), seq_len)}"
+    packer = MaskedPacker.of(loaded, seq_len)
+    key = cache_key(texts.key, tokenizer_digest(loaded), seq_len)
+    return open_local(f"corpus-{key}", texts, loaded, packer, progress)
+
+
+def open_local(
+    name: str, texts: documents.Documents, tokenizer: "PreTrainedTokenizerFast", packer: Packer, progress: bool
+) -> Corpus:
+    """The documents' rows in the folder `name` of the cache, made if they are not there."""
+    folder = cache_root() / name
     build_once(folder, lambda new: _build_corpus(new, texts, packer, progress))
     facts = json.loads((folder / "facts.json").read_text())
     corpus = Corpus(
         name=texts.name,
         fingerprint=facts["fingerprint"],
-        tokenizer=loaded,
-        seq_len=seq_len,
+        tokenizer=tokenizer,
+        seq_len=packer.seq_len,
         validation=packer.open(folder / "validation.bin"),
         train=LocalRows(folder / "train.bin", packer),
     )
@@ -135,7 +146,7 @@ def prepare(
     return corpus
 
 
-def _open_source(source: str | None, progress: bool) -> documents.Documents:
+def open_source(source: str | None, progress: bool) -> documents.Documents:
     if source is None or source == "embedded":
         folder = cache_root() / f"embedded-{cache_key(documents.embedded_key())}"
         build_once(folder, lambda new: _build_embedded(new, progress))
@@ -147,16 +158,15 @@ def _open_source(source: str | None, progress: bool) -> documents.Documents:
     return documents.local_documents(path)
 
 
-def _open_c4(tokenizer: "PreTrainedTokenizerFast", seq_len: int, progress: bool) -> Corpus:
+def open_c4(tokenizer: "PreTrainedTokenizerFast", packer: Packer, progress: bool) -> Corpus:
     """C4 with its validation rows made now, its training shards when they are asked for."""
-    packer = Packer.of(tokenizer, seq_len)
     folder = cache_root() / f"c4-{packer.identity}"
     build_once(folder, lambda new: c4.build_validation(new, packer, progress))
     corpus = Corpus(
         name="c4",
         fingerprint=cache_key("c4", packer.identity),
         tokenizer=tokenizer,
-        seq_len=seq_len,
+        seq_len=packer.seq_len,
         validation=packer.open(folder / "validation.bin"),
         train=c4.Shards(folder, packer, progress),
     )
@@ -182,8 +192,15 @@ def _build_embedded(folder: Path, progress: bool) -> None:
         say(f"collecting embedded text: {count} documents, {megabytes:.1f} MB, {time.monotonic() - start:.1f} s")
 
 
-def _trained_tokenizer(texts: documents.Documents, vocab_size: int, progress: bool) -> "PreTrainedTokenizerFast":
-    folder = cache_root() / f"tokenizer-{cache_key(texts.key, vocab_size)}"
+def trained_tokenizer(
+    texts: documents.Documents,
+    train: Callable[[list[str], int], tokenizers.Tokenizer],
+    vocab_size: int,
+    progress: bool,
+    kind: str = "tokenizer",
+) -> str:
+    """The path of a tokenizer.json that `train` makes of the training documents, in the cache's folder of its `kind`."""
+    folder = cache_root() / f"{kind}-{cache_key(texts.key, vocab_size)}"
 
     def build(new: Path) -> None:
         start = time.monotonic()
@@ -196,17 +213,17 @@ def _trained_tokenizer(texts: documents.Documents, vocab_size: int, progress: bo
                     break
         if not sample:
             raise ValueError(f"--data {texts.name} has no training documents; give more text")
-        trained = train_wordpiece(sample, vocab_size)
+        trained = train(sample, vocab_size)
         trained.save(str(new / "tokenizer.json"))
         if progress:
             size, seconds = trained.get_vocab_size(), time.monotonic() - start
             say(f"training a tokenizer on {texts.name}: {size} tokens, {chars / 1e6:.1f} M characters, {seconds:.1f} s")
 
     build_once(folder, build)
-    return load_tokenizer(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")
 
 
-def _build_corpus(folder: Path, texts: documents.Documents, packer: "Packer", progress: bool) -> None:
+def _build_corpus(folder: Path, texts: documents.Documents, packer: Packer, progress: bool) -> None:
     held_out = HeldOut(packer.seq_len)
     report = Report(f"tokenising {texts.name}", progress)
     rows = packer.write(folder / "train.bin", held_out.divert(texts), report=report)
@@ -236,7 +253,7 @@ class LocalRows:
     """The rows of a source that is tokenised as a whole."""
 
     path: Path
-    packer: "Packer"
+    packer: Packer
     num_shards: int = 1
 
     def open(self, shard: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The flags of a run or a cache that reads text."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from kd_core.cli import Flags
 
@@ -44,6 +44,21 @@ class MaskingFlags(TextFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mask_fraction(self.mask_fraction, self.seq_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalTextFlags(TextFlags):
+    """Samples for causal language modelling: text, or prompts and responses."""
+
+    GROUP: ClassVar[str] = "data"
+    tokenizer: str | None = None
+    """Hub name, folder, tokenizer.json, SentencePiece .model, or bytes; default: byte-level BPE trained on the data."""
+    vocab_size: int = 8192
+    """Size of the byte-level BPE vocabulary when it is trained on the data."""
+    packing: bool = True
+    """Fill a row with documents, none of which sees another; without, one a row, padded."""
+    on_too_long: Literal["drop", "cut"] = "drop"
+    """What becomes of a document that has to stand in one row and is longer than --seq-len: nothing, or its beginning."""
 
 
 def check_mask_fraction(mask_fraction: float, seq_len: int) -> None:

@@ -1,12 +1,8 @@
 """Batches for masked language modelling, from the rows of a corpus.
 
-    (seed, epoch) -> order of rows -> global batch -> this rank's share -> masked micro-batches
+Order and cutting are those of `batches`; the masks of a row are a pure function of the seed, the epoch and the row.
 
-All of it is a pure function: the rows of a global batch follow from the seed and a position, the masks of a row from the
-seed, the epoch and the row. So neither the number of ranks nor the micro-batch size changes what a step learns from, and a
-resumed run needs its position only.
-
-Shapes: B sequences, T positions, N supervised positions (B times K a sequence), G sequences of a global batch.
+Shapes: B sequences, T positions, N supervised positions (B times K a sequence).
 """
 
 import functools
@@ -17,18 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from kd_core.system.ahead import prefetch
 from kd_core.system.hashing import splitmix64 as _hash
-from kd_core.system.ranks import rank, world_size
+from kd_core.text.batches import RowBatches, Step, ahead, validation_shares
 from kd_core.text.corpus import IGNORE_INDEX, Corpus
 from kd_core.text.flags import check_mask_fraction
-from kd_core.text.order import START, Position, row_order, sample_id, shard_order
 from kd_core.training.loop import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 VALIDATION_MASK_SEED = 20221100683  # any constant: validation masks are the same for every run
-C4_SHARDS_AHEAD = 2
 
 
 # ------------------------------------------------------------------------------------------------------------- masking
@@ -141,37 +134,18 @@ class MicroBatch:
         return replace(self, input_ids=input_ids, positions=positions, labels=labels)
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What one rank feeds to one optimizer step."""
-
-    micro_batches: list[MicroBatch]
-    rows: int  # supervised tokens of this rank
-    position: Position  # after this step
-
-    def pin_memory(self) -> "Step":
-        return replace(self, micro_batches=[micro.pin_memory() for micro in self.micro_batches])
-
-
-class MaskedBatches:
-    """An iterator over optimizer steps: the next global batch, cut to this rank and into micro-batches.
-
-    A global batch is the next `global_batch_size` rows of the epoch's order, running over the ends of shards and epochs. Rank
-    r has its r-th contiguous share. So its content depends on seed and position, not on ranks or micro-batches.
+class MaskedBatches(RowBatches):
+    """Optimizer steps of masked rows.
 
     Args:
-        corpus: of `prepare`.
-        seed: of order and masks, >= 0.
-        global_batch_size: G, rows a step over all ranks; a multiple of `micro_batch_size * world_size`.
+        seed: of order and masks.
         mask_fraction: of the positions of a row, see `_mask`.
         mask_seed: of the masks; None: `seed`.
         mask_patterns: epoch e has the masks of epoch e mod this; None: new masks in each epoch.
-        position: where to begin; a `Step.position` continues after that step.
-        steps: how many steps will be taken; the iterator ends there, and no shard beyond is downloaded. None: no end.
+        others: of `RowBatches`.
 
     Raises:
-        ValueError: an impossible batch split or mask fraction, or a corpus smaller than one batch; while iterating, a shard
-            that cannot be had.
+        ValueError: an impossible mask fraction, and as `RowBatches`.
     """
 
     def __init__(
@@ -179,97 +153,26 @@ class MaskedBatches:
         corpus: Corpus,
         *,
         seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
         mask_fraction: float,
         mask_seed: int | None = None,
         mask_patterns: int | None = None,
-        position: Position = START,
-        steps: int | None = None,
+        **others: Any,
     ) -> None:
-        if global_batch_size < 1 or micro_batch_size < 1 or global_batch_size % (micro_batch_size * world_size):
-            raise ValueError(
-                f"--global-batch-size must be a multiple of --micro-batch-size times the number of ranks, got "
-                f"{global_batch_size}, {micro_batch_size} and {world_size}"
-            )
-        if seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {seed}")
         check_mask_fraction(mask_fraction, corpus.seq_len)
-        corpus.check_batch(global_batch_size)
-        self.position = position
-        self._corpus, self._seed, self._mask_fraction = corpus, seed, mask_fraction
+        super().__init__(corpus, seed=seed, **others)
+        self._mask_fraction = mask_fraction
         self._mask_seed, self._mask_patterns = seed if mask_seed is None else mask_seed, mask_patterns
-        self._global, self._micro, self._rank, self._world_size = global_batch_size, micro_batch_size, rank, world_size
-        self._steps_left = steps
-        self._order_of = functools.lru_cache(maxsize=2)(self._row_order)
 
-    def __iter__(self) -> "MaskedBatches":
-        return self
-
-    def __next__(self) -> Step:
-        if self._steps_left == 0:
-            raise StopIteration
-        epochs_G, shards_G, rows_G = self._take(self._global)
-        if self._steps_left is not None:
-            self._steps_left -= 1
-        share = self._global // self._world_size
-        mine = slice(self._rank * share, (self._rank + 1) * share)
-        shards_B, rows_B = shards_G[mine], rows_G[mine]
-        tokens_BT = np.empty((share, self._corpus.seq_len), self._corpus.validation.dtype)
-        for shard in np.unique(shards_B):
-            here = shards_B == shard
-            tokens_BT[here] = self._corpus.rows(int(shard))[rows_B[here]]
-        micro_batches = masked_micro_batches(
-            tokens_BT,
-            sample_id(shards_B, rows_B),
+    def _micro_batches(self, rows_BT: np.ndarray, sample_ids_B: np.ndarray, epochs_B: np.ndarray) -> list[MicroBatch]:
+        return masked_micro_batches(
+            rows_BT,
+            sample_ids_B,
             micro_batch_size=self._micro,
             seed=self._mask_seed,
-            epoch=epochs_G[mine] % self._mask_patterns if self._mask_patterns else epochs_G[mine],
+            epoch=epochs_B % self._mask_patterns if self._mask_patterns else epochs_B,
             fraction=self._mask_fraction,
             tokenizer=self._corpus.tokenizer,
         )
-        rows = sum(int((micro.labels != IGNORE_INDEX).sum()) for micro in micro_batches)
-        return Step(micro_batches, rows, self.position)
-
-    def _take(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Epoch, shard and row, int64 [count] each, of the next rows; moves the position behind them."""
-        pieces = []
-        epoch, index, start = self.position
-        while count:
-            shard = self._shard(epoch, index)
-            order = self._order_of(epoch, index)
-            rows = order[start : start + count]
-            pieces.append(np.stack([np.full(len(rows), epoch), np.full(len(rows), shard), rows.astype(np.int64)]))
-            count -= len(rows)
-            start += len(rows)
-            if start == len(order):
-                epoch, index, start = (
-                    (epoch, index + 1, 0) if index + 1 < self._corpus.num_shards else (epoch + 1, 0, 0)
-                )
-        self.position = Position(epoch, index, start)
-        epochs, shards, numbers = np.concatenate(pieces, axis=1)
-        return epochs, shards, numbers
-
-    def _shard(self, epoch: int, index: int) -> int:
-        return int(shard_order(self._seed, epoch, self._corpus.num_shards)[index])
-
-    def _row_order(self, epoch: int, index: int) -> np.ndarray:
-        """The order of the epoch's `index`-th shard; on the way, has the next shards made that the run will need."""
-        shard = self._shard(epoch, index)
-        num_rows = len(self._corpus.rows(shard))
-        self._request_after(epoch, index, num_rows)
-        return row_order(self._seed, epoch, shard, num_rows)
-
-    def _request_after(self, epoch: int, index: int, num_rows: int) -> None:
-        rows_left = None if self._steps_left is None else self._steps_left * self._global
-        for ahead in range(1, C4_SHARDS_AHEAD + 1):
-            # Shards are about equally long, so `ahead` shards, begun with this one, hold about this many rows.
-            if rows_left is not None and rows_left <= ahead * num_rows:
-                return
-            later_epochs, later_index = divmod(index + ahead, self._corpus.num_shards)
-            self._corpus.request(self._shard(epoch + later_epochs, later_index))
 
 
 def batches(run: Run[Any], corpus: Corpus, **masks: int) -> Iterator[Step]:
@@ -281,13 +184,7 @@ def batches(run: Run[Any], corpus: Corpus, **masks: int) -> Iterator[Step]:
     Raises:
         ValueError: as `MaskedBatches`.
     """
-    cfg = run.cfg
-    made = MaskedBatches(
-        corpus, seed=cfg.seed, global_batch_size=cfg.global_batch_size, micro_batch_size=cfg.micro_batch_size, rank=rank(),
-        world_size=world_size(), mask_fraction=cfg.mask_fraction, position=Position(*(run.position or START)),
-        steps=cfg.steps - run.first, **masks,
-    )  # fmt: skip
-    return prefetch(made, pin_memory=torch.cuda.is_available())
+    return ahead(run, MaskedBatches, corpus, mask_fraction=run.cfg.mask_fraction, **masks)
 
 
 def masked_micro_batches(
@@ -321,18 +218,13 @@ def masked_micro_batches(
 def validation_batches(
     corpus: Corpus, *, micro_batch_size: int, rank: int, world_size: int, mask_fraction: float = 0.15
 ) -> Iterator[MicroBatch]:
-    """This rank's share of the validation rows, with masks that are the same for every run.
+    """This rank's share of the validation rows, with masks that are the same for every run; see `validation_shares`.
 
-    Ranks' shares are disjoint and complete, and every rank has the same number of batches of the same shapes, as sharded
-    models need: a rank with a row too few repeats one with all its labels `IGNORE_INDEX`. A sample id is the row.
+    All labels of a row that does not count are `IGNORE_INDEX`. A sample id is the row.
     """
     check_mask_fraction(mask_fraction, corpus.seq_len)
-    share = -(-len(corpus.validation) // world_size)
-    numbers_B = np.arange(rank * share, (rank + 1) * share)
-    for start in range(0, share, micro_batch_size):
-        numbers = numbers_B[start : start + micro_batch_size]
-        present = numbers < len(corpus.validation)
-        numbers = np.where(present, numbers, 0)
+    shares = validation_shares(corpus, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
+    for numbers, present in shares:
         (micro,) = masked_micro_batches(
             corpus.validation[numbers],
             numbers,

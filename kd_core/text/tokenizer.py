@@ -1,8 +1,8 @@
-"""Tokenizers for masked-language modelling: loaded from files or the hub, or trained on a corpus.
+"""Tokenizers: read from files or the hub as they are; for masked-language modelling, completed or trained on a corpus.
 
-Every tokenizer that leaves this file is a `PreTrainedTokenizerFast` with [CLS], [SEP], [PAD] and [MASK] (under whatever
+Every tokenizer that `load_tokenizer` gives is a `PreTrainedTokenizerFast` with [CLS], [SEP], [PAD] and [MASK] (under whatever
 names it has for them; missing ones are added at the end of the vocabulary), puts them around a text or a pair of texts,
-and neither cuts nor pads of its own accord.
+and neither cuts nor pads of its own accord. Those for causal language modelling: `causal_tokenizer`.
 """
 
 import hashlib
@@ -50,17 +50,25 @@ ORDINARY_LINES = [
 
 
 def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerFast":
+    """A tokenizer for masked-language modelling; arguments and errors as `read_tokenizer`."""
+    return _with_special_tokens(read_tokenizer(name_or_path))
+
+
+def read_tokenizer(name_or_path: str) -> "PreTrainedTokenizerFast":
     """A tokenizer from a hub name, a Hugging Face folder, a `tokenizer.json`, a `vocab.txt` or a SentencePiece `.model`.
 
-    A path is read without touching the network; code that comes with a tokenizer is never run.
+    Nothing is added to it; but it neither cuts nor pads. A path is read without touching the network; code that comes with a
+    tokenizer is never run.
 
     Raises:
         FileNotFoundError: a path at which nothing is.
         ValueError: no tokenizer is there, it is damaged or of an unsupported kind, or the hub cannot be reached.
     """
+    from transformers import PreTrainedTokenizerFast
+
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        tokenizer = _from_folder(path)
+        tokenizer: Any = _from_folder(path)
     elif path.is_file():
         tokenizer = _from_file(path)
     elif _looks_like_path(name_or_path):
@@ -71,7 +79,11 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerFast":
     else:
         tokenizer = _from_hub(name_or_path)
     tokenizer.name_or_path = name_or_path
-    return _with_special_tokens(tokenizer)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"--tokenizer {name_or_path} has no fast (Rust) form; give a tokenizer.json")
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
 
 
 def same_tokenizer(a: "PreTrainedTokenizerFast", b: "PreTrainedTokenizerFast") -> bool:
@@ -297,11 +309,7 @@ def _from_hub(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def _with_special_tokens(tokenizer: Any) -> "PreTrainedTokenizerFast":
-    from transformers import PreTrainedTokenizerFast
-
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"--tokenizer {tokenizer.name_or_path} has no fast (Rust) form; give a tokenizer.json")
+def _with_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
     vocabulary = tokenizer.get_vocab()
     taken = set(vocabulary.values())
     if hole := next((str(number) for number in range(len(vocabulary)) if number not in taken), ""):
@@ -315,8 +323,6 @@ def _with_special_tokens(tokenizer: Any) -> "PreTrainedTokenizerFast":
             missing[role] = next((name for name in names if name in vocabulary), names[0])
     tokenizer.add_special_tokens(missing)
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
     cls, sep = (tokenizer.cls_token, tokenizer.cls_token_id), (tokenizer.sep_token, tokenizer.sep_token_id)
     one, two = backend.encode("").ids, backend.encode("", "").ids
     if any(ids[:1] + ids[-1:] != [cls[1], sep[1]] for ids in (one, two)) or sep[1] not in two[1:-1]:

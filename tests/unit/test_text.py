@@ -23,7 +23,7 @@ from kd_core.system.splits import named_split
 from kd_core.text import c4, documents, packing
 from kd_core.text import corpus as corpora
 from kd_core.text import masking as text
-from kd_core.text.corpus import IGNORE_INDEX, _open_source, prepare
+from kd_core.text.corpus import IGNORE_INDEX, open_source, prepare
 from kd_core.text.order import Position, shard_order
 from kd_core.text.tokenizer import SPECIAL_TOKENS, load_tokenizer, same_tokenizer, tokenizer_digest
 
@@ -248,7 +248,7 @@ def test_rows_are_the_stream_of_documents_without_padding(tmp_path, monkeypatch)
 
 
 def test_special_tokens_in_a_text_are_text(tmp_path):
-    packer = packing.Packer.of(make_corpus(tmp_path).tokenizer, 8)
+    packer = packing.MaskedPacker.of(make_corpus(tmp_path).tokenizer, 8)
     packer.write(tmp_path / "rows", ["[MASK] abc [SEP] " * 20])
     body = packer.open(tmp_path / "rows")[:, 1:-1]
     assert packer.tokenizer.token_to_id("[MASK]") not in body and packer.sep_id not in body
@@ -257,7 +257,7 @@ def test_special_tokens_in_a_text_are_text(tmp_path):
 def test_long_documents_are_cut_at_spaces_only(tmp_path, monkeypatch):
     corpus = make_corpus(tmp_path)
     long = " ".join(make_texts(50))
-    write = lambda name: packing.Packer.of(corpus.tokenizer, 8).write(tmp_path / name, [long])
+    write = lambda name: packing.MaskedPacker.of(corpus.tokenizer, 8).write(tmp_path / name, [long])
     write("whole")
     monkeypatch.setattr(packing, "MAX_PIECE_CHARS", 100)
     assert "".join(packing._pieces(long)) == long and len(packing._pieces(long)) > 100
@@ -267,7 +267,7 @@ def test_long_documents_are_cut_at_spaces_only(tmp_path, monkeypatch):
 
 def test_many_tokens_need_uint32(tmp_path):
     corpus = make_corpus(tmp_path)
-    packer = packing.Packer.of(corpus.tokenizer, SEQ_LEN)
+    packer = packing.MaskedPacker.of(corpus.tokenizer, SEQ_LEN)
     assert [text.replace(packer, vocab_size=size).dtype for size in (65_535, 65_536)] == [np.uint16, np.uint32]
 
 
@@ -1010,7 +1010,7 @@ def test_c4_from_end_to_end(tmp_path, hub, cache):
     resumed = make_batches(corpus, position=steps[-2].position, steps=1)
     assert torch.equal(columns(resumed)[1], columns(steps[-1:])[1])
     # A validation document is not trained on.
-    packer = packing.Packer.of(corpus.tokenizer, SEQ_LEN)
+    packer = packing.MaskedPacker.of(corpus.tokenizer, SEQ_LEN)
     expected = packer.write(tmp_path / "expected", make_texts(20, seed=shards[0]))
     assert num_rows[0] == expected
     assert corpus.rows(shards[0]).tobytes() == (tmp_path / "expected").read_bytes()
@@ -1053,7 +1053,7 @@ def test_embedded_text(tmp_path, monkeypatch):
     assert len(texts) == count and sum(map(len, texts)) > 1_500_000
     paragraphs = [p for t in texts for p in t.split("\n")]
     assert len(set(paragraphs)) == len(paragraphs) and min(map(len, texts)) >= 150
-    assert _open_source(None, False).name == _open_source("embedded", False).name == "embedded"
+    assert open_source(None, False).name == open_source("embedded", False).name == "embedded"
 
 
 @needs_data("wikitext2")
