@@ -3,6 +3,7 @@
 Shapes: N rows, T positions, S supervised positions of N * T.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_core.system.files import cache_key
+from kd_core.system.files import build_once, cache_key, cache_root, write_json
 from kd_core.system.ranks import rank
 from kd_core.text.batches import RowBatches, Step, ahead, validation_shares
 from kd_core.text.causal_tokenizer import load_causal_tokenizer, train_byte_bpe
 from kd_core.text.corpus import IGNORE_INDEX, Corpus, open_c4, open_local, open_source, trained_tokenizer
+from kd_core.text.dialogue import DIALOGUE, KIND, DialoguePacker, contents
+from kd_core.text.documents import TEXT, Documents
 from kd_core.text.flags import CausalTextFlags
 from kd_core.text.packing import BEGINS, LABEL, PADDING, CausalPacker
 
@@ -39,14 +42,27 @@ def build(cfg: CausalTextFlags) -> Corpus:
     progress = rank() == 0
     options: dict[str, Any] = {"packing": cfg.packing, "cut": cfg.on_too_long == "cut"}
     if cfg.data == "c4":
-        tokenizer = load_causal_tokenizer(cfg.tokenizer or C4_TOKENIZER)
+        tokenizer = load_causal_tokenizer(cfg.tokenizer or C4_TOKENIZER, cfg.chat_template)
         return open_c4(tokenizer, CausalPacker.of(tokenizer, cfg.seq_len, **options), progress)
-    texts = open_source(cfg.data, progress)
+    texts = open_source(cfg.data, progress, KIND)
+    dialogue = _kind(texts) == "dialogue"
+    texts = open_source(cfg.data, progress, DIALOGUE if dialogue else TEXT)
+    train = lambda sample, size: train_byte_bpe(map(contents, sample) if dialogue else sample, size)
     tokenizer = load_causal_tokenizer(
-        cfg.tokenizer or trained_tokenizer(texts, train_byte_bpe, cfg.vocab_size, progress, kind="bytes-tokenizer")
+        cfg.tokenizer or trained_tokenizer(texts, train, cfg.vocab_size, progress, kind="bytes-tokenizer"),
+        cfg.chat_template,
     )
-    packer = CausalPacker.of(tokenizer, cfg.seq_len, **options)
+    packer = (DialoguePacker if dialogue else CausalPacker).of(tokenizer, cfg.seq_len, **options)
     return open_local(f"causal-{cache_key(texts.key, packer.identity)}", texts, tokenizer, packer, progress)
+
+
+def _kind(kinds: Documents) -> str:
+    """Of a source's first record; remembered, so that a source in the cache is not asked again."""
+    folder = cache_root() / f"kind-{cache_key(kinds.key)}"
+    build_once(
+        folder, lambda new: write_json(new / "kind.json", {"kind": next((kind for _, kind in kinds.read()), "text")})
+    )
+    return str(json.loads((folder / "kind.json").read_text())["kind"])
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -62,6 +78,21 @@ class CausalBatch:
     positions: Tensor  # int64 [S], indices into N * T of the labels that count, ascending
     attention_mask: Tensor | None  # int64 [N, T], 0 at padding; None where there is none
     sample_ids: Tensor | None = None  # int64 [N], see `order.sample_id`
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """What a model takes."""
+        return self.input_ids, self.position_ids, self.attention_mask, self.positions
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 [S], the labels that count."""
+        return self.labels.flatten()[self.positions]
+
+    @property
+    def keys(self) -> tuple[Tensor, ...]:
+        """What says which rows these are."""
+        return () if self.sample_ids is None else (self.sample_ids,)
 
     def _each(self, change: Any) -> "CausalBatch":
         """With `change` made to every tensor that models take; sample ids stay on the host."""

@@ -146,16 +146,17 @@ def open_local(
     return corpus
 
 
-def open_source(source: str | None, progress: bool) -> documents.Documents:
+def open_source(source: str | None, progress: bool, fields: documents.Fields = documents.TEXT) -> documents.Documents:
+    """What `prepare` calls a source; `fields` are what of its records is a document."""
     if source is None or source == "embedded":
         folder = cache_root() / f"embedded-{cache_key(documents.embedded_key())}"
         build_once(folder, lambda new: _build_embedded(new, progress))
-        return documents.local_documents(folder / "documents.jsonl", name="embedded")
+        return documents.local_documents(folder / "documents.jsonl", "embedded", fields)
     path = Path(source).expanduser()
     beside_a_folder = path.parent != Path(".") and path.parent.is_dir()
     if HUB_NAME.fullmatch(source) and not (path.exists() or beside_a_folder or documents.file_kind(path)):
-        return documents.hub_documents(source)
-    return documents.local_documents(path)
+        return documents.hub_documents(source, fields)
+    return documents.local_documents(path, fields=fields)
 
 
 def open_c4(tokenizer: "PreTrainedTokenizerFast", packer: Packer, progress: bool) -> Corpus:
@@ -233,16 +234,10 @@ def _build_corpus(folder: Path, texts: documents.Documents, packer: Packer, prog
             f"{VALIDATION_ONE_IN}; give more documents (blank lines separate them in .txt), or a file named validation*"
         )
     if not rows:
-        raise ValueError(
-            f"--data {texts.name} has {report.documents} training documents, which do not fill one sequence of "
-            f"{packer.seq_len} tokens; give more text, or a smaller --seq-len"
-        )
+        raise ValueError(f"--data {texts.name} has {report.documents} training documents, which {packer.shortfall}")
     validation_rows = packer.write(folder / "validation.bin", held_out.texts(), max_rows=VALIDATION_ROWS)
     if not validation_rows:
-        raise ValueError(
-            f"--data {texts.name} has {held_out.count} validation documents, which do not fill one sequence of "
-            f"{packer.seq_len} tokens; give more text, or a smaller --seq-len"
-        )
+        raise ValueError(f"--data {texts.name} has {held_out.count} validation documents, which {packer.shortfall}")
     report.close(f"{validation_rows} validation rows, {texts.duplicates} duplicates of validation documents left out")
     content = file_digest(folder / "train.bin") + file_digest(folder / "validation.bin")
     write_json(folder / "facts.json", {"fingerprint": cache_key(content, packer.identity)})

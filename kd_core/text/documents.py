@@ -20,10 +20,10 @@ import platform
 import re
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kd_core.system.files import files_below
 from kd_core.system.hub import require_hub
@@ -67,10 +67,42 @@ def text_digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "little")
 
 
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+class Fields(NamedTuple):
+    """What of a record is a document."""
+
+    columns: tuple[str, ...]  # read of a table
+    document: Callable[[Any, str], str]  # from a record and the words for its place; raises ValueError
+
+
+def record_text(record: Any, place: str) -> str:
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        found = f"only {sorted(record)}" if isinstance(record, dict) and "text" not in record else "not a text"
+        raise ValueError(f'--data: {place} needs a field "text" that holds a string; it has {found}')
+    return checked_unicode(text, place)
+
+
+def checked_unicode(text: str, place: str) -> str:
+    """`text`, unless it has half of a surrogate pair, which JSON can write and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"--data: {place} has a text that is not valid Unicode ({error.reason}); correct it"
+        ) from error
+    return text
+
+
+TEXT = Fields(("text",), record_text)
+
+
 # --------------------------------------------------------------------------------------------------- files and folders
 
 
-def local_documents(source: Path, name: str | None = None) -> Documents:
+def local_documents(source: Path, name: str | None = None, fields: Fields = TEXT) -> Documents:
     """Documents of one file, or of all text files below a folder in the order of their names.
 
     Raises:
@@ -89,7 +121,7 @@ def local_documents(source: Path, name: str | None = None) -> Documents:
 
     def read() -> Iterator[tuple[str | None, str]]:
         for split, path in files:
-            for text in read_file(path):
+            for text in read_file(path, fields):
                 yield (split or "train") if named else None, text
 
     return Documents(name=name or source.name, key=json.dumps(identity), read=read)
@@ -128,19 +160,30 @@ def file_kind(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in KINDS else None
 
 
-def read_file(path: Path) -> Iterator[str]:
+def read_file(path: Path, fields: Fields = TEXT) -> Iterator[str]:
     """The documents of one file, without empty ones.
 
     Raises:
-        ValueError: the file is damaged, not UTF-8, or has a record without text; names the file and the place.
+        ValueError: the file is damaged, not UTF-8, or has a record without document; names the file and the place.
+    """
+    columns, document = fields
+    for record, place in read_records(path, columns):
+        text = document(record, place)
+        if text.strip():
+            yield text
+
+
+def read_records(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, str]]:
+    """The records of one file, each with its place; of .txt they have a field "text", of tables `columns`.
+
+    Raises:
+        ValueError: the file is damaged or not UTF-8.
     """
     readers = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
     reader = readers[file_kind(path) or ""]
     try:
         with open_binary(path) as stream:
-            for text in reader(stream, path):
-                if text.strip():
-                    yield text
+            yield from reader(stream, path, columns)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise ValueError(f"--data: {path} cannot be read ({reason}); repair, replace or remove it") from error
@@ -155,37 +198,37 @@ def open_binary(path: Path) -> Any:
     return path.open("rb")
 
 
-def read_txt(stream: Any, path: Path) -> Iterator[str]:
+def read_txt(stream: Any, path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, str]]:
     """Documents are separated by blank lines."""
     lines: list[str] = []
-    for _, line in utf8_lines(stream, path):
+    for number, line in utf8_lines(stream, path):
         if line.strip():
             lines.append(line)
         elif lines:
-            yield "".join(lines)
+            yield {"text": "".join(lines)}, f"{path}, line {number}"
             lines = []
-    yield "".join(lines)
+    yield {"text": "".join(lines)}, str(path)
 
 
-def read_jsonl(stream: Any, path: Path) -> Iterator[str]:
+def read_jsonl(stream: Any, path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, str]]:
     for number, line in utf8_lines(stream, path):
         if line.strip():
             place = f"{path}, line {number}"
-            yield record_text(parse_json(line, place), place)
+            yield parse_json(line, place), place
 
 
-def read_json(stream: Any, path: Path) -> Iterator[str]:
+def read_json(stream: Any, path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, str]]:
     """A list of records, or one record a line."""
     buffered = io.BufferedReader(stream)
     if not buffered.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from read_jsonl(buffered, path)
+        yield from read_jsonl(buffered, path, columns)
         return
     content = "".join(line for _, line in utf8_lines(buffered, path))
     for number, record in enumerate(parse_json(content, str(path)), start=1):
-        yield record_text(record, f"{path}, record {number}")
+        yield record, f"{path}, record {number}"
 
 
-def read_parquet(stream: Any, path: Path) -> Iterator[str]:
+def read_parquet(stream: Any, path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, str]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -193,19 +236,25 @@ def read_parquet(stream: Any, path: Path) -> Iterator[str]:
     content = stream if path.suffix.lower() == ".parquet" else io.BytesIO(stream.read())
     try:
         table = pyarrow.parquet.ParquetFile(content)
-        if "text" not in table.schema_arrow.names:
+        present = table.schema_arrow.names
+        found = [column for column in columns if column in present]
+        if not found:
             raise ValueError(
-                f"--data: {path} has no column 'text', only {table.schema_arrow.names}; rename one to 'text'"
+                f"--data: {path} has no column {_or(columns)}, only {present}; rename one to {columns[0]!r}"
             )
         number = 0
-        for batch in table.iter_batches(batch_size=1000, columns=["text"]):
-            for text in batch.column(0).to_pylist():
+        for batch in table.iter_batches(batch_size=1000, columns=found):
+            for record in batch.to_pylist():
                 number += 1
-                yield record_text({"text": text}, f"{path}, row {number}")
+                yield record, f"{path}, row {number}"
     except pyarrow.ArrowException as error:
         if isinstance(error, ValueError | OSError):
             raise OSError(one_line(error)) from error
         raise
+
+
+def _or(names: Sequence[str]) -> str:
+    return " or ".join(map(repr, names))
 
 
 def utf8_lines(stream: Any, path: Path) -> Iterator[tuple[int, str]]:
@@ -228,20 +277,6 @@ def parse_json(content: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         where = f"{error.msg} at column {error.colno}" if error.lineno == 1 else f"{error.msg} in line {error.lineno}"
         raise ValueError(f"--data: {place} is not JSON ({where}); correct it or remove the file") from error
-
-
-def record_text(record: Any, place: str) -> str:
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        found = f"only {sorted(record)}" if isinstance(record, dict) and "text" not in record else "not a text"
-        raise ValueError(f'--data: {place} needs a field "text" that holds a string; it has {found}')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
-        raise ValueError(
-            f"--data: {place} has a text that is not valid Unicode ({error.reason}); correct it"
-        ) from error
-    return text
 
 
 # ------------------------------------------------------------------------------------- text of the Python installation
@@ -313,15 +348,16 @@ def _is_prose(paragraph: str) -> bool:
     return prose_chars >= MIN_PROSE_SHARE * len(paragraph)
 
 
-def hub_documents(source: str) -> Documents:
-    """The column "text" of the hub's data set "owner/name" or "owner/name:config".
+def hub_documents(source: str, fields: Fields = TEXT) -> Documents:
+    """The column "text", or `fields`, of the hub's data set "owner/name" or "owner/name:config".
 
     The key is the name alone, so a data set that changes on the hub is read again only into an empty cache.
 
     Raises:
-        ValueError: while iterating, when the data set cannot be had or has no column "text".
+        ValueError: while iterating, when the data set cannot be had or has no such column.
     """
     name, _, config = source.partition(":")
+    columns, document = fields
 
     def read() -> Iterator[tuple[str | None, str]]:
         import datasets
@@ -334,13 +370,13 @@ def hub_documents(source: str) -> Documents:
         named = {named_split(split): split for split in reversed(list(splits)) if named_split(split) != "test"}
         for kind in ("validation", "train"):
             if kind in named:
-                for number, record in enumerate(_text_column(splits[named[kind]], source)):
-                    yield kind if "validation" in named else None, record_text(record, f"{source}, row {number}")
+                rows = splits[named[kind]]
+                found = [column for column in columns if column in rows.column_names]
+                if not found:
+                    raise ValueError(
+                        f"--data {source} has no column {_or(columns)}, only {rows.column_names}; choose another data set"
+                    )
+                for number, record in enumerate(rows.select_columns(found)):
+                    yield kind if "validation" in named else None, document(record, f"{source}, row {number}")
 
     return Documents(name=source, key=f"hub:{source}", read=read)
-
-
-def _text_column(rows: Any, source: str) -> Iterable[Any]:
-    if "text" not in rows.column_names:
-        raise ValueError(f"--data {source} has no column 'text', only {rows.column_names}; choose another data set")
-    return rows.select_columns(["text"])

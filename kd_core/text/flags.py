@@ -59,6 +59,8 @@ class CausalTextFlags(TextFlags):
     """Fill a row with documents, none of which sees another; without, one a row, padded."""
     on_too_long: Literal["drop", "cut"] = "drop"
     """What becomes of a document that has to stand in one row and is longer than --seq-len: nothing, or its beginning."""
+    chat_template: str | None = None
+    """File with the Jinja template that messages are rendered by; default: the tokenizer's own."""
 
 
 def check_mask_fraction(mask_fraction: float, seq_len: int) -> None:

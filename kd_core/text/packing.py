@@ -22,6 +22,7 @@ from kd_core.system.ahead import prefetch
 from kd_core.system.files import cache_key, write_json
 from kd_core.system.terminal import say
 from kd_core.text import documents
+from kd_core.text.causal_tokenizer import before_a_text, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -65,6 +66,11 @@ class Packer(ABC):
     @abstractmethod
     def identity(self) -> str:
         """A key of all that decides how a text becomes rows."""
+
+    @property
+    def shortfall(self) -> str:
+        """What is wrong with documents that give no row, and what to do."""
+        return f"do not fill one sequence of {self.seq_len} tokens; give more text, or a smaller --seq-len"
 
     @property
     def dtype(self) -> np.dtype:
@@ -169,14 +175,22 @@ class CausalPacker(Packer):
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerFast", seq_len: int, **options: Any) -> Self:
-        eos, pad = int(tokenizer.eos_token_id), tokenizer.pad_token_id
-        size = max(tokenizer.get_vocab().values()) + 1
-        pad = eos if pad is None else int(pad)
+        eos = int(tokenizer.eos_token_id)
+        pad = eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        size = vocabulary_size(tokenizer)
         return cls(_copy(tokenizer), size, seq_len, before_a_text(tokenizer), eos, pad, **options)
 
     @property
     def identity(self) -> str:
         return cache_key(type(self).__name__, self.tokenizer.to_str(), json.dumps(self._facts()))
+
+    @property
+    def shortfall(self) -> str:
+        return super().shortfall if self.packing else self._too_long
+
+    @property
+    def _too_long(self) -> str:
+        return f"do not fit into one sequence of {self.seq_len} tokens; give a larger --seq-len, or --on-too-long cut"
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -203,18 +217,13 @@ class CausalPacker(Packer):
     def _padded(self, documents: list[np.ndarray], report: "Report") -> np.ndarray:
         """Each document in a row of its own."""
         kept = [tokens[: self.seq_len] for tokens in documents if self.cut or len(tokens) <= self.seq_len]
-        report.count(too_long=sum(len(tokens) > self.seq_len for tokens in documents))
+        too_long = sum(len(tokens) > self.seq_len for tokens in documents)
+        report.count(**{"cut" if self.cut else "left_out_as_too_long": too_long})
         rows = np.empty((len(kept), self.seq_len), self.token_dtype)
         rows["id"], rows["marks"] = self.pad_id, PADDING
         for row, tokens in zip(rows, kept, strict=True):
             row[: len(tokens)] = tokens
         return rows
-
-
-def before_a_text(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """The special tokens that a tokenizer puts before a text of its own accord."""
-    alone, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    return next(whole[:at] for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
 
 
 def _copy(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer:

@@ -1,0 +1,292 @@
+"""Prompts and responses: records of a source become tokens of which only the responses are labels.
+
+A record has `messages` (role and content), `prompt` and `completion`, or `instruction`, `input` (may be missing) and `output`.
+Messages are rendered by the tokenizer's chat template, and so are instructions where it has one; otherwise an instruction is
+written as Stanford Alpaca's. A prompt and its completion are text as it stands, ended by EOS.
+"""
+
+import json
+import re
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import tokenizers
+from jinja2 import TemplateError
+
+from kd_core.system.terminal import one_line
+from kd_core.text.documents import Fields, checked_unicode, record_text
+from kd_core.text.packing import BEGINS, LABEL, CausalPacker, Report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# https://github.com/tatsu-lab/stanford_alpaca: the prompts of its data release.
+ALPACA = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
+)
+PAIRED = ", paired with an input that provides further context"
+# Templates of Llama 3 would write today's date; this is what they write when they do not know it.
+DATE = "26 Jul 2024"
+OTHER = "What else could be said."
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+def record_dialogue(record: Any, place: str) -> str:
+    """A record's prompts and responses as JSON, other fields left out.
+
+    Raises:
+        ValueError: the record has none of the three forms, or something in it is no text.
+    """
+    given = record if isinstance(record, dict) else {}
+    forms = (("messages",), ("prompt", "completion"), ("instruction", "output"))
+    form = next((names for names in forms if all(given.get(name) is not None for name in names)), None)
+    if form is None:
+        raise ValueError(
+            f'--data: {place} needs "messages", "prompt" and "completion", or "instruction" and "output"; it has only '
+            f"{sorted(name for name in given if given[name] is not None)}"
+        )
+    if form == ("messages",):
+        turns = [turn if isinstance(turn, dict) else {} for turn in given["messages"]]
+        kept: Any = {"messages": [{name: turn.get(name) for name in ("role", "content")} for turn in turns]}
+        texts = [text for turn in kept["messages"] for text in turn.values()]
+    else:
+        kept = {name: given[name] for name in (*form, "input") if given.get(name) is not None}
+        texts = list(kept.values())
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"--data: {place} has something else than texts in {' and '.join(map(repr, form))}")
+    return checked_unicode(json.dumps(kept, ensure_ascii=False), place)
+
+
+COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output")
+DIALOGUE = Fields(COLUMNS, record_dialogue)
+
+
+def record_kind(record: Any, place: str) -> str:
+    """Which of `KINDS` a record is.
+
+    Raises:
+        ValueError: neither.
+    """
+    if (
+        isinstance(record, dict)
+        and record.get("text") is None
+        and any(record.get(name) is not None for name in COLUMNS)
+    ):
+        record_dialogue(record, place)
+        return "dialogue"
+    record_text(record, place)
+    return "text"
+
+
+KIND = Fields(("text", *COLUMNS), record_kind)
+
+
+def contents(dialogue: str) -> str:
+    """The texts of what `record_dialogue` gives, one after the other, to train a tokenizer on."""
+    record = json.loads(dialogue)
+    turns = [turn["content"] for turn in record.pop("messages", [])]
+    return "\n".join([*turns, *record.values()])
+
+
+# ----------------------------------------------------------------------------------------------------------- rendering
+
+
+class Rendered(NamedTuple):
+    """A dialogue as one text.
+
+    Attributes:
+        responses: begin and end, in characters, of what the model has to write.
+        chat: by a chat template, in which special tokens are written; otherwise what looks like one is text.
+    """
+
+    text: str
+    responses: list[tuple[int, int]]
+    chat: bool
+
+
+def render(dialogue: str, tokenizer: "PreTrainedTokenizerFast") -> Rendered:
+    """What `record_dialogue` gives as text: the prompts and, marked, the responses.
+
+    Raises:
+        ValueError: there is no chat template for messages, or it does not keep the assistant's turns.
+    """
+    record = json.loads(dialogue)
+    if "instruction" in record:
+        instruction, given, output = record["instruction"], record.get("input"), record["output"]
+        if tokenizer.chat_template:
+            asked = f"{instruction}\n\n{given}" if given else instruction
+            record = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]}
+        else:
+            parts = [ALPACA.format(paired=PAIRED if given else ""), f"### Instruction:\n{instruction}"]
+            parts += [f"### Input:\n{given}"] if given else []
+            record = {"prompt": "\n\n".join([*parts, "### Response:\n"]), "completion": output}
+    if "messages" in record:
+        return Rendered(*render_chat(record["messages"], tokenizer), chat=True)
+    text = record["prompt"] + record["completion"]
+    return Rendered(text, [(len(record["prompt"]), len(text))], chat=False)
+
+
+def render_chat(
+    messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast"
+) -> tuple[str, list[tuple[int, int]]]:
+    """The chat template's text of a conversation, and where in it the assistant's turns are.
+
+    A turn begins where the template has the model begin, behind the generation prompt, and ends with the end that the template
+    puts to a turn, without blanks behind it: all that the model has to write. What stands around a turn is seen from another
+    text in its place; what stands before it may be missing in earlier turns, as Qwen3's empty thoughts are.
+
+    Raises:
+        ValueError: no template, one that fails, or one that drops or rewrites a turn of the assistant.
+    """
+    whole = _apply(messages, tokenizer)
+    spans: list[tuple[int, int]] = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or not number:  # a turn that comes first answers nothing
+            continue
+        prompt = _apply(messages[:number], tokenizer, add_generation_prompt=True)
+        other = _apply([*messages[:number], {"role": "assistant", "content": OTHER}], tokenizer)
+        before, _, after = other.removeprefix(prompt).partition(OTHER)
+        said = message["content"]
+        turns = [start + text + after for start in (before, "") for text in (said, said.strip())]
+        turn = next((turn for turn in turns if whole.startswith(prompt + turn)), None)
+        if turn is None or OTHER not in other or not other.startswith(prompt):
+            raise ValueError(
+                f"the chat template of --tokenizer {tokenizer.name_or_path} drops or rewrites the assistant's turn "
+                f"{said[:40]!r}; give a --chat-template that keeps every turn as it is"
+            )
+        blanks = len(after) - len(after.rstrip()) if after.strip() else 0
+        spans.append((len(prompt), len(prompt) + len(turn) - blanks))
+    return whole, spans
+
+
+def _apply(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast", **options: Any) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"--tokenizer {tokenizer.name_or_path} has no chat template, which messages are rendered by; give the "
+            "tokenizer of a chat model, or --chat-template FILE"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE, **options))
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the chat template of --tokenizer {tokenizer.name_or_path} refuses a conversation of "
+            f"{[message['role'] for message in messages]} ({one_line(error)}); correct the data or give --chat-template"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+@dataclass(frozen=True, eq=False)
+class DialoguePacker(CausalPacker):
+    """Rows of whole dialogues, with the tokens of their responses as labels.
+
+    A response without its prompt is another task, so no dialogue is cut in two: each goes into the fullest row that has room,
+    and what is left of a row is a document of EOS without labels. One that is longer than a row is left out or, if `cut`,
+    ends with the row.
+    """
+
+    chat: Any = None  # the Hugging Face tokenizer, with its chat template
+    chat_template: str = ""
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerFast", seq_len: int, **options: Any) -> Self:
+        template = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map, DATE])
+        packer = super().of(tokenizer, seq_len, chat=tokenizer, chat_template=template, **options)
+        packer.tokenizer.post_processor = None  # ByteLevel's would take blanks out of the places of tokens
+        return packer
+
+    def _facts(self) -> dict[str, Any]:
+        return {name: value for name, value in super()._facts().items() if name != "chat"}
+
+    @property
+    def shortfall(self) -> str:
+        return self._too_long
+
+    def _rows(self, texts: list[str], rest: np.ndarray, report: Report) -> tuple[np.ndarray, np.ndarray]:
+        special = [re.escape(token.content) for token in self.chat.added_tokens_decoder.values() if token.special]
+        rendered = [render(text, self.chat) for text in texts]
+        # Read as tokens, they would end turns that go on, and begin some that nobody has taken.
+        clean = [
+            one
+            for one, text in zip(rendered, texts, strict=True)
+            if not (one.chat and re.search("|".join(special), contents(text)))
+        ]
+        report.count(left_out_with_special_tokens_in_their_text=len(texts) - len(clean))
+        documents = list(self._dialogues(clean, report))
+        if not self.packing:
+            return self._padded(documents, report), rest
+        rows_of = best_fit([len(tokens) for tokens in documents], self.seq_len)
+        rows = np.zeros((len(rows_of), self.seq_len), self.token_dtype)
+        rows["id"] = self.eos_id
+        for row, numbers in zip(rows, rows_of, strict=True):
+            tokens = np.concatenate([documents[number] for number in numbers])
+            row[: len(tokens)] = tokens
+            row["marks"][len(tokens) : len(tokens) + 1] = BEGINS
+        report.count(tokens_of_filling=rows.size - sum(map(len, documents)))
+        return rows, rest
+
+    def _dialogues(self, rendered: Sequence[Rendered], report: Report) -> Iterator[np.ndarray]:
+        """The tokens of each dialogue, in order, none longer than a row."""
+        encoded = {
+            chat: iter(self._spell([one.text for one in rendered if one.chat == chat], chat)) for chat in (True, False)
+        }
+        for one in rendered:
+            tokens = self._tokens(next(encoded[one.chat]), one)
+            if len(tokens) > self.seq_len and self.cut:
+                prompt = int(np.argmax(tokens["marks"] & LABEL))
+                if prompt >= self.seq_len:
+                    raise ValueError(
+                        f"--data has a prompt of {prompt} tokens ({one.text[:40]!r}), which leaves nothing of a row of --seq-len "
+                        f"{self.seq_len} to its response; give a larger --seq-len, or --on-too-long drop"
+                    )
+                report.count(cut=1)
+                yield tokens[: self.seq_len]
+            elif len(tokens) > self.seq_len:
+                report.count(left_out_as_too_long=1)
+            elif len(tokens):
+                yield tokens
+
+    def _spell(self, texts: list[str], special: bool) -> list[tokenizers.Encoding]:
+        """With places; special tokens in a text are such or, unless `special`, text."""
+        self.tokenizer.encode_special_tokens = not special
+        encodings: list[tokenizers.Encoding] = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return encodings
+
+    def _tokens(self, encoding: tokenizers.Encoding, rendered: Rendered) -> np.ndarray:
+        """A token with characters of a prompt and of its response is a label: the response cannot be had without it."""
+        begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        is_label = np.zeros(len(begins), bool)
+        for start, stop in rendered.responses:
+            is_label |= (begins < stop) & ((ends > start) | (begins >= start))
+        ids, labels = list(encoding.ids), is_label.tolist()
+        if not rendered.chat:
+            ids, labels = [*self.prefix, *ids, self.eos_id], [*(False for _ in self.prefix), *labels, True]
+        tokens = np.empty(len(ids), self.token_dtype)
+        tokens["id"], tokens["marks"] = ids, np.where(labels, LABEL, 0)
+        tokens["marks"][:1] = BEGINS
+        return tokens
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Numbers of the things in each row: longest first, each into the fullest row that has room for it.
+
+    Source: best-fit decreasing, Johnson 1973; a row left half empty is rare, and there is one at most.
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # what each row has left, ascending, and its number
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        at = bisect_left(room, (lengths[number], 0))
+        if at < len(room):
+            left, row = room.pop(at)
+        else:
+            left, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(number)
+        insort(room, (left - lengths[number], row))
+    return rows
