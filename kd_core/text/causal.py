@@ -53,7 +53,13 @@ def build(cfg: CausalTextFlags) -> Corpus:
         cfg.chat_template,
     )
     packer = (DialoguePacker if dialogue else CausalPacker).of(tokenizer, cfg.seq_len, **options)
-    return open_local(f"causal-{cache_key(texts.key, packer.identity)}", texts, tokenizer, packer, progress)
+    corpus = open_local(f"causal-{cache_key(texts.key, packer.identity)}", texts, tokenizer, packer, progress)
+    for split, rows in (("training", corpus.rows(0)), ("validation", corpus.validation)):
+        if not any((row["marks"] & LABEL).any() for row in rows):
+            raise ValueError(
+                f"--data {corpus.name} has no response among its {split} rows; give dialogues with turns of the assistant"
+            )
+    return corpus
 
 
 def _kind(kinds: Documents) -> str:

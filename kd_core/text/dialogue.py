@@ -6,7 +6,6 @@ written as Stanford Alpaca's. A prompt and its completion are text as it stands,
 """
 
 import json
-import re
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -67,18 +66,20 @@ DIALOGUE = Fields(COLUMNS, record_dialogue)
 
 
 def record_kind(record: Any, place: str) -> str:
-    """Which of `KINDS` a record is.
+    """ "text" or "dialogue".
 
     Raises:
         ValueError: neither.
     """
-    if (
-        isinstance(record, dict)
-        and record.get("text") is None
-        and any(record.get(name) is not None for name in COLUMNS)
-    ):
+    present = {name for name, value in record.items() if value is not None} if isinstance(record, dict) else set()
+    if "text" not in present and present & set(COLUMNS):
         record_dialogue(record, place)
         return "dialogue"
+    if isinstance(record, dict) and "text" not in record:
+        raise ValueError(
+            f'--data: {place} needs a field "text", or those of a prompt and response: "messages", "prompt" and "completion", or '
+            f'"instruction" and "output"; it has only {sorted(record)}'
+        )
     record_text(record, place)
     return "text"
 
@@ -189,9 +190,13 @@ class DialoguePacker(CausalPacker):
     A response without its prompt is another task, so no dialogue is cut in two: each goes into the fullest row that has room,
     and what is left of a row is a document of EOS without labels. One that is longer than a row is left out or, if `cut`,
     ends with the row.
+
+    Attributes:
+        chat: the Hugging Face tokenizer, which has the chat template.
+        chat_template: the template and what else its text depends on.
     """
 
-    chat: Any = None  # the Hugging Face tokenizer, with its chat template
+    chat: Any = None
     chat_template: str = ""
 
     @classmethod
@@ -209,14 +214,11 @@ class DialoguePacker(CausalPacker):
         return self._too_long
 
     def _rows(self, texts: list[str], rest: np.ndarray, report: Report) -> tuple[np.ndarray, np.ndarray]:
-        special = [re.escape(token.content) for token in self.chat.added_tokens_decoder.values() if token.special]
-        rendered = [render(text, self.chat) for text in texts]
+        special = [token.content for token in self.chat.added_tokens_decoder.values() if token.special]
         # Read as tokens, they would end turns that go on, and begin some that nobody has taken.
-        clean = [
-            one
-            for one, text in zip(rendered, texts, strict=True)
-            if not (one.chat and re.search("|".join(special), contents(text)))
-        ]
+        forged = lambda one, text: one.chat and any(token in contents(text) for token in special)
+        rendered = [render(text, self.chat) for text in texts]
+        clean = [one for one, text in zip(rendered, texts, strict=True) if not forged(one, text)]
         report.count(left_out_with_special_tokens_in_their_text=len(texts) - len(clean))
         documents = list(self._dialogues(clean, report))
         if not self.packing:
@@ -242,7 +244,7 @@ class DialoguePacker(CausalPacker):
                 prompt = int(np.argmax(tokens["marks"] & LABEL))
                 if prompt >= self.seq_len:
                     raise ValueError(
-                        f"--data has a prompt of {prompt} tokens ({one.text[:40]!r}), which leaves nothing of a row of --seq-len "
+                        f"--on-too-long cut: a prompt of {prompt} tokens ({one.text[:40]!r}) leaves nothing of a row of --seq-len "
                         f"{self.seq_len} to its response; give a larger --seq-len, or --on-too-long drop"
                     )
                 report.count(cut=1)

@@ -586,7 +586,9 @@ def test_what_is_too_long_is_left_out_and_counted_or_cut(tmp_path):
     cut, counts = pack(tokenizer, [short, long], tmp_path, seq_len=32, cut=True)
     assert counts["cut"] == 1
     assert sorted(responses_of(tokenizer, row)[0] for row in cut) == ["b" * 20 + "</s>", "d" * 21]
-    with pytest.raises(ValueError, match=r"a prompt of 41 tokens \('eeee.*--seq-len 32 .*--on-too-long drop") as error:
+    with pytest.raises(
+        ValueError, match=r"--on-too-long cut: a prompt of 41 tokens \('eeee.*--seq-len 32 .*--on-too-long drop"
+    ) as error:
         pack(tokenizer, [short, {"prompt": "e" * 40, "completion": "f"}], tmp_path, seq_len=32, cut=True)
     error_line(error)
     write_jsonl_of(tmp_path / "data.jsonl", [{"prompt": "e" * 60 + str(n), "completion": "f"} for n in range(99)])
@@ -602,6 +604,22 @@ def test_dialogues_without_a_response_are_legal(tmp_path, chat):
     rows, _ = pack(tokenizer, [{"messages": FOUR[:1]}, {"messages": [FOUR[1], FOUR[0]]}], tmp_path, packing=False)
     made = causal.batch(rows["id"], rows["marks"])
     assert len(rows) == 2 and len(made.positions) == len(made.targets) == 0
+
+
+def test_data_without_any_response_is_refused(tmp_path, chat):
+    write_jsonl_of(tmp_path / "data.jsonl", [{"messages": [{"role": "user", "content": str(n)}]} for n in range(99)])
+    with pytest.raises(ValueError, match="has no response among its training rows") as error:
+        causal.build(CausalTextFlags(data=str(tmp_path / "data.jsonl"), tokenizer=chat(CHATML), seq_len=64))
+    error_line(error)
+
+
+def test_the_end_is_a_label_where_padding_is_the_same_token(tmp_path):
+    """Labels masked by the id of PAD would never teach a model to stop."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_byte_bpe(["x"], 258), eos_token="<|endoftext|>")
+    rows, _ = pack(tokenizer, [{"prompt": "a", "completion": "b"}], tmp_path, packing=False, seq_len=8)
+    made = causal.batch(rows["id"], rows["marks"])
+    assert rows[0]["id"][3:].tolist() == [tokenizer.eos_token_id] * 5 and made.targets[-1] == tokenizer.eos_token_id
+    assert len(made.targets) == 2 and made.attention_mask.tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
 
 
 def test_a_message_cannot_forge_a_turn(tmp_path, chat):
@@ -679,7 +697,7 @@ def test_named_validation_files_and_equal_records(tmp_path):
 
 
 BAD_RECORDS = {
-    "other fields": ({"question": "x"}, "needs a field"),
+    "other fields": ({"question": "x"}, "it has only ['question']"),
     "half": ({"prompt": "x"}, 'line 1 needs "messages", "prompt" and "completion"'),
     "a number": ({"prompt": "x", "completion": 4}, "something else than texts in 'prompt' and 'completion'"),
     "messages as text": ({"messages": "hello"}, "something else than texts in 'messages'"),
@@ -697,7 +715,9 @@ def test_bad_records_are_named(tmp_path, case):
         with pytest.raises(ValueError) as error:
             causal.build(CausalTextFlags(data=str(tmp_path / "data.jsonl"), tokenizer="bytes", seq_len=64))
         line = error_line(error)
-        assert f"data.jsonl, line {len(records)} " in line and (words in line or case in ("other fields", "half")), line
+        assert (
+            f"data.jsonl, line {len(records)} " in line and words.replace("line 1", f"line {len(records)}") in line
+        ), line
     write_jsonl_of(tmp_path / "data.jsonl", [*dialogues(5), {"text": "no dialogue"}])
     with pytest.raises(ValueError, match=r"line 6 needs \"messages\".*it has only \['text'\]"):
         causal.build(CausalTextFlags(data=str(tmp_path / "data.jsonl"), tokenizer="bytes", seq_len=64))
@@ -715,6 +735,18 @@ def test_fingerprints_know_the_template(tmp_path, chat):
     first, again = build(), build()
     template = THINKING
     assert first.fingerprint == again.fingerprint != build().fingerprint
+
+
+@needs_data("wikitext2")
+def test_real_text_comes_back_whole():
+    path = DATA / "wikitext2" / "valid.txt.gz"
+    corpus = causal.build(CausalTextFlags(data=str(path), vocab_size=4096, seq_len=64))
+    text = corpus.tokenizer.decode(corpus.rows(0)["id"].reshape(-1), clean_up_tokenization_spaces=False)
+    expected = "<|endoftext|>".join(of_split(read(path), "train"))
+    assert text == expected[: len(text)] and len(expected) - len(text) < 64 * 20
+    labels = causal.batch(corpus.rows(0)["id"], corpus.rows(0)["marks"]).targets
+    share = token_bytes(corpus.tokenizer)[labels].sum() / len(expected.encode())
+    assert 0.96 < share < 1, "but for the first token of each row and document"
 
 
 @needs_data("instruct")
