@@ -55,7 +55,7 @@ def _bytes() -> "PreTrainedTokenizerFast":
 
 
 def _with_roles(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = special_tokens(tokenizer)
     for role, names in USUAL_NAMES.items():
         name = next((name for name in names if name in special), None)
         if getattr(tokenizer, role) is None and name is not None:
@@ -68,6 +68,11 @@ def _with_roles(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFas
             "tokenizer, whose tokenizer_config.json names its eos_token"
         )
     return tokenizer
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """All that are no text, with a role or without, as <|im_start|>."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def _put_before_texts(tokenizer: "PreTrainedTokenizerFast") -> None:

@@ -16,6 +16,7 @@ import tokenizers
 from jinja2 import TemplateError
 
 from kd_core.system.terminal import one_line
+from kd_core.text.causal_tokenizer import special_tokens
 from kd_core.text.documents import Fields, checked_unicode, record_text
 from kd_core.text.packing import BEGINS, LABEL, CausalPacker, Report
 
@@ -103,11 +104,13 @@ class Rendered(NamedTuple):
     Attributes:
         responses: begin and end, in characters, of what the model has to write.
         chat: by a chat template, in which special tokens are written; otherwise what looks like one is text.
+        ended: by what stands in the text; otherwise EOS has to be added.
     """
 
     text: str
     responses: list[tuple[int, int]]
-    chat: bool
+    chat: bool = False
+    ended: bool = False
 
 
 def render(dialogue: str, tokenizer: "PreTrainedTokenizerFast") -> Rendered:
@@ -127,42 +130,50 @@ def render(dialogue: str, tokenizer: "PreTrainedTokenizerFast") -> Rendered:
             parts += [f"### Input:\n{given}"] if given else []
             record = {"prompt": "\n\n".join([*parts, "### Response:\n"]), "completion": output}
     if "messages" in record:
-        return Rendered(*render_chat(record["messages"], tokenizer), chat=True)
+        return render_chat(record["messages"], tokenizer)
     text = record["prompt"] + record["completion"]
-    return Rendered(text, [(len(record["prompt"]), len(text))], chat=False)
+    return Rendered(text, [(len(record["prompt"]), len(text))])
 
 
-def render_chat(
-    messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast"
-) -> tuple[str, list[tuple[int, int]]]:
+def render_chat(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast") -> Rendered:
     """The chat template's text of a conversation, and where in it the assistant's turns are.
 
-    A turn begins where the template has the model begin, behind the generation prompt, and ends with the end that the template
-    puts to a turn, without blanks behind it: all that the model has to write. What stands around a turn is seen from another
-    text in its place; what stands before it may be missing in earlier turns, as Qwen3's empty thoughts are.
+    A turn is found by saying something else in its place, which must change nothing around it. It begins where the template has
+    the model begin, behind the generation prompt, if that stands there (some templates drop the thoughts that it opens), and
+    ends behind what the template puts after a last turn, or else behind the special token that is there.
 
     Raises:
         ValueError: no template, one that fails, or one that drops or rewrites a turn of the assistant.
     """
     whole = _apply(messages, tokenizer)
-    spans: list[tuple[int, int]] = []
+    responses, ended = [], True
     for number, message in enumerate(messages):
         if message["role"] != "assistant" or not number:  # a turn that comes first answers nothing
             continue
+        other = {"role": "assistant", "content": OTHER}
         prompt = _apply(messages[:number], tokenizer, add_generation_prompt=True)
-        other = _apply([*messages[:number], {"role": "assistant", "content": OTHER}], tokenizer)
-        before, _, after = other.removeprefix(prompt).partition(OTHER)
+        before, kept, behind = _apply([*messages[:number], other, *messages[number + 1 :]], tokenizer).partition(OTHER)
         said = message["content"]
-        turns = [start + text + after for start in (before, "") for text in (said, said.strip())]
-        turn = next((turn for turn in turns if whole.startswith(prompt + turn)), None)
-        if turn is None or OTHER not in other or not other.startswith(prompt):
+        # The turn may bring the thoughts that the template puts before others.
+        ways = ((start, text) for start in (before, prompt) for text in (said, said.strip()))
+        start, text = next(((start, text) for start, text in ways if whole == start + text + behind), ("", ""))
+        if not kept or whole != start + text + behind:
             raise ValueError(
                 f"the chat template of --tokenizer {tokenizer.name_or_path} drops or rewrites the assistant's turn "
                 f"{said[:40]!r}; give a --chat-template that keeps every turn as it is"
             )
-        blanks = len(after) - len(after.rstrip()) if after.strip() else 0
-        spans.append((len(prompt), len(prompt) + len(turn) - blanks))
-    return whole, spans
+        opened = whole.startswith(prompt) and len(prompt) <= len(start)
+        last = _apply([*messages[:number], other], tokenizer).partition(OTHER)[2]
+        end = last if behind.startswith(last) else _special_token_of(behind, tokenizer)
+        end = end.rstrip() or end
+        responses.append((len(prompt) if opened else len(start), len(start + text + end)))
+        ended = bool(end.strip()) or number + 1 < len(messages)
+    return Rendered(whole, responses, chat=True, ended=ended)
+
+
+def _special_token_of(text: str, tokenizer: "PreTrainedTokenizerFast") -> str:
+    """The special token that a text begins with; empty where it begins with none."""
+    return max((token for token in special_tokens(tokenizer) if text.startswith(token)), key=len, default="")
 
 
 def _apply(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerFast", **options: Any) -> str:
@@ -214,7 +225,7 @@ class DialoguePacker(CausalPacker):
         return self._too_long
 
     def _rows(self, texts: list[str], rest: np.ndarray, report: Report) -> tuple[np.ndarray, np.ndarray]:
-        special = [token.content for token in self.chat.added_tokens_decoder.values() if token.special]
+        special = special_tokens(self.chat)
         # Read as tokens, they would end turns that go on, and begin some that nobody has taken.
         forged = lambda one, text: one.chat and any(token in contents(text) for token in special)
         rendered = [render(text, self.chat) for text in texts]
@@ -268,7 +279,9 @@ class DialoguePacker(CausalPacker):
             is_label |= (begins < stop) & ((ends > start) | (begins >= start))
         ids, labels = list(encoding.ids), is_label.tolist()
         if not rendered.chat:
-            ids, labels = [*self.prefix, *ids, self.eos_id], [*(False for _ in self.prefix), *labels, True]
+            ids, labels = [*self.prefix, *ids], [*(False for _ in self.prefix), *labels]
+        if not rendered.ended:
+            ids, labels = [*ids, self.eos_id], [*labels, True]
         tokens = np.empty(len(ids), self.token_dtype)
         tokens["id"], tokens["marks"] = ids, np.where(labels, LABEL, 0)
         tokens["marks"][:1] = BEGINS

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from huggingface_hub import constants as hub_constants
 from transformers import PreTrainedTokenizerFast
 
 from kd_core.text import c4, causal, dialogue, packing
@@ -383,6 +384,11 @@ STRICT = (
     "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+# As Phi-3's: only the last turn has EOS besides.
+LAST_ENDS = CHATML.replace("{% if add", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if add")
+# As DeepSeek-R1's: the generation prompt opens thoughts, which no turn keeps.
+OPENING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+UNMARKED = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 DROPPING = (
     "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{% endif %}"
@@ -432,6 +438,8 @@ TURNS = {
     "chatml": (CHATML, ["It is two.<|im_end|>", "Three, I think.<|im_end|>"]),
     "thinking": (THINKING, ["It is two.<|im_end|>", "<think>\n\n</think>\n\nThree, I think.<|im_end|>"]),
     "strict": (STRICT, [" It is two.<|endoftext|>", " Three, I think.<|endoftext|>"]),
+    "last ends": (LAST_ENDS, ["It is two.<|im_end|>", "Three, I think.<|im_end|>\n<|endoftext|>"]),
+    "opening": (OPENING, ["It is two.<|im_end|>", "Three, I think.<|im_end|>"]),
 }
 
 
@@ -459,13 +467,36 @@ def test_spans_are_exact_whatever_a_turn_says(tmp_path, chat, template, content)
         FOUR[2],
         {"role": "assistant", "content": content},
     ]
-    whole, spans = dialogue.render_chat(conversation, tokenizer)
+    whole, spans, *_ = dialogue.render_chat(conversation, tokenizer)
     said = content.strip() if template is STRICT else content
     end = "<|endoftext|>" if template is STRICT else "<|im_end|>"
     gaps = (" ", " ") if template is STRICT else ("", "<think>\n\n</think>\n\n") if template is THINKING else ("", "")
     assert [whole[a:b] for a, b in spans] == [gap + said + end for gap in gaps]
     outside = whole[: spans[0][0]] + whole[spans[0][1] : spans[1][0]] + whole[spans[1][1] :]
     assert outside.count(FOUR[0]["content"]) == outside.count(FOUR[2]["content"]) == 1
+
+
+def test_a_turn_may_bring_its_thoughts(chat):
+    tokenizer = load_causal_tokenizer(chat(THINKING.replace("loop.index0 > last.user", "'</think>' not in m.content")))
+    said = [FOUR[0], {"role": "assistant", "content": "<think>\nadd\n</think>\n\nTwo."}]
+    whole, ((start, stop),), *_ = dialogue.render_chat(said, tokenizer)
+    assert whole[start:stop] == said[1]["content"] + "<|im_end|>"
+
+
+def test_eos_ends_what_a_template_leaves_open(tmp_path, chat):
+    tokenizer = load_causal_tokenizer(chat(UNMARKED))
+    rows, _ = pack(tokenizer, [{"messages": FOUR}, {"messages": FOUR[:3]}], tmp_path, packing=False)
+    assert responses_of(tokenizer, rows[0]) == [" It is two.\n", " Three, I think.\n<|endoftext|>"]
+    assert responses_of(tokenizer, rows[1]) == [" It is two.\n"], "nobody has said anything that could end"
+
+
+def test_blanks_are_labels_too(tmp_path):
+    """GPT-2's post-processor takes them out of the places of tokens."""
+    trained = train_byte_bpe(["x"], 258)
+    trained.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|endoftext|>")
+    rows, _ = pack(tokenizer, [{"prompt": "a", "completion": "\n \n"}], tmp_path, packing=False, seq_len=8)
+    assert responses_of(tokenizer, rows[0]) == ["\n \n<|endoftext|>"]
 
 
 @pytest.mark.parametrize("template", [DROPPING, SHOUTING, LAST_ONLY], ids=["drops", "shouts", "keeps the last"])
@@ -636,8 +667,7 @@ def test_the_date_does_not_change_a_corpus(tmp_path, chat):
         + CHATML
     )
     tokenizer = load_causal_tokenizer(chat(dated))
-    whole, _ = dialogue.render_chat(FOUR, tokenizer)
-    assert whole.startswith(dialogue.DATE)
+    assert dialogue.render_chat(FOUR, tokenizer).text.startswith(dialogue.DATE)
 
 
 def dialogues(count):
@@ -661,6 +691,20 @@ def test_every_format_gives_the_same_dialogues(tmp_path, kind):
     (tmp_path / "other" / "data.jsonl").write_text(lines)
     other = causal.build(CausalTextFlags(data=str(tmp_path / "other" / "data.jsonl"), tokenizer="bytes", seq_len=64))
     assert corpus.fingerprint == other.fingerprint and len(corpus.validation) >= 1
+
+
+def test_dialogues_of_the_hub_are_asked_for_once(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+    made = {"train": datasets.Dataset.from_list([{"id": 1} | record for record in dialogues(200)])}
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: asked.append(name) or made)
+    flags = CausalTextFlags(data="owner/name", tokenizer="bytes", seq_len=64)
+    corpus = causal.build(flags)
+    assert asked and responses_of(corpus.tokenizer, documents_of(corpus.rows(0))[0])[0].startswith("answer ")
+    asked.clear()
+    assert causal.build(flags).fingerprint == corpus.fingerprint and not asked
 
 
 def test_parquet_of_messages(tmp_path, chat):
