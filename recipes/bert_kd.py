@@ -18,7 +18,7 @@ import torch
 
 from kd_core.cache import mlm
 from kd_core.cli import Preset
-from kd_core.losses.distillation import distillation_sum
+from kd_core.losses.distillation import DIRECTIONS, distillation_sum
 from kd_core.runs.sources import model_source
 from kd_core.teachers import pool, sources, window
 from kd_core.teachers.flags import DistillFlags
@@ -66,12 +66,17 @@ class Config(DistillFlags, TrainFlags, MaskingFlags):
         super().__post_init__()
         size = bert.size_of(self.student)
         self.check("student", not size or size[1] % 64 == 0, "LAYERSxWIDTH with a width that 64 divides, a head's")
-        by_class = self.divergence == "mse" or self.cached
-        self.check("softmax_axis", self.softmax_axis == "class" or not by_class, "class for mse and cached teachers")
+        by_class = self.divergence not in DIRECTIONS or self.cached
+        self.check(
+            "softmax_axis",
+            self.softmax_axis == "class" or not by_class,
+            "class beside cached teachers, and for other divergences than a KL",
+        )
         with_logits = by_class or self.softmax_axis == "sequence" or self.sampler == "all" or self.draws > 1
         with_logits |= self.teacher_placement != "device" or self.teacher_ahead
         needs = (
-            "off for ensembles, mse, a softmax over the sequence, cached teachers, --teacher-placement, --teacher-ahead"
+            "off for ensembles, divergences other than a KL, a softmax over the sequence, cached teachers, "
+            "--teacher-placement, --teacher-ahead"
         )
         self.check("fused_head", not (self.fused_head and self.distils and with_logits), needs)
         available = self.teacher_dtype != "int8" or bool(find_spec("torchao"))
@@ -120,7 +125,8 @@ def train_step(cfg: Config, student: Any, teachers: pool.TeacherPool, step: Step
             loss_sum, kd_loss, label_loss = bert.fused_losses(student, micro, answer(), **method)
         else:
             student_logits = student(*micro.inputs)
-            loss_sum, kd_loss, label_loss = distillation_sum(student_logits, answer(), micro.labels, **method)
+            given = student_logits, answer(), micro.labels
+            loss_sum, kd_loss, label_loss = distillation_sum(*given, beta=cfg.beta, **method)
         step.backward(student, loss_sum, label_loss=label_loss, kd_loss=kd_loss)
     lr = cfg.lr * linear_warmup_decay(step.number, cfg.steps, warmup_fraction=cfg.warmup_fraction, floor=0.02)
     terms = step.update(student, lr=lr)

@@ -1,6 +1,5 @@
 """Metrics of image classification. Shape letters: B images, C classes."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,12 +8,12 @@ from torch import Tensor
 
 from kd_core.images.batches import ValidationBatches, load, num_workers
 from kd_core.images.sources import ImageSet
+from kd_core.losses import calibration
 from kd_core.system import ranks
 from kd_core.system.terminal import say
 from kd_core.training.stop import interruptible
 
-CALIBRATION_BINS = 15
-NUM_SUMS = 4 + 2 * CALIBRATION_BINS
+NUM_SUMS = 4 + 2 * calibration.BINS
 
 
 def classification_sums(logits_BC: Tensor, labels_B: Tensor, counted_B: Tensor) -> Tensor:
@@ -32,12 +31,9 @@ def classification_sums(logits_BC: Tensor, labels_B: Tensor, counted_B: Tensor) 
     loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
     top_BK = logits_BC.topk(min(5, logits_BC.shape[1])).indices == labels_B[:, None]
     confidence_B = logits_BC.softmax(-1).amax(-1)
-    bin_B = (confidence_B * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)  # of NaN: any; the sums stay NaN
-    bins = torch.zeros(2, CALIBRATION_BINS, device=logits_BC.device)
-    bins[0].index_add_(0, bin_B, confidence_B * weight_B)
-    bins[1].index_add_(0, bin_B, top_BK[:, 0] * weight_B)
+    bins = calibration.calibration_sums(confidence_B * weight_B, top_BK[:, 0] * weight_B)
     rows = torch.stack([loss_B, top_BK[:, 0].float(), top_BK.any(-1).float(), torch.ones_like(loss_B)])
-    return torch.cat([rows @ weight_B, bins.flatten()])
+    return torch.cat([rows @ weight_B, bins])
 
 
 @torch.no_grad()
@@ -72,17 +68,13 @@ def evaluate(cfg: Any, data: ImageSet, model: Any, *, prefix: str = "eval/") -> 
 
 
 def classification_metrics(sums: Tensor) -> dict[str, float]:
-    """Mean loss (nats), top-1 and top-5 accuracy in [0, 1] and the expected calibration error, from summed sums.
-
-    Source of the last: Guo et al. 2017, arXiv 1706.04599, with 15 bins of equal width.
-    """
+    """Mean loss (nats), top-1 and top-5 accuracy in [0, 1] and the expected calibration error, from summed sums."""
     loss, top1, top5, images, *bins = sums.tolist()
     if not images:
         raise ValueError("no validation image can be decoded; repair those of --data")
-    gaps = zip(bins[:CALIBRATION_BINS], bins[CALIBRATION_BINS:], strict=True)
     return {
         "eval/loss": loss / images,
         "eval/accuracy": top1 / images,
         "eval/top5": top5 / images,
-        "eval/calibration_error": math.fsum(abs(confidence - hits) for confidence, hits in gaps) / images,
+        "eval/calibration_error": calibration.calibration_error(bins, images),
     }

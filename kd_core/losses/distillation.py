@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_sum
+from kd_core.losses.divergences import jensen_shannon, skew_kl, total_variation
 
-Divergence = Literal["forward_kl", "reverse_kl", "mse"]
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "total_variation", "mse"]
+DIRECTIONS = {"forward_kl": "forward", "reverse_kl": "reverse"}  # of the kernels
 Ensemble = Literal["probabilities", "logits"]
 
 
@@ -51,6 +53,7 @@ def distillation_sum(
     label_weight: float = 0.0,
     row_weight_N: Tensor | None = None,
     temperature: float,
+    beta: float = 0.5,
     valid_columns: int | None = None,
     sequence_length: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,6 +62,7 @@ def distillation_sum(
     `mse` is the mean over columns of the squared difference of raw logits; it has no temperature.
 
     Args:
+        beta: the teacher's share of the mixture, of jensen_shannon and skew_kl (there called alpha).
         sequence_length: T, where the teacher term's softmax runs over the T positions of a sequence, for each column by
             itself. Then rows are the B T positions, and for each supervised row the term counts the sum over the columns
             of a sequence: its mean over supervised rows is the mean over sequences of that sum.
@@ -70,10 +74,10 @@ def distillation_sum(
         too, and the softmax over the tokens of a sequence, found by accident, better ones for masked language models.
     """
     shared: dict[str, Any] = dict(label_weight=label_weight, row_weight_N=row_weight_N, valid_columns=valid_columns)
-    tempered: dict[str, Any] = dict(temperature=temperature, direction=divergence.removesuffix("_kl"))
+    tempered: dict[str, Any] = dict(temperature=temperature, direction=DIRECTIONS.get(divergence))
     if teacher_logits_NV is None:
         return softmax_kl_sum(student_logits_NV, None, labels_N, **shared)
-    if divergence != "mse" and sequence_length is None:
+    if divergence in DIRECTIONS and sequence_length is None:
         return softmax_kl_sum(student_logits_NV, teacher_logits_NV, labels_N, kd_weight=kd_weight, **tempered, **shared)
     student_NV, teacher_NV = (logits[:, :valid_columns].float() for logits in (student_logits_NV, teacher_logits_NV))
     loss = label_sum = student_NV.new_zeros(())
@@ -82,7 +86,7 @@ def distillation_sum(
     if row_weight_N is None:
         row_weight_N = student_NV.new_ones(len(student_NV))
     if sequence_length is None:
-        kd_sum = (row_weight_N * (student_NV - teacher_NV).square().mean(-1)).sum()
+        kd_sum = (row_weight_N * _rows(student_NV, teacher_NV, divergence, temperature, beta)).sum()
     else:
         student_T, teacher_T = (
             logits.unflatten(0, (-1, sequence_length)).transpose(1, 2).flatten(0, 1)
@@ -91,3 +95,14 @@ def distillation_sum(
         rows_of_a_sequence = row_weight_N.sum() * sequence_length / len(row_weight_N)
         kd_sum = softmax_kl(student_T, teacher_T, **tempered)[0].sum() * rows_of_a_sequence
     return loss + kd_weight * kd_sum, kd_sum.detach(), label_sum
+
+
+def _rows(student_NV: Tensor, teacher_NV: Tensor, divergence: Divergence, temperature: float, beta: float) -> Tensor:
+    """float32 [N], what the kernels lack."""
+    if divergence == "jensen_shannon":
+        return jensen_shannon(student_NV, teacher_NV, temperature=temperature, beta=beta)
+    if divergence == "skew_kl":
+        return skew_kl(student_NV, teacher_NV, temperature=temperature, alpha=beta)
+    if divergence == "total_variation":
+        return total_variation(student_NV, teacher_NV, temperature=temperature)
+    return (student_NV - teacher_NV).square().mean(-1)

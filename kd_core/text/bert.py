@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kd_core.kernels.linear_softmax_kl import LinearSoftmaxKL
 from kd_core.kernels.softmax_kl import softmax_kl
+from kd_core.losses.distillation import DIRECTIONS
 from kd_core.system.files import replace_folder
 from kd_core.system.ranks import device, rank, to_device, total, world_size
 from kd_core.text.corpus import IGNORE_INDEX, Corpus
@@ -54,7 +55,7 @@ def fused_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`losses.distillation.distillation_sum` by the student's own head, without logits in memory."""
     hidden, weight, bias = of_teacher or (None, None, None)
-    method |= {"direction": "reverse" if divergence == "reverse_kl" else "forward", "teacher_bias_V": bias}
+    method |= {"direction": DIRECTIONS.get(divergence, "forward"), "teacher_bias_V": bias}
     return student(*micro.inputs, hidden, weight, micro.labels, **method)
 
 

@@ -32,8 +32,10 @@ from kd_core.time_to_quality.curves import (
     tradeoff_curve,
 )
 
-LOWER_IS_BETTER = dict.fromkeys(("eval/loss", "eval/perplexity", "eval/ece"), True)
+LOWER_IS_BETTER = dict.fromkeys(("eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/kl"), True)
+LOWER_IS_BETTER |= dict.fromkeys(("eval/ece", "eval/calibration_error"), True)
 LOWER_IS_BETTER |= dict.fromkeys(("eval/accuracy", "eval/top1", "eval/top5", "glue/average"), False)
+LOWER_IS_BETTER |= dict.fromkeys(("eval/agreement", "eval/acceptance"), False)
 ARMS = ("baseline", "against")
 
 # Fields of `config` in which any two runs may differ, and those in which arms may besides: the method, the optimizer and
@@ -42,7 +44,15 @@ ARMS = ("baseline", "against")
 BOOKKEEPING = cli.FREE_ON_RESUME | {"seed", "steps"}
 OF_A_RUN = BOOKKEEPING | {"teachers"}
 OPTIMIZER = {"lr", "warmup_fraction", "clip", "weight_decay", "momentum", "dropout"}
-COMPUTING = {"micro_batch_size", "deepspeed_config", "compile", "gradient_checkpointing", "fused_head", "softmax_axis"}
+COMPUTING = {
+    "micro_batch_size",
+    "deepspeed_config",
+    "compile",
+    "gradient_checkpointing",
+    "fused_head",
+    "softmax_axis",
+    "logits_mib",
+}
 COMPUTING |= {"teacher_placement", "teacher_deepspeed_config", "teacher_ahead"}
 METHOD = {field.name for field in dataclasses.fields(DistillFlags)} - {
     field.name for field in dataclasses.fields(RunFlags)
