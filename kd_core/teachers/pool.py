@@ -241,6 +241,11 @@ class TeacherPool:
         )  # fmt: skip
         return tuple(held[index] for index in drawn)
 
+    def at_hand(self) -> list[nn.Module]:
+        """The models whose weights lie whole on this rank's device: none behind the window, none that only visit it."""
+        resident = self._cfg.teacher_placement in ("device", "sharded")
+        return list(dict.fromkeys(self.models.values())) if resident else []
+
     def names(self, step: int) -> list[str]:
         """Names of the teachers that answer at `step`; of `per_rank`, those of all ranks, in their order."""
         asked = range(world_size()) if self._cfg.sampler == "per_rank" else [rank()]

@@ -25,7 +25,7 @@ from kd_core.losses.divergences import total_variation
 from kd_core.system.files import replace_folder
 from kd_core.system.ranks import device, rank, total
 from kd_core.text.pretrained import load_pretrained
-from kd_core.text.probes import require_head
+from kd_core.text.probes import require_head, require_isolation
 from kd_core.training.engine import Engine, gathered_state_dict
 
 disable_progress_bar()  # Hugging Face's, for files that load in a moment
@@ -126,32 +126,49 @@ def head_and_input(teacher: Any, micro: Any) -> Side:
     return side
 
 
-def build(name: str, tokenizer: Any, *, seed: int, seq_len: int, gradient_checkpointing: bool = False) -> CausalLM:
-    """A randomly initialised Llama of one of its sizes, or a checkpoint's model; its vocabulary padded to a multiple of 64."""
+def build(cfg: Any, tokenizer: Any) -> CausalLM:
+    """A randomly initialised Llama of one of its sizes, or a checkpoint's model; its vocabulary padded to a multiple of 64.
+
+    Args:
+        cfg: `CausalTextFlags` with `student`, `seed` and `gradient_checkpointing`.
+
+    Raises:
+        ValueError: as `load_pretrained` and `probes`.
+    """
     padded = math.ceil(len(tokenizer) / 64) * 64
-    torch.manual_seed(seed)
-    if size := size_of(name):
+    torch.manual_seed(cfg.seed)
+    if size := size_of(cfg.student):
         special = {role: getattr(tokenizer, role) for role in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = AutoConfig.for_model("llama", vocab_size=padded, max_position_embeddings=seq_len, **size, **special)
+        config = AutoConfig.for_model(
+            "llama", vocab_size=padded, max_position_embeddings=cfg.seq_len, **size, **special
+        )
         lm = AutoModelForCausalLM.from_config(config)
     else:
-        lm = load_pretrained(
-            AutoModelForCausalLM, name, len(tokenizer), flag="--student", seq_len=seq_len, dtype=torch.float32
-        )
+        settings = {"flag": "--student", "seq_len": cfg.seq_len, "dtype": torch.float32}
+        lm = load_pretrained(AutoModelForCausalLM, cfg.student, len(tokenizer), **settings)
         lm.resize_token_embeddings(padded, mean_resizing=False)
-    model = CausalLM(lm)
-    require_head(model, f"--student {name}")
+    model = _tried(CausalLM(lm), f"--student {cfg.student}", cfg.packing)
     model.head.__class__ = linear.LossHead  # the same linear layer, able to give losses
-    if gradient_checkpointing:
+    if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def load_teacher(path: str, columns: int, *, seq_len: int, dtype: str) -> CausalLM:
-    """A frozen causal language model of at least `columns` tokens."""
-    settings: dict[str, Any] = {"dtype": torch.float32 if dtype == "fp32" else torch.bfloat16}
-    model = CausalLM(load_pretrained(AutoModelForCausalLM, path, columns, seq_len=seq_len, **settings))
-    require_head(model, f"--teachers {path}")
+def load_teacher(cfg: Any, columns: int, path: str) -> CausalLM:
+    """The model of `path` of --teachers, of at least `columns` tokens, on the CPU; errors as `build`.
+
+    Args:
+        cfg: `CausalTextFlags` with `teacher_dtype`.
+    """
+    dtype = torch.float32 if cfg.teacher_dtype == "fp32" else torch.bfloat16
+    lm = load_pretrained(AutoModelForCausalLM, path, columns, seq_len=cfg.seq_len, dtype=dtype)
+    return _tried(CausalLM(lm), f"--teachers {path}", cfg.packing)
+
+
+def _tried(model: CausalLM, what: str, packing: bool) -> CausalLM:
+    require_head(model, what)
+    if packing:
+        require_isolation(model, what)
     return model
 
 
@@ -203,17 +220,18 @@ def evaluate(
     sums = torch.zeros(7 + 2 * BINS, device=device(), dtype=total(0.0).dtype)
     for micro in batches:
         micro = micro.to(device())
+        targets = micro.targets
         hidden = [one(*micro.inputs, head=False) for one in (model, *teachers)]
         with whole_head(model) as student:
             sides = [one.side(hidden_ND) for one, hidden_ND in zip((student, *teachers), hidden, strict=True)]
             size = linear.chunk_rows(columns, linear.CHUNKED_COPIES, device().type == "cuda")
-            for start in range(0, len(micro.labels), size):
+            for start in range(0, len(targets), size):
                 rows = slice(start, start + size)
                 logits_CV, *theirs = (
                     linear.logits(side._replace(hidden_ND=side.hidden_ND[rows]), columns) for side in sides
                 )
                 mean_CV = mean_teacher_logits(theirs, 1.0, ensemble) if theirs else None
-                sums += _sums(logits_CV, mean_CV, micro.labels[rows], bytes_V)
+                sums += _sums(logits_CV, mean_CV, targets[rows], bytes_V)
     tokens, loss, hits, text_bytes, kl, agreement, distance, *bins = total(sums).tolist()
     scores = {
         "eval/loss": loss / tokens,
