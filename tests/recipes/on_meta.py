@@ -18,15 +18,25 @@ import torchvision
 from transformers import AutoConfig
 
 from kd_core.teachers import pool
-from kd_core.text import pretrained
+from kd_core.text import pretrained, probes
 from kd_core.training.loop import Run
+from tests.conftest import ROOT
 from tests.recipes.headers import header, words_of
 
 # What the data of each kind says to a recipe, at full scale.
-CLASSES, VOCABULARY = [str(number) for number in range(1000)], range(30522)
+CLASSES = [str(number) for number in range(1000)]
+TOKENS = {"google-bert/bert-base-uncased": 30522, "HuggingFaceTB/SmolLM2-135M": 49152}
 # Published configurations of what the headers name on the hub.
+SIZES = runpy.run_path(str(ROOT / "kd_core" / "text" / "causal_lm.py"))["SIZES"]
 LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
-HUB: dict[str, Any] = {"google-bert/bert-large-uncased": ("bert", LARGE)}
+SMOLLM = dict(vocab_size=49152, tie_word_embeddings=True)
+HUB: dict[str, Any] = {
+    "google-bert/bert-large-uncased": ("bert", LARGE),
+    "HuggingFaceTB/SmolLM2-360M": ("llama", SMOLLM | SIZES["360M"]),
+    "HuggingFaceTB/SmolLM2-1.7B": (
+        "llama", SMOLLM | dict(hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, intermediate_size=8192)
+    ),
+}  # fmt: skip
 GIB = 2**30
 
 
@@ -49,8 +59,12 @@ def teacher(name: str, module: torch.nn.Module) -> dict[str, Any]:
     return {"name": name, "parameters": count, "bf16_gib": round(2 * count / GIB, 3)}
 
 
-def prepared(run: Run[Any], _: Any) -> tuple[Any, dict[str, int]]:
-    return MagicMock(classes=CLASSES, tokenizer=VOCABULARY, seq_len=getattr(run.cfg, "seq_len", 0)), {}
+def prepared(run: Run[Any], _: Any) -> tuple[Any, Any]:
+    columns = TOKENS[getattr(run.cfg, "tokenizer", None) or "google-bert/bert-base-uncased"]
+    tokenizer = MagicMock(bos_token_id=1, eos_token_id=2, pad_token_id=0, get_vocab=lambda: {"last": columns - 1})
+    tokenizer.__len__.return_value = columns
+    data = MagicMock(classes=CLASSES, tokenizer=tokenizer, seq_len=getattr(run.cfg, "seq_len", 0))
+    return data, columns if run.recipe == "causal_lm_kd" else {}
 
 
 def build(recipe: Path) -> dict[str, list[dict[str, Any]]]:
@@ -72,13 +86,14 @@ def build(recipe: Path) -> dict[str, list[dict[str, Any]]]:
 
     def of_the_hub(model_class: Any, path: str, *_: Any, **settings: Any) -> Any:
         kind, shape = HUB[path]
-        return model_class(AutoConfig.for_model(kind, **shape))
+        return getattr(model_class, "from_config", model_class)(AutoConfig.for_model(kind, **shape))
 
     made = torchvision.models.get_model
     torchvision.models.get_model = of_torchvision
     Run.prepare, Run.engine, Run.plain_engine, Run.steps = prepared, engine, engine, steps  # type: ignore[method-assign, assignment]
     Run.keep, Run.position, Run.first, pool.gather = MagicMock(), None, 0, gather  # type: ignore[method-assign, misc]
     pretrained.load_pretrained = of_the_hub  # before a recipe's parts are imported, which take it from there
+    probes.require_head = probes.require_isolation = MagicMock()  # which read what a model computes
     main = runpy.run_path(str(recipe))["main"]
     try:
         with tempfile.TemporaryDirectory() as folder, torch.device("meta"):

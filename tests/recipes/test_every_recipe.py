@@ -123,6 +123,9 @@ def test_the_full_size_networks_of_the_command_can_be_built(recipe: Path, tmp_pa
         "bert_kd": {"student": 110e6, "google-bert/bert-large-uncased": 335e6},
         "dkd": {"student": 11.7e6, "resnet34": 21.8e6},
     }
+    published["causal_lm_kd"] = {
+        "student": 134.5e6, "HuggingFaceTB/SmolLM2-360M": 361.8e6, "HuggingFaceTB/SmolLM2-1.7B": 1711e6
+    }  # fmt: skip
     published |= {"resnet_kd": {"student": 25.6e6, "resnet101": 44.5e6}}
     assert sizes == pytest.approx(published.get(recipe.stem, sizes), rel=0.01)
 
