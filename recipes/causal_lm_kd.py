@@ -5,7 +5,7 @@ Method:  loss = (1 - r) * label_loss + r * kd_loss, r = kd_ratio inside the wind
 Source:  Hinton et al. 2015, arXiv 1503.02531; window and draw: Blakeney et al. 2022, arXiv 2211.00683; other divergences: Agarwal
          et al. 2023, arXiv 2306.13649, Ko et al. 2024, arXiv 2402.03898. Our reading: tau^2 for all of them but total variation
 Command: deepspeed recipes/causal_lm_kd.py --data c4 --tokenizer HuggingFaceTB/SmolLM2-135M --student 135M --teachers HuggingFaceTB/SmolLM2-360M HuggingFaceTB/SmolLM2-1.7B --kd-ratio 0.9 --kd-stop 0.35
-Teacher: --student 2x64
+Teacher: --student 2x64 --kd-ratio 0
 Smoke:   python recipes/causal_lm_kd.py --student 1x64 --teachers {teacher} --kd-ratio 0.9 --kd-stop 0.5 --vocab-size 512 --seq-len 32 --steps 4 --global-batch-size 8 --micro-batch-size 4 --deepspeed-config zero0_fp32_cpu.json
 """
 
