@@ -23,6 +23,7 @@ from kd_core.system.ranks import device, rank, world_size
 from kd_core.teachers import pool, window
 from kd_core.teachers.flags import DistillFlags
 from kd_core.text import causal, causal_lm
+from kd_core.text.causal_tokenizer import align
 from kd_core.text.corpus import Corpus
 from kd_core.text.flags import CausalTextFlags
 from kd_core.training.flags import TrainFlags
@@ -93,7 +94,7 @@ def checked_data(cfg: Config) -> tuple[Corpus, int]:
     found = [(flag, model_source(path, flag)) for flag, path in models]
     data = build_data(cfg)
     data.check_batch(cfg.global_batch_size)
-    columns = causal.align(data.tokenizer, found)
+    columns = align(data.tokenizer, found)
     mib = cfg.mib_of_logits(columns)
     if cfg.whole_logits and mib > cfg.logits_mib:
         raise ValueError(

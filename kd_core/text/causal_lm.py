@@ -24,6 +24,7 @@ from kd_core.losses.distillation import Ensemble, mean_teacher_logits
 from kd_core.losses.divergences import total_variation
 from kd_core.system.files import replace_folder
 from kd_core.system.ranks import device, rank, total
+from kd_core.text.causal_tokenizer import token_bytes, vocabulary_size
 from kd_core.text.pretrained import load_pretrained
 from kd_core.text.probes import require_head, require_isolation
 from kd_core.training.engine import Engine, gathered_state_dict
@@ -135,7 +136,7 @@ def build(cfg: Any, tokenizer: Any) -> CausalLM:
     Raises:
         ValueError: as `load_pretrained` and `probes`.
     """
-    padded = math.ceil(len(tokenizer) / 64) * 64
+    padded = math.ceil(vocabulary_size(tokenizer) / 64) * 64
     torch.manual_seed(cfg.seed)
     if size := size_of(cfg.student):
         special = {role: getattr(tokenizer, role) for role in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -145,7 +146,7 @@ def build(cfg: Any, tokenizer: Any) -> CausalLM:
         lm = AutoModelForCausalLM.from_config(config)
     else:
         settings = {"flag": "--student", "seq_len": cfg.seq_len, "dtype": torch.float32}
-        lm = load_pretrained(AutoModelForCausalLM, cfg.student, len(tokenizer), **settings)
+        lm = load_pretrained(AutoModelForCausalLM, cfg.student, vocabulary_size(tokenizer), **settings)
         lm.resize_token_embeddings(padded, mean_resizing=False)
     model = _tried(CausalLM(lm), f"--student {cfg.student}", cfg.packing)
     model.head.__class__ = linear.LossHead  # the same linear layer, able to give losses
@@ -175,24 +176,6 @@ def _tried(model: CausalLM, what: str, packing: bool) -> CausalLM:
 # ------------------------------------------------------------------------------------------------------------ evaluated
 
 
-def token_bytes(tokenizer: Any) -> Tensor:
-    """int32 [V], bytes of text that each token stands for: 0 for a special one, which is no text.
-
-    The tokens of a text add up to its bytes where a tokenizer keeps them all (byte-level, byte fallback).
-    """
-    byte_level = '"ByteLevel"' in tokenizer.backend_tokenizer.to_str()
-    special = set(tokenizer.all_special_ids)
-    sizes = torch.zeros(len(tokenizer), dtype=torch.int32)
-    for token, number in tokenizer.get_vocab().items():
-        if number in special:
-            continue
-        if byte_level or re.fullmatch("<0x[0-9A-F]{2}>", token):
-            sizes[number] = len(token) if byte_level else 1
-        else:
-            sizes[number] = len(token.replace("▁", " ").encode())
-    return sizes
-
-
 @torch.no_grad()
 def evaluate(
     model: Any,
@@ -216,7 +199,7 @@ def evaluate(
         columns: V, that mean something.
     """
     model.eval()
-    bytes_V = token_bytes(tokenizer).to(device())
+    bytes_V = torch.from_numpy(token_bytes(tokenizer)).to(device())
     sums = torch.zeros(7 + 2 * BINS, device=device(), dtype=total(0.0).dtype)
     for micro in batches:
         micro = micro.to(device())
@@ -283,6 +266,6 @@ def export(student: Engine, tokenizer: Any, folder: Path) -> None:
         lm = student.module.lm
         plain: Any = type(lm)(copy.deepcopy(lm.config))
         plain.to(next(iter(state.values())).dtype).load_state_dict(state)
-        plain.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        plain.resize_token_embeddings(vocabulary_size(tokenizer), mean_resizing=False)
         plain.generation_config = copy.deepcopy(lm.generation_config)
         replace_folder(folder, plain.save_pretrained, tokenizer.save_pretrained)
