@@ -21,7 +21,17 @@ from kd_core.training import engine
 from kd_core.training.processes import check_launcher, end_process
 
 # What decides how data is read, by student and teacher alike.
-DATA_FIELDS = ("data", "tokenizer", "vocab_size", "seq_len", "decoded_gib", "max_corrupt")
+DATA_FIELDS = (
+    "data",
+    "tokenizer",
+    "vocab_size",
+    "seq_len",
+    "decoded_gib",
+    "max_corrupt",
+    "on_too_long",
+    "chat_template",
+)
+DATA_SWITCHES = ("packing",)
 UNSET = "the preset's own teacher"
 
 
@@ -97,6 +107,9 @@ def _train_once(folder: Path, main: Callable[..., int], flags: str, cfg: Any) ->
         for field in DATA_FIELDS:
             if getattr(cfg, field, None) is not None:
                 words += ["--" + field.replace("_", "-"), str(getattr(cfg, field))]
+        for switch in DATA_SWITCHES:
+            if getattr(cfg, switch, True) is False:
+                words += ["--no-" + switch]
         words += ["--out", str(folder)] + (["--resume"] if (folder / "run.json").exists() else [])
         # A run of its own, in a world of one.
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}

@@ -13,10 +13,11 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
+from kd_core.cli import Preset
 from kd_core.losses.distillation import distillation_sum
 from kd_core.runs.sources import model_source
 from kd_core.system.ranks import device, rank, world_size
@@ -55,6 +56,14 @@ class Config(DistillFlags, TrainFlags, CausalTextFlags):
     lr: float = 1e-3
     warmup_fraction: float = 0.02
     clip: float = 1.0
+
+    PRESETS: ClassVar[dict[str, Preset]] = {
+        "responses": Preset(
+            "fine-tuning on prompts and responses, beside --data, --student, --teachers and --kd-ratio",
+            seq_len=1024, kd_stop=1.0, steps=2000, global_batch_size=64, micro_batch_size=4, lr=5e-5, weight_decay=0.0,
+            warmup_fraction=0.03, eval_every=250, save_every=500,
+        ),
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -60,8 +60,12 @@ def linear_distillation_sum(
             teacher_bias_V=theirs.bias_V, teacher_logit_scale=theirs.logit_scale, teacher_softcap=theirs.softcap,
             direction=DIRECTIONS.get(divergence, "forward"), valid_columns=columns, **weights,
         )  # fmt: skip
-    method = weights | {"divergence": divergence, "beta": beta}
-    loss, kd_sum, label_sum = _ChunkedSum.apply(*student, teacher, labels_N, columns, method)
+    return _chunked_sum(student, teacher, labels_N, columns, weights | {"divergence": divergence, "beta": beta})
+
+
+@torch.compiler.disable  # which would unroll the chunks
+def _chunked_sum(student: Side, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss, kd_sum, label_sum = _ChunkedSum.apply(*student, *rest)
     return loss, kd_sum.detach(), label_sum.detach()
 
 
