@@ -1,13 +1,18 @@
 """Causal language models: logits at given positions, the leak that a cache opens, evaluation, sizes."""
 
+import copy
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kd_core.text import causal_lm
+from kd_core.losses.linear import LossHead
+from kd_core.text import causal, causal_lm
 from kd_core.text.causal_lm import CausalLM
+from kd_core.text.packing import BEGINS, LABEL, PADDING
 from kd_core.text.probes import require_head, require_isolation
 
 VOCABULARY = 128
@@ -114,3 +119,100 @@ def test_a_size_of_layers_and_width() -> None:
     size = causal_lm.size_of("3x192")
     assert size and (size["num_hidden_layers"], size["hidden_size"], size["num_attention_heads"]) == (3, 192, 3)
     assert causal_lm.size_of("owner/3x192") is causal_lm.size_of("runs/1") is None
+
+
+# What must not change what a step learns.
+
+VALID = VOCABULARY - 9
+LENGTHS = (10, 6, 8, 24, 3, 13, 8)  # of documents, which fill three rows of 24
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[CausalLM, CausalLM]:
+    """A student whose head gives losses, and a wider teacher of another vocabulary size."""
+    student, teacher = model(tie_word_embeddings=True), model("granite", hidden_size=48, vocab_size=VOCABULARY + 5)
+    student.head.__class__ = LossHead
+    return student, teacher.requires_grad_(False)
+
+
+def documents() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and marks; some tokens are a prompt's, so that rows have unequal numbers of labels, the third none."""
+    draw = np.random.default_rng(0)
+    made = []
+    for number, length in enumerate(LENGTHS):
+        marks = np.where(draw.random(length) < (0 if number in (3,) else 0.6), LABEL, 0).astype(np.uint8)
+        marks[0] = BEGINS
+        made.append((draw.integers(VALID, size=length), marks))
+    return made
+
+
+def rows(packing: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The documents in three full rows, or one a row and padded."""
+    if packing:
+        ids, marks = (np.concatenate(parts).reshape(3, 24) for parts in zip(*documents(), strict=True))
+        return ids, marks
+    ids, marks = np.zeros((len(LENGTHS), 24), np.int64), np.full((len(LENGTHS), 24), PADDING, np.uint8)
+    for row, (own_ids, own_marks) in enumerate(documents()):
+        ids[row, : len(own_ids)], marks[row, : len(own_ids)] = own_ids, own_marks
+    return ids, marks
+
+
+def step(student: CausalLM, teacher: CausalLM, micro: int, packing: bool, divergence: str) -> dict[str, torch.Tensor]:
+    """The loss of a step and its gradient by parameter, from micro-batches of so many rows: sums, divided once."""
+    student.zero_grad()
+    ids, marks = rows(packing)
+    batches = [causal.batch(ids[i : i + micro], marks[i : i + micro]) for i in range(0, len(ids), micro)]
+    tokens, loss = sum(len(one.positions) for one in batches), torch.zeros(())
+    for one in batches:
+        loss_sum, *_ = student(
+            *one.inputs, causal_lm.head_and_input(teacher, one), one.targets, divergence=divergence, kd_weight=0.7,
+            label_weight=0.3, temperature=2.0, valid_columns=VALID,
+        )  # fmt: skip
+        (loss_sum / tokens).backward()
+        loss += loss_sum.detach() / tokens
+    return {"loss": loss} | {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon"])
+@pytest.mark.parametrize(("micro", "packing"), [(1, True), (2, True), (1, False), (3, False), (7, False)])
+def test_packing_padding_and_micro_batches_change_nothing(
+    pair: tuple[CausalLM, CausalLM], micro: int, packing: bool, divergence: str
+) -> None:
+    whole, other = (step(*pair, size, packed_rows, divergence) for size, packed_rows in ((3, True), (micro, packing)))
+    assert whole["loss"] > 0 and len(whole) > 15
+    torch.testing.assert_close(other, whole, rtol=2e-4, atol=1e-6)
+
+
+def test_a_padded_vocabulary_changes_nothing(pair: tuple[CausalLM, CausalLM]) -> None:
+    student, teacher = pair
+    padded = copy.deepcopy(student)
+    padded.lm.resize_token_embeddings(VOCABULARY + 64, mean_resizing=False)
+    padded.head.weight.data[VALID:] = 50.0
+    padded.head.__class__ = LossHead
+    wide, narrow = step(padded, teacher, 1, True, "forward_kl"), step(student, teacher, 1, True, "forward_kl")
+    for name, gradient in narrow.items():
+        if "embed" in name or "head" in name:
+            assert not wide[name][VALID:].any()
+            torch.testing.assert_close(wide[name][:VALID], gradient[:VALID])
+        else:
+            torch.testing.assert_close(wide[name], gradient)
+
+
+def test_what_is_measured_beside_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher that is the student: no divergence, all agreement; bits per byte of a uniform model follow from its columns."""
+    monkeypatch.setattr(causal_lm, "token_bytes", lambda _: np.full(VOCABULARY, 2))
+    monkeypatch.setattr(causal_lm, "total", lambda value: torch.as_tensor(value, dtype=torch.float64))  # of one rank
+    lm = model()
+    ids, marks = rows(packing=True)
+    batches = [
+        causal.batch(ids, marks),
+        causal.batch(ids[:1], np.full((1, 24), BEGINS, np.uint8)),
+    ]  # the second has no label
+    scores = causal_lm.evaluate(lm, None, batches, columns=VALID, teachers=[lm])
+    assert scores["eval/kl"] == 0 and scores["eval/agreement"] == 1 and scores["eval/acceptance"] == 1
+    assert scores["eval/perplexity"] == pytest.approx(math.exp(scores["eval/loss"]))
+    lm.head.weight.data.zero_()
+    scores = causal_lm.evaluate(lm, None, batches[:1], columns=VALID)
+    assert scores["eval/loss"] == pytest.approx(math.log(VALID))
+    assert scores["eval/bits_per_byte"] == pytest.approx(math.log2(VALID) / 2)  # two bytes a token
+    assert "eval/kl" not in scores
