@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests import warm
-from tests.conftest import ROOT, cpu_environment
+from tests.conftest import ROOT, cpu_environment, free_port
 
 TOYS = Path(__file__).with_name("toys")
 TIMES = {"train_s", "teacher_s", "data_s", "sample_s"}
@@ -252,7 +252,7 @@ def test_deepspeed_does_not_kill_a_rank_that_takes_more_than_30_seconds_to_save(
     words = [*LONG, "--deepspeed-config", configs[0], "--out", str(tmp_path / "run")]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", "2", "--master_port"]
     command += [str(free_port()), str(TOYS / "long_steps.py"), *words]
-    started = subprocess.Popen(command, env=cpu_environment(PYTHONPATH=str(ROOT)), start_new_session=True)
+    started = warm.Popen(command, env=cpu_environment(PYTHONPATH=str(ROOT)), start_new_session=True)
     started.wait(150)
     wait_until(lambda: "result" in json.loads((tmp_path / "run" / "run.json").read_text()))
     result = json.loads((tmp_path / "run" / "run.json").read_text())["result"]
