@@ -45,10 +45,14 @@ class Task:
         """Loss, accuracy and calibration of `model` on the validation images."""
         return evaluation.evaluate(self._cfg, self.data, model)
 
-    def student(self) -> Engine:
-        """The engine of --student, a classifier of the data's classes, with the flags' SGD."""
-        model = classifiers.build_student(self._cfg.student, self.data.classes, seed=self._cfg.seed)
-        return self._run.engine(model, classifiers.sgd(self._cfg, model), after=average_batch_norm)
+    def student(self, name: str = "", engine: str = "student") -> Engine:
+        """The engine of --student, a classifier of the data's classes, with the flags' SGD.
+
+        Args:
+            name: another network than --student, and `engine` its name in the log, where a method trains two.
+        """
+        model = classifiers.build_student(name or self._cfg.student, self.data.classes, seed=self._cfg.seed)
+        return self._run.engine(model, classifiers.sgd(self._cfg, model), name=engine, after=average_batch_norm)
 
     def batches(self) -> Iterator[batches.Step]:
         """Of training images, one a step; as the caches of --teachers saw them."""

@@ -70,13 +70,13 @@ def check_source(path: str, flag: str) -> None:
             raise ValueError(f"{flag} {path}: {name} has the weights {available}")
 
 
-def check_student(path: str) -> None:
+def check_student(path: str, flag: str = "--student") -> None:
     """Raises ValueError or FileNotFoundError unless `path` is a folder that holds a model."""
     if not Path(path).exists():
         raise ValueError(
-            f"--student {path} is no folder and no known size; give a run folder or one of {', '.join(NAMES)}"
+            f"{flag} {path} is no folder and no known size; give a run folder or one of {', '.join(NAMES)}"
         )
-    model_source(path, "--student")
+    model_source(path, flag)
 
 
 def build_student(
