@@ -8,6 +8,7 @@ Source: Wang et al. 2019, GLUE (arXiv 1804.07461). Protocols: `mosaic` is that o
 mosaicml/examples), `sane` GLUE_sane of Geiping and Goldstein 2022 (arXiv 2212.14034).
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_core.system.files import build_once, cache_key, cache_root, file_digest
+from kd_core.system.files import PACKED, build_once, cache_key, cache_root, file_digest
 from kd_core.system.hub import require_hub
 from kd_core.system.terminal import one_line
+from kd_core.text.documents import COMPRESSIONS, opened
 from kd_core.text.tokenizer import tokenizer_digest, unknown_share
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 HUB = "nyu-mll/glue"
 MAX_BROKEN_ROWS = 0.01  # QQP's official files have a few rows that lack columns
+NUMBER = re.compile(r"\d{1,18}")  # of a row
 CHUNK = 10_000  # texts tokenised at a time
 
 
@@ -285,7 +288,27 @@ def missing(task: Task, source: str) -> str | None:
     if source == HUB:
         return None
     needed = [task.splits[split].file for split in ("train", *task.evaluated)]
-    return next((f"no {file}" for file in needed if not (Path(source) / file).is_file()), None)
+    return next((f"no {file}" for file in needed if not find_file(source, file)), None)
+
+
+def find_file(source: str, name: str) -> Path | None:
+    """The file `name` of the local folder `source`, compressed or not; None when it is not there.
+
+    Raises:
+        ValueError: it is there twice, or only in a form that is not read.
+    """
+    named = Path(source, name)
+    there = sorted(named.parent.iterdir()) if named.parent.is_dir() else []
+    read = [file for file in there if file.name.lower() in {named.name + suffix for suffix in ("", *COMPRESSIONS)}]
+    if len(read) > 1:
+        raise ValueError(f"--data {source} holds {read[0].name} and {read[1].name} in {named.parent}; keep one of them")
+    forms = tuple(named.stem + suffix for suffix in (".csv", ".txt", ".json", ".parquet"))
+    for file in there if not read else []:
+        if file.name.lower().startswith(forms) or file.name.lower() in {named.name + suffix for suffix in PACKED}:
+            raise ValueError(
+                f"--data {source}: {file} is not read; give {name}, which may be compressed as {COMPRESSIONS}"
+            )
+    return read[0] if read else None
 
 
 def check_source(source: str) -> str:
@@ -312,9 +335,12 @@ def read_split(task: Task, split: str, source: str) -> Texts:
 
 
 def _read_tsv(task: Task, split: str, source: str) -> Texts:
-    file = Path(source) / task.splits[split].file
+    file = find_file(source, task.splits[split].file)
+    assert file is not None, f"{split} is not there"
+    with opened(file) as stream:
+        content = stream.read()
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     # Not the csv module: quotation marks are literal, and only a line feed ends a row.
@@ -336,7 +362,7 @@ def _read_tsv(task: Task, split: str, source: str) -> Texts:
     labels = [_label(task, row[at[-1]], f"{file}, line {number}") for number, row in whole] if labelled else []
     numbers = list(range(len(whole)))
     if index:
-        wrong = [(number, row[at[-1]]) for number, row in whole if not row[at[-1]].isdecimal()]
+        wrong = [(number, row[at[-1]]) for number, row in whole if not NUMBER.fullmatch(row[at[-1]])]
         if wrong:
             raise ValueError(f"{file}, line {wrong[0][0]}: {index} {wrong[0][1]!r} is no number")
         numbers = [int(row[at[-1]]) for _, row in whole]
@@ -373,8 +399,9 @@ def _read_hub(task: Task, split: str, source: str) -> Texts:
     if split.startswith("test"):  # MRPC's and AX's have labels there, unlike the original files
         labels = [-1.0] * len(rows)
     else:
-        labels, most = [float(label) for label in rows["label"]], len(task.labels) - 1 if task.labels else 5
-        if not all(0 <= label <= most for label in labels):
+        labels, most = list(rows["label"]), len(task.labels) - 1 if task.labels else 5
+        kinds = int if task.labels else (int, float)
+        if not all(isinstance(label, kinds) and 0 <= label <= most for label in labels):
             raise ValueError(f"--data {source}: {config} {there} has labels outside 0 to {most}")
     return Texts([list(rows[name]) for name in task.hub_texts], labels, list(rows["idx"]))
 
@@ -427,8 +454,9 @@ def tokenise(task: Task, source: str, tokenizer: "PreTrainedTokenizerFast", max_
     Raises:
         ValueError: as `read_split`.
     """
-    splits = [split for split, place in task.splits.items() if source == HUB or (Path(source) / place.file).is_file()]
-    files = {} if source == HUB else {split: file_digest(Path(source) / task.splits[split].file) for split in splits}
+    places = {} if source == HUB else {split: find_file(source, place.file) for split, place in task.splits.items()}
+    files = {split: file_digest(file) for split, file in places.items() if file}
+    splits = list(task.splits if source == HUB else files)
     key = cache_key("glue", source if source == HUB else "", repr(files), tokenizer_digest(tokenizer), max_length)
 
     def build(folder: Path) -> None:

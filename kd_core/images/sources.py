@@ -24,13 +24,20 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from kd_core.system.files import build_once, cache_key, cache_root, files_below, write_json
+from kd_core.system.files import HIDDEN, TWICE, Listing, build_once, cache_key, cache_root, files_below, write_json
 from kd_core.system.hub import HUB_NAME, require_hub
 from kd_core.system.splits import VALIDATION_ONE_IN, named_split
 from kd_core.system.terminal import one_line, say
 
-FORMAT = 3  # raise it when the same source would be split, numbered or decoded otherwise
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+FORMAT = 4  # raise it when the same source would be split, numbered or decoded otherwise
+# What Pillow is asked to read, by which suffixes it is found, and suffixes of images that it is not.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
+IMAGE_SUFFIXES = tuple(
+    ".jpg .jpeg .jpe .jfif .png .ppm .pgm .pbm .pnm .bmp .dib .tif .tiff .webp .gif .jp2 .j2k .jpx .avif".split()
+)
+TABLE_SUFFIXES = (".parquet", ".pq")
+UNREAD_SUFFIXES = tuple(".heic .heif .jxl .tga .psd .exr .hdr .dcm .dng .cr2 .nef .arw .svg".split())
+DEEP = 2**16 - 1  # white of 16 bits
 PROBED = 64  # images whose headers say whether all are equally large
 # What Pillow raises on damaged files of its many formats.
 DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -140,7 +147,28 @@ class ImageSet:
 
 def decode(data: bytes) -> Image.Image:
     """The image, its header read and its pixels not yet. Raises one of DAMAGE."""
-    return Image.open(io.BytesIO(data))
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, 8 bits a channel. Raises one of DAMAGE.
+
+    Pillow itself cuts greys of more than 8 bits off at 255: nearly all of them would be white.
+    """
+    if is_deep(image):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if image.mode == "I" or not 0 <= low <= high <= 1:
+            raise ValueError(f"a grey of 32 bits, {low:g} to {high:g}, whose white is unknown; save it in 8 or 16 bits")
+        return Image.fromarray(np.round(values * 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether it is a grey of 16 bits, which Pillow has in 32 where a format has no less."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -202,15 +230,18 @@ def check_corrupt(corrupt: int, images: int, max_corrupt: float, source: str) ->
 def _find(source: str) -> tuple[str, Callable[[], Opened]]:
     """What identifies the source without reading it, and how to list it."""
     path = Path(source).expanduser().absolute()
-    if path.is_file() and path.suffix == ".tar":
+    if path.is_file() and path.suffix.lower() == ".tar":
         return _identity([path]), lambda: _list_tar(path, source)
-    if path.is_file() and path.suffix == ".parquet":
+    if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
         return _identity([path]), lambda: _list_parquet({"train": [path]}, source)
     if path.is_dir():
-        below = list(files_below(path))
-        tables = [file for file in below if file.suffix == ".parquet"]
+        listing = files_below(
+            path, lambda name: name.lower().endswith(IMAGE_SUFFIXES + TABLE_SUFFIXES), UNREAD_SUFFIXES
+        )
+        listing.check(f"--data {source}")
+        tables = [path / name for name in listing.names if not _is_image(name)]
         if tables:
-            if any(_is_image(file.name) for file in below):
+            if len(tables) < len(listing.names):
                 raise ValueError(f"--data {source} holds both images and tables ({tables[0]}); keep one kind there")
             by_split: dict[str, list[Path]] = {}
             for table in tables:
@@ -218,7 +249,7 @@ def _find(source: str) -> tuple[str, Callable[[], Opened]]:
                 split = next((split for name in names if (split := named_split(name))), "train")
                 by_split.setdefault(split, []).append(table)
             return _identity(tables), lambda: _list_parquet(by_split, source)
-        opened, changed_ns = _list_folder(path, source)
+        opened, changed_ns = _list_folder(path, listing, source)
         return f"{opened.fingerprint} {path} {changed_ns}", lambda: opened
     if path.exists():
         raise ValueError(f"--data {source}: give a folder, an uncompressed .tar, .parquet, or a hub name")
@@ -237,17 +268,18 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _list_folder(root: Path, source: str) -> tuple[Opened, int]:
+def _list_folder(root: Path, listing: Listing, source: str) -> tuple[Opened, int]:
     """The folder's images, and when the newest of them was written."""
     found, changed_ns = [], 0
-    for path in filter(_is_image, map(str, files_below(root))):
+    for name in listing.names:
+        path = os.path.join(root, name)
         try:
             stat = os.stat(path)
         except OSError:  # a link to nothing; as an image that cannot be read it is named and counted
             stat = os.lstat(path)
         changed_ns = max(changed_ns, stat.st_mtime_ns)
-        found.append((os.path.relpath(path, root), stat.st_size, 0))
-    return _layout(str(root), sorted(found), source, in_tar=False), changed_ns
+        found.append((name, stat.st_size, 0))
+    return _layout(str(root), sorted(found), source, listing, in_tar=False), changed_ns
 
 
 def _list_tar(path: Path, source: str) -> Opened:
@@ -259,21 +291,29 @@ def _list_tar(path: Path, source: str) -> Opened:
                 members = tar.getmembers()
         except (OSError, tarfile.TarError) as error:
             raise ValueError(f"--data {source} is no uncompressed tar ({one_line(error)}); unpack it") from error
-        places = {os.path.normpath(m.name): (m.size, m.offset_data) for m in members if m.isfile()}
+        places = {os.path.normpath(m.name): (m.size, m.offset_data, False) for m in members if m.isfile()}
         for m in members:
             if m.islnk() or m.issym():
-                target = m.linkname if m.islnk() else f"{m.name}/../{m.linkname}"
-                places[os.path.normpath(m.name)] = places.get(os.path.normpath(target), (0, 0))
+                target = os.path.normpath(m.linkname if m.islnk() else f"{m.name}/../{m.linkname}")
+                size, begin, _ = places.get(target, (0, 0, False))
+                places[os.path.normpath(m.name)] = (size, begin, m.issym() and target in places)
         (new / "index.json").write_text(json.dumps([(name, *place) for name, place in places.items()]))
 
     folder = cache_root() / f"tar-{cache_key(_identity([path]), FORMAT)}"
     build_once(folder, index)
-    members = [tuple(member) for member in json.loads((folder / "index.json").read_text())]
-    found = sorted(member for member in members if _is_image(member[0]))
-    return _layout(str(path), found, source, in_tar=True)
+    members: dict[str, tuple[Any, ...]] = {}
+    listing = Listing(_is_image, UNREAD_SUFFIXES)
+    for name, size, begin, twice in json.loads((folder / "index.json").read_text()):
+        members[name] = (name, size, begin)
+        if twice or any(part.startswith(".") for part in name.split("/")):
+            listing.leave(name, TWICE if twice else HIDDEN)
+        else:
+            listing.add(name)
+    listing.check(f"--data {source}")
+    return _layout(str(path), sorted(members[name] for name in listing.names), source, listing, in_tar=True)
 
 
-def _layout(root: str, found: list[tuple[Any, ...]], source: str, *, in_tar: bool) -> Opened:
+def _layout(root: str, found: list[tuple[Any, ...]], source: str, listing: Listing, *, in_tar: bool) -> Opened:
     """Splits and classes of `(relative path, size, offset)`.
 
     A split is the topmost folder that is named as one and holds folders. A class is the first folder below it, as
@@ -292,7 +332,7 @@ def _layout(root: str, found: list[tuple[Any, ...]], source: str, *, in_tar: boo
     classes = sorted({name for split, name in placed.values() if split in used})
     if len(classes) < 2 or all(map(named_split, classes)):
         raise ValueError(
-            f"--data {source} holds {len(found)} images in {len(classes)} class folders; expected "
+            f"--data {source} holds {len(found)} images in {len(classes)} class folders, {listing}; expected "
             "train/<class>/<image> and val/<class>/<image>, or <class>/<image>"
         )
     outside = [(name, folder) for (name, *_), folder in zip(found, folders, strict=True) if folder not in placed]
@@ -357,16 +397,20 @@ def _tables(tables: Any, source: str, identity: str) -> Opened:
     label = next((name for name in ("label", "labels", "fine_label") if name in features), None)
     if image not in features or label is None:
         raise ValueError(f"--data {source} has the columns {list(features)}; expected image and label")
-    if "int" not in features[label].dtype:
-        raise ValueError(f"--data {source}: the column {label} is {features[label].dtype}; expected numbers of classes")
+    kind = getattr(features[label], "dtype", "a structure")
+    if not re.fullmatch(r"u?int\d+", kind):
+        raise ValueError(f"--data {source}: the column {label} is {kind}; expected numbers of classes")
     names = getattr(features[label], "names", None)
     by_split = {named_split(title) or title: rows for title, rows in tables.items()}
+    most = len(by_split["train"]) if "train" in by_split else 0  # of classes without names, each with an image
     for split in _used(by_split, source):
         rows = by_split[split].select_columns([label]).with_format("arrow")[:][label]
-        labels = rows.cast("int64").fill_null(-1).to_numpy()
-        wrong = np.flatnonzero((labels < 0) | (labels >= (len(names) if names else np.inf)))
+        labels = rows.cast("int64", safe=False).fill_null(-1).to_numpy()  # what is beyond becomes negative
+        wrong = np.flatnonzero((labels < 0) | (labels >= (len(names) if names else most)))
         if len(wrong):
-            allowed = f"in 0 to {len(names) - 1}" if names else "at least 0"
+            allowed = (
+                f"in 0 to {len(names) - 1}" if names else f"at least 0 and below the number of training images, {most}"
+            )
             raise ValueError(
                 f"--data {source}: labels must be {allowed}, got {rows[wrong[0]]} in {split}, row {wrong[0]}"
             )
@@ -409,6 +453,7 @@ def _first_size(opened: Opened, name: str, source: str) -> tuple[int, int] | Non
     """Width and height of the first images of a split, if all are alike. Raises ValueError when no image can be decoded."""
     encoded = opened.splits[name].encoded
     sizes: set[tuple[int, int]] = set()
+    brightest = 0
     assert encoded is not None
     for index in range(len(encoded)):
         if index >= PROBED and sizes:
@@ -417,9 +462,16 @@ def _first_size(opened: Opened, name: str, source: str) -> tuple[int, int] | Non
             image = decode(encoded.read(index))
             if not sizes:
                 image.load()  # of the others the headers will do
+            if is_deep(image):
+                brightest = max(brightest, int(np.asarray(image).max()))
             sizes.add(image.size)
     if not sizes:
         raise ValueError(_all_damaged(source, name))
+    if 0 < brightest <= DEEP // 16:
+        raise ValueError(
+            f"--data {source}: greys of 16 bits, of which the first images use only 0 to {brightest} of {DEEP}, would be black in "
+            "8 bits; stretch them, or save them in 8 bits"
+        )
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -451,7 +503,7 @@ def _decode_all(folder: Path, opened: Opened, source: str, max_corrupt: float, p
         kept: list[int] = []
         for index in range(len(split)):
             try:
-                image = decode(split.encoded.read(index)).convert("RGB")
+                image = rgb(decode(split.encoded.read(index)))
             except DAMAGE as error:
                 corrupt += 1
                 say_corrupt(split.encoded.name(index), error)

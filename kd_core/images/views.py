@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from kd_core.images.sources import decode
+from kd_core.images.sources import decode, rgb
 
 # Progressive resizing as in Mosaic ResNet's recipes: fractions of training, and the multiple of all sizes before the last.
 GROW_FROM, GROWN_AT, SIZE_STEP = 0.4, 0.8, 4
@@ -108,7 +108,7 @@ def uncropped(images_HWC: np.ndarray, view: View) -> np.ndarray:
 def training_view(image: Image.Image | np.ndarray, view: View, size: int, numbers: Sequence[float]) -> np.ndarray:
     """The view of one image: uint8 [size, size, 3]. An encoded image is decoded here, no finer than the view needs."""
     if view.crop == "padded":
-        whole = image if isinstance(image, np.ndarray) else np.array(image.convert("RGB"))
+        whole = image if isinstance(image, np.ndarray) else np.array(rgb(image))
         pixels = shift(uncropped(whole, view), *numbers[BOX : BOX + 2])
         if size != view.size:
             pixels = _stretch(pixels, (size, size)).permute(1, 2, 0).numpy()
@@ -118,7 +118,7 @@ def training_view(image: Image.Image | np.ndarray, view: View, size: int, number
         if isinstance(image, Image.Image):
             # JPEG can be decoded at 1/2, 1/4 or 1/8 of its size at a fraction of the cost.
             image.draft("RGB", (math.ceil(width * size / w), math.ceil(height * size / h)))
-            part = np.array(image.convert("RGB"))
+            part = np.array(rgb(image))
             scale_x, scale_y = part.shape[1] / width, part.shape[0] / height
             left, w = round(left * scale_x), max(1, round(w * scale_x))
             top, h = round(top * scale_y), max(1, round(h * scale_y))
@@ -139,7 +139,7 @@ def jpeg_view(data: bytes, view: View, numbers: Sequence[float]) -> JpegView:
     image = decode(data)
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         file = io.BytesIO()
-        image.convert("RGB").save(file, "jpeg", quality=95)
+        rgb(image).save(file, "jpeg", quality=95)
         data = file.getvalue()
     elif b"\xff\xd9" not in data[-64:]:
         raise ValueError("the JPEG file is cut off")
@@ -154,7 +154,7 @@ def _randaugment(magnitude: int) -> v2.RandAugment:
 
 def validation_view(image: Image.Image | np.ndarray, resize: int, size: int) -> np.ndarray:
     """The centre [size, size, 3] of the image with its shorter side resized to `resize`, uint8: torchvision's."""
-    whole = image if isinstance(image, np.ndarray) else np.array(image.convert("RGB"))
+    whole = image if isinstance(image, np.ndarray) else np.array(rgb(image))
     if min(whole.shape[:2]) == resize == size and whole.shape[0] == whole.shape[1]:
         return whole
     return F.center_crop(_stretch(whole, resize), [size]).permute(1, 2, 0).numpy()

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,8 +17,11 @@ import filelock
 from kd_core.system.terminal import say
 
 CACHE_FORMAT = 1  # raise it when other bytes would be written for the same source, tokenizer and settings
-# What of an OSError means that a folder cannot be written.
+# What may hold data under a suffix that is no reader's.
+PACKED = tuple(".zip .7z .rar .tar .tgz .tbz .tbz2 .txz .gz .bz2 .xz .lzma .zst .lz4 .lz .z .br .sz .cab".split())
+HIDDEN, TWICE, CLOSED = "hidden", "taken already by another name", "packed or of a kind that nothing here reads"
 SECONDS_TO_DIE = 3.0  # a process that was killed frees its locks within
+# What of an OSError means that a folder cannot be written.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -87,25 +90,111 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def files_below(root: Path) -> Iterator[Path]:
-    """The files below a folder of data, in the order of their names.
+class Listing:
+    """The names of files of data, and what beside them was left out."""
 
-    Folders that are links are entered, each folder once, so that a link upwards ends. Left out is what a user would not call data:
-    hidden files and folders (.ipynb_checkpoints, ._scan.jpg) and run folders with all that they hold.
+    def __init__(self, is_data: Callable[[str], Any], unread: tuple[str, ...] = ()) -> None:
+        """
+        Args:
+            is_data: whether a name is that of data.
+            unread: further suffixes that may hold data, which nothing here reads; PACKED are such anyway.
+        """
+        self.names: list[str] = []
+        self.left_out: dict[str, list[str]] = {}
+        self._is_data, self._unread = is_data, PACKED + unread
+
+    def add(self, name: str) -> None:
+        """Takes `name` if it is data, else leaves it out."""
+        if self._is_data(name):
+            self.names.append(name)
+        else:
+            self.leave(name, CLOSED if name.lower().endswith(self._unread) else "of other kinds")
+
+    def leave(self, name: str, why: str) -> None:
+        self.left_out.setdefault(why, []).append(name)
+
+    def check(self, source: str) -> None:
+        """Says on one line what was left out; raises ValueError if that may hold data. `source` is the flag with its value."""
+        if closed := self.left_out.get(CLOSED):
+            raise ValueError(
+                f"{source} has {_some(closed)} {CLOSED}; unpack or convert what is data, and move the rest elsewhere"
+            )
+        if self.left_out and os.environ.get("LOCAL_RANK", "0") == "0":
+            say(f"{source}: {self}")
+
+    def __str__(self) -> str:
+        """Such as: left out 2 hidden (.a, .b), 9 of other kinds (x.md, y.md, z.md, ...)."""
+        parts = [f"{len(names)} {why} ({_some(names)})" for why, names in sorted(self.left_out.items())]
+        return f"left out {', '.join(parts)}" if parts else "nothing was left out"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*sorted(names)[:3], *["..."][: len(names) > 3]])
+
+
+def files_below(root: Path, is_data: Callable[[str], Any] = lambda _: True, unread: tuple[str, ...] = ()) -> Listing:
+    """The files of data below a folder, by their names from there, a folder's in the order of names.
+
+    The rule for all readers: links are followed, and what lies there by several (by device and inode) is taken once, by its own
+    name if it has one. Hidden files and folders (.ipynb_checkpoints, ._scan.jpg) and run folders are left out with all that they
+    hold. So is what is neither file nor folder, and what cannot be listed. A link to nothing is a file that cannot be read.
     """
-    entered: set[str] = set()
+    listing = Listing(is_data, unread)
+    found: list[str] = []
+    links: list[str] = []
+    entered: set[tuple[int, int]] = set()
 
-    def walk(folder: str) -> Iterator[Path]:
-        place = os.path.realpath(folder)
-        if place in entered or (entered and _holds_run(folder)):
+    def walk(folder: str) -> None:
+        path = os.path.join(root, folder)
+        try:
+            place = _place(path)
+            with os.scandir(path) as entries:
+                seen = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            listing.leave(folder, f"unreadable, {error.strerror}")
+            return
+        if place in entered or (entered and _holds_run(path)):
+            listing.leave(folder, TWICE if place in entered else "run folders")
             return
         entered.add(place)
-        with os.scandir(folder) as entries:
-            seen = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
         for entry in seen:
-            yield from walk(entry.path) if entry.is_dir() else (Path(entry.path),)
+            name = os.path.join(folder, entry.name)
+            if entry.name.startswith("."):
+                listing.leave(name, HIDDEN)
+            elif entry.is_symlink():
+                links.append(name)
+            elif entry.is_dir():
+                walk(name)
+            elif entry.is_file():
+                found.append(name)
+            else:
+                listing.leave(name, "no regular files")
 
-    return walk(str(root))
+    walk("")
+    taken = {_place(os.path.join(root, name)) for name in found} if links else set()
+    for name in links:  # grows, when there are links below links
+        path = os.path.join(root, name)
+        if os.path.isdir(path):
+            before = len(found)
+            walk(name)
+            taken.update(_place(os.path.join(root, other)) for other in found[before:])
+        elif not os.path.exists(path):
+            found.append(name)
+        elif not os.path.isfile(path):
+            listing.leave(name, "no regular files")
+        elif (place := _place(path)) in taken:
+            listing.leave(name, TWICE)
+        else:
+            taken.add(place)
+            found.append(name)
+    for name in sorted(found, key=lambda name: name.split(os.sep)):
+        listing.add(name)
+    return listing
+
+
+def _place(path: str) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
 
 
 def _holds_run(folder: str) -> bool:

@@ -9,6 +9,8 @@ Everything here yields documents as `(split, text)`, one at a time, so that a so
 - a training document that equals a validation document is left out and counted.
 """
 
+import bz2
+import contextlib
 import gzip
 import hashlib
 import importlib.metadata
@@ -16,6 +18,7 @@ import importlib.util
 import io
 import json
 import lzma
+import os
 import platform
 import re
 import sysconfig
@@ -30,9 +33,11 @@ from kd_core.system.hub import require_hub
 from kd_core.system.splits import VALIDATION_ONE_IN, named_split
 from kd_core.system.terminal import one_line
 
+# Suffixes, and those that stand for them.
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
-COMPRESSIONS = (".gz", ".xz")
-ALLOWED = f"{', '.join(KINDS)} (each also {' or '.join(COMPRESSIONS)})"
+SYNONYMS = {".text": ".txt", ".ndjson": ".jsonl", ".jsonlines": ".jsonl", ".pq": ".parquet"}
+COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst", ".lz4", ".lzma")
+ALLOWED = f"{', '.join(KINDS)} (each also {', '.join(COMPRESSIONS[:-1])} or {COMPRESSIONS[-1]})"
 
 
 @dataclass
@@ -117,7 +122,7 @@ def local_documents(source: Path, name: str | None = None, fields: Fields = TEXT
     if all(split == "validation" for split, _ in files):
         raise ValueError(f"--data {source} holds only validation splits; add train files, or name one file to split it")
     files.sort(key=lambda file: file[0] != "validation")  # stable: validation first, then the order of names
-    identity = [(str(path), stat.st_size, stat.st_mtime_ns, split) for split, path in files for stat in [path.stat()]]
+    identity = [(str(path), stat.st_size, stat.st_mtime_ns, split) for split, path in files for stat in [_stat(path)]]
 
     def read() -> Iterator[tuple[str | None, str]]:
         for split, path in files:
@@ -141,10 +146,15 @@ def find_files(source: Path) -> list[tuple[str | None, Path]]:
             f"--data {source}: no such file or folder; give a path, 'c4', 'owner/name' on the Hugging Face hub, or "
             "'embedded' for the text that comes with Python"
         )
-    paths = [path for path in files_below(source) if path.is_file() and file_kind(path)]
-    if not paths:
-        raise ValueError(f"--data {source}: no text files in this folder; allowed are {ALLOWED}")
-    return [(path_split(path.relative_to(source)), path) for path in paths]
+    listing = files_below(source, file_kind)
+    listing.check(f"--data {source}")
+    if not listing.names:
+        raise ValueError(f"--data {source}: no text files in this folder, {listing}; allowed are {ALLOWED}")
+    plain: dict[str, str] = {}
+    for name in listing.names:
+        if (other := plain.setdefault(_uncompressed(name), name)) != name:
+            raise ValueError(f"--data {source} holds the same text twice, {other} and {name}; keep one of them")
+    return [(path_split(Path(name)), source / name) for name in listing.names]
 
 
 def path_split(path: Path) -> str | None:
@@ -152,12 +162,21 @@ def path_split(path: Path) -> str | None:
     return next((split for part in reversed(path.parts) if (split := named_split(part))), None)
 
 
-def file_kind(path: Path) -> str | None:
+def file_kind(name: str | Path) -> str | None:
     """The suffix that says how to read a file, compression set aside; None when it is no text file."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in KINDS else None
+    suffix = Path(_uncompressed(str(name))).suffix.lower()
+    return SYNONYMS.get(suffix, suffix if suffix in KINDS else None)
+
+
+def _uncompressed(name: str) -> str:
+    return name[: -len(Path(name).suffix)] if name.lower().endswith(COMPRESSIONS) else name
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise ValueError(f"--data: {path} cannot be read ({error.strerror}); repair, replace or remove it") from error
 
 
 def read_file(path: Path, fields: Fields = TEXT) -> Iterator[str]:
@@ -180,10 +199,20 @@ def read_records(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, str]
         ValueError: the file is damaged or not UTF-8.
     """
     readers = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
-    reader = readers[file_kind(path) or ""]
+    with opened(path) as stream:
+        yield from readers[file_kind(path) or ""](stream, path, columns)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The bytes of a file, decompressed as its suffix says.
+
+    Raises:
+        ValueError: it cannot be read, or is damaged.
+    """
     try:
         with open_binary(path) as stream:
-            yield from reader(stream, path, columns)
+            yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise ValueError(f"--data: {path} cannot be read ({reason}); repair, replace or remove it") from error
@@ -191,10 +220,13 @@ def read_records(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, str]
 
 def open_binary(path: Path) -> Any:
     suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path, "rb")
-    if suffix == ".xz":
-        return lzma.open(path, "rb")
+    opened: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".lzma": lzma.open, ".bz2": bz2.open}
+    if suffix in opened:
+        return opened[suffix](path, "rb")
+    if suffix in (".zst", ".lz4"):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression={".zst": "zstd", ".lz4": "lz4"}[suffix]))
     return path.open("rb")
 
 
@@ -233,7 +265,7 @@ def read_parquet(stream: Any, path: Path, columns: Sequence[str]) -> Iterator[tu
     import pyarrow.parquet
 
     # Parquet is read from its end; a compressed stream can only be read from its beginning.
-    content = stream if path.suffix.lower() == ".parquet" else io.BytesIO(stream.read())
+    content = stream if path.suffix.lower() in (".parquet", ".pq") else io.BytesIO(stream.read())
     try:
         table = pyarrow.parquet.ParquetFile(content)
         present = table.schema_arrow.names

@@ -14,7 +14,7 @@ class TextFlags(Flags):
 
     GROUP: ClassVar[str] = "data"
     data: str = "embedded"
-    """c4, a hub name, a file or folder of txt/jsonl/json/parquet (.gz, .xz), or embedded (Python's documentation)."""
+    """c4, a hub name, a file or folder of txt/jsonl/json/parquet (.gz, .xz, .bz2, .zst), or embedded (Python's documentation)."""
     tokenizer: str | None = None
     """Hub name, folder, tokenizer.json or SentencePiece .model; default: WordPiece trained on the data (c4: BERT's)."""
     vocab_size: int = 8192

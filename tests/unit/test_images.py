@@ -157,9 +157,9 @@ def test_links(folder: Path, tmp_path: Path) -> None:
             link.type, link.linkname = kind, target
             tar.addfile(link)
     data = prepare(str(tmp_path / "data.tar"), decoded_gib=1, max_corrupt=0.1)
-    assert data.train.labels.tolist() == [0] * 7 + [1] * 10
+    assert data.train.labels.tolist() == [0] * 7 + [1] * 9, "a soft link to what is taken is left out"
     assert data.train.pixels is not None
-    assert all(np.array_equal(data.train.pixels[row], data.train.pixels[0]) for row in (-1, -2))
+    assert np.array_equal(data.train.pixels[-1], data.train.pixels[0])
 
 
 def table(path: Path, labels: list[Any], **columns: Any) -> str:
@@ -185,8 +185,8 @@ def test_the_spelling_of_a_path_changes_no_split(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("labels", "message"), [
-    ([0, 1, None, 1], "labels must be at least 0, got None in train, row 2"),
-    ([0, 1, 1, -1], "labels must be at least 0, got -1 in train, row 3"),
+    ([0, 1, None, 1], "labels must be at least 0 .*, got None in train, row 2"),
+    ([0, 1, 1, -1], "labels must be at least 0 .*, got -1 in train, row 3"),
     (["cat", "dog"], "the column label is string; expected numbers of classes"),
     ([0.0, 1.0], "the column label is float64; expected numbers of classes"),
 ])  # fmt: skip
