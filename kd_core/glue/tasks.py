@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_core.system.files import PACKED, build_once, cache_key, cache_root, file_digest
+from kd_core.system.files import UNREAD, build_once, cache_key, cache_root, file_digest
 from kd_core.system.hub import require_hub
 from kd_core.system.terminal import one_line
 from kd_core.text.documents import COMPRESSIONS, opened
@@ -304,7 +304,7 @@ def find_file(source: str, name: str) -> Path | None:
         raise ValueError(f"--data {source} holds {read[0].name} and {read[1].name} in {named.parent}; keep one of them")
     forms = tuple(named.stem + suffix for suffix in (".csv", ".txt", ".json", ".parquet"))
     for file in there if not read else []:
-        if file.name.lower().startswith(forms) or file.name.lower() in {named.name + suffix for suffix in PACKED}:
+        if file.name.lower().startswith(forms) or file.name.lower() in {named.name + suffix for suffix in UNREAD}:
             raise ValueError(
                 f"--data {source}: {file} is not read; give {name}, which may be compressed as {COMPRESSIONS}"
             )

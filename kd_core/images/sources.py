@@ -33,7 +33,7 @@ FORMAT = 4  # raise it when the same source would be split, numbered or decoded 
 # What Pillow is asked to read, by which suffixes it is found, and suffixes of images that it is not.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
 IMAGE_SUFFIXES = tuple(
-    ".jpg .jpeg .jpe .jfif .png .ppm .pgm .pbm .pnm .bmp .dib .tif .tiff .webp .gif .jp2 .j2k .jpx .avif".split()
+    ".jpg .jpeg .jpe .jfif .png .apng .ppm .pgm .pbm .pnm .pfm .bmp .dib .tif .tiff .webp .gif .jp2 .j2k .jpx .avif".split()
 )
 TABLE_SUFFIXES = (".parquet", ".pq")
 UNREAD_SUFFIXES = tuple(".heic .heif .jxl .tga .psd .exr .hdr .dcm .dng .cr2 .nef .arw .svg".split())

@@ -17,8 +17,11 @@ import filelock
 from kd_core.system.terminal import say
 
 CACHE_FORMAT = 1  # raise it when other bytes would be written for the same source, tokenizer and settings
-# What may hold data under a suffix that is no reader's.
-PACKED = tuple(".zip .7z .rar .tar .tgz .tbz .tbz2 .txz .gz .bz2 .xz .lzma .zst .lz4 .lz .z .br .sz .cab".split())
+# Suffixes that may hold data and are no reader's: of what is packed, and of other tables and records.
+UNREAD = tuple(
+    ".zip .7z .rar .tar .tgz .tbz .tbz2 .txz .gz .bz2 .xz .lzma .zst .lz4 .lz .z .br .sz .cab "
+    ".arrow .feather .avro .orc .h5 .hdf5 .tfrecord .rec .lmdb .mdb .beton".split()
+)
 HIDDEN, TWICE, CLOSED = "hidden", "taken already by another name", "packed or of a kind that nothing here reads"
 SECONDS_TO_DIE = 3.0  # a process that was killed frees its locks within
 # What of an OSError means that a folder cannot be written.
@@ -97,11 +100,11 @@ class Listing:
         """
         Args:
             is_data: whether a name is that of data.
-            unread: further suffixes that may hold data, which nothing here reads; PACKED are such anyway.
+            unread: further suffixes that may hold data, which nothing here reads, besides UNREAD.
         """
         self.names: list[str] = []
         self.left_out: dict[str, list[str]] = {}
-        self._is_data, self._unread = is_data, PACKED + unread
+        self._is_data, self._unread = is_data, UNREAD + unread
 
     def add(self, name: str) -> None:
         """Takes `name` if it is data, else leaves it out."""

@@ -114,6 +114,8 @@ def _section(value: Any, known: Any, what: str, name: str) -> dict[str, Any]:
         value = {"enabled": value}
     if isinstance(value, bool) and name == "zero_optimization":
         value = {"stage": int(value)}  # as DeepSpeed has it
+    if isinstance(value, dict) and name == "zero_optimization":
+        value = {key: entry for key, entry in value.items() if entry is not False or not key.startswith("offload_")}
     if not isinstance(value, dict):
         raise ValueError(f"{what}: {name!r} must be an object, got {json.dumps(value)}")
     below = f"{name}." if name else ""
@@ -139,7 +141,6 @@ def _validated(value: dict[str, Any], section: Any, what: str, name: str) -> dic
     """`value` as DeepSpeed's own class accepts it."""
     from pydantic import ValidationError
 
-    value = {key: entry for key, entry in value.items() if entry is not False or not key.startswith("offload_")}
     stage = value.get("stage", 0)
     if type(stage) is not int or not 0 <= stage <= 3:
         raise ValueError(f"{what}: {name}.stage must be 0, 1, 2 or 3, got {json.dumps(stage)}")

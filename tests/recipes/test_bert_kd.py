@@ -190,6 +190,30 @@ def test_zero_3_in_bf16_on_two_ranks_runs_and_exports(corpus_file: Path, cache: 
     assert BertForMaskedLM.from_pretrained(tmp_path / "run" / "hf").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_offloading_on_a_cpu_changes_no_loss_and_resumes(stage: int, train: Train, tmp_path: Path) -> None:
+    """With the recipe's own optimizer, and memory that cannot be pinned."""
+    runs = {}
+    for name, device in (("here", "none"), ("offloaded", "cpu")):
+        config = tmp_path / f"{name}.json"
+        zero = {"stage": stage, "offload_optimizer": {"device": device, "pin_memory": True}}
+        config.write_text(json.dumps({"bf16": True, "fp16": None, "zero_optimization": zero}))
+        runs[name] = tmp_path / name
+        train("--out", runs[name], "--steps", 6, "--deepspeed-config", config)
+    whole = trace(runs["offloaded"])
+    assert [line[:2] for line in whole] == [line[:2] for line in trace(runs["here"])], "steps and losses"
+    shutil.rmtree(runs["offloaded"] / "checkpoints" / "step00000006")
+    record = json.loads((runs["offloaded"] / "run.json").read_text())
+    del record["result"]
+    (runs["offloaded"] / "run.json").write_text(json.dumps(record))
+    assert (
+        ", from step 3"
+        in train("--out", runs["offloaded"], "--resume", "--steps", 6, "--deepspeed-config", config).stderr
+    )
+    assert trace(runs["offloaded"]) == whole
+
+
 def test_bad_input_on_two_ranks_is_one_line(tmp_path: Path) -> None:
     flags = [*SMALL, "--data", str(tmp_path / "nowhere.txt"), "--out", str(tmp_path / "run")]
     done = deepspeed(2, str(RECIPE), *flags)

@@ -21,6 +21,7 @@ from kd_core.images.sources import prepare, rgb
 from kd_core.images.views import View, jpeg_view, training_view, validation_view
 from kd_core.system.files import files_below
 from kd_core.text import documents
+from kd_core.text.tokenizer import load_tokenizer, train_wordpiece
 from tests.conftest import photo
 
 TEXT = "one text\n\nanother text\n"
@@ -126,7 +127,9 @@ def test_every_spelling_and_compression_is_read(name: str, tmp_path: Path) -> No
             list(documents.read_file(path))
 
 
-@pytest.mark.parametrize("name", ["a.zip", "a.txt.zip", "wiki.gz", "a.tar.gz", "a.TAR", "b.7z", "a.txt.Z", "a.txt.br"])
+@pytest.mark.parametrize(
+    "name", ["a.zip", "a.txt.zip", "wiki.gz", "a.tar.gz", "a.TAR", "b.7z", "a.txt.Z", "a.txt.br", "a.arrow"]
+)
 def test_what_may_hold_text_and_is_not_read_is_refused(name: str, tmp_path: Path) -> None:
     write(tmp_path, "good.txt", f"sub/{name}")
     with pytest.raises(
@@ -171,7 +174,7 @@ def test_images_in_other_forms_are_read(kind: str, tmp_path: Path) -> None:
     assert len(data.train) == 7
 
 
-@pytest.mark.parametrize("name", ["a.heic", "b.JXL", "c.tar", "d.pgm.gz", "e.zip", "f.dcm"])
+@pytest.mark.parametrize("name", ["a.heic", "b.JXL", "c.tar", "d.pgm.gz", "e.zip", "f.dcm", "g.tfrecord"])
 def test_what_may_hold_images_and_is_not_read_is_refused(name: str, tmp_path: Path) -> None:
     write(image_folder(tmp_path), f"train/cat/{name}")
     with pytest.raises(
@@ -316,3 +319,12 @@ def test_tables_of_glue_are_read_compressed_and_refused_in_other_forms(tmp_path:
     write(tmp_path / "cut", "WNLI/train.tsv.bz2", content=bz2.compress(rows)[:-5])
     with pytest.raises(ValueError, match=r"train.tsv.bz2 cannot be read"):
         glue.read_split(task, "train", str(tmp_path / "cut"))
+
+
+def test_tables_that_the_tokenizer_does_not_know_are_refused(tmp_path: Path) -> None:
+    train_wordpiece(["a cat sat on the mat"] * 9, 80).save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    for split, word in (("train", "cat"), ("dev", "\u10d0\u10d1")):
+        write(tmp_path, f"WNLI/{split}.tsv", content=f"index\tsentence1\tsentence2\tlabel\n0\t{word}\t{word}\t1\n")
+    with pytest.raises(ValueError, match=r"WNLI/dev.tsv: 100% of the tokens are unknown to the tokenizer"):
+        glue.tokenise(glue.TASKS["WNLI"], str(tmp_path), ours, 12)
