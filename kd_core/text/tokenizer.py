@@ -123,8 +123,8 @@ def unknown_share(tokenizer: "PreTrainedTokenizerFast", ids: np.ndarray, what: s
     Raises:
         ValueError: it is above half, or there is nothing: a model would learn nothing of the text.
     """
-    around = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
-    content = ids[~np.isin(ids, around)]
+    roles = (getattr(tokenizer, f"{role}_token_id") for role in ("cls", "sep", "pad", "bos", "eos"))
+    content = ids[~np.isin(ids, [role for role in roles if role is not None])]
     share = float((content == tokenizer.unk_token_id).mean()) if len(content) else 1.0
     if share > MOST_UNKNOWN:
         raise ValueError(

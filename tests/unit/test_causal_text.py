@@ -59,6 +59,22 @@ def documents_of(rows):
     return found
 
 
+def test_text_that_the_tokenizer_does_not_know_is_refused(tmp_path):
+    model = tokenizers.models.WordLevel({"</s>": 0, "<unk>": 1, "a": 2}, "<unk>")
+    words = tokenizers.Tokenizer(model)
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    for unknown, eos in (("<unk>", "</s>"), ("<unk>", "<unk>")):  # of some, EOS stands for unknown tokens too
+        loaded = PreTrainedTokenizerFast(tokenizer_object=words, unk_token=unknown, eos_token=eos)
+        loaded.save_pretrained(tmp_path / eos.strip("</>"))
+        write_jsonl(tmp_path / "known.jsonl", ["a"] * 60 + ["a a"] * 200 + [f"a {'a ' * i}" for i in range(300)])
+        causal.build(
+            CausalTextFlags(data=str(tmp_path / "known.jsonl"), tokenizer=str(tmp_path / eos.strip("</>")), seq_len=T)
+        )
+    write_jsonl(tmp_path / "foreign.jsonl", ["\u10d0 " + "\u10d1 " * i for i in range(300)])
+    with pytest.raises(ValueError, match="training text: 100% of the tokens are unknown to the tokenizer"):
+        causal.build(CausalTextFlags(data=str(tmp_path / "foreign.jsonl"), tokenizer=str(tmp_path / "s"), seq_len=T))
+
+
 # ------------------------------------------------------------------------------------------------------- rows and marks
 
 
