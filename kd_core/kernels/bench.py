@@ -138,8 +138,8 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
     if case.threads:
         torch.set_num_threads(case.threads)
     inputs, tau = bench_measure.make_inputs(case, device), case.temperature
-    true, upstreams = bench_measure.truth(inputs, tau), bench_measure.upstreams(device)
-    steps = bench_measure.providers(device, case.columns)
+    true, upstreams = bench_measure.truth(inputs, tau, case.method), bench_measure.upstreams(device)
+    steps = bench_measure.providers(device, case.columns, case.method)
     results = checked(steps, inputs, tau, upstreams[0], true)
     functions: dict[tuple[str, int], Function] = {
         (name, turn): functools.partial(step, inputs, tau, upstream)
@@ -184,7 +184,8 @@ def wrong(record: dict[str, Any]) -> list[str]:
 
 
 def table_lines(record: dict[str, Any]) -> Iterator[str]:
-    start = "| {rows} x {columns} | {dtype} | {temperature:g} | ".format(**record)
+    method = "".join(f", {name} {record[name]:g}" for name in ("beta", "mix") if record[name] is not None)
+    start = "| {rows} x {columns}{0} | {dtype} | {temperature:g} | ".format(method, **record)
     start += f"{'on' if record['labels'] else 'off'} | {record['threads'] or '-'} | "
     for name, r in record["providers"].items():
         if "failed" in r:
@@ -313,7 +314,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         [labels == "on" for labels in args.labels or (("on",) if args.quick else ("on", "off"))],
     )
     for threads, dtype, columns, tau, labels in grid:
-        yield Case(args.rows or rows_of(columns, args.device), columns, dtype, tau, labels, threads)
+        rows = args.rows or rows_of(columns, args.device)
+        yield Case(rows, columns, dtype, tau, labels, threads, args.beta, args.mix)
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
@@ -325,6 +327,8 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default both")
     parser.add_argument("--temperatures", type=float, nargs="+", metavar="TAU", help=f"default {TEMPERATURES}")
     parser.add_argument("--labels", nargs="+", choices=("on", "off"), help="default both")
+    parser.add_argument("--beta", type=float, help="Jensen-Shannon with this beta; default forward KL")
+    parser.add_argument("--mix", type=float, help="a target of this share of the teacher's logits")
     parser.add_argument("--rows", type=int, help="rows of every case; default by V and device")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="threads of PyTorch on a CPU, in turn")
     parser.add_argument("--rounds", type=int, help=f"timed rounds a case, at least 2; default {ROUNDS}")
@@ -341,7 +345,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 
 def report_first_calls(chosen: list[Case], device: str) -> dict[str, float]:
     case = chosen[len(chosen) // 2]
-    names = [name for name in bench_measure.providers(device, case.columns) if name in COMPILED]
+    names = [name for name in bench_measure.providers(device, case.columns, case.method) if name in COMPILED]
     return {name: bench_measure.first_call_seconds(name, case._replace(rows=64), device) for name in names}
 
 

@@ -1,11 +1,13 @@
-"""Time linear_softmax_kl against heads and losses composed from PyTorch functions, torch.compile of them, and Liger-Kernel.
+"""Time linear_softmax_kl against heads and losses composed from PyTorch functions, torch.compile of them, and its peers.
 
     python -m kd_core.kernels.bench_linear
 
 All providers take turns in one process, from hidden states to the gradients of hidden states and weight, which are compared
 with float64. "matmuls alone" are those of linear_softmax_kl, chunk by chunk, and nothing else: what they cost is the least
-that it can. Liger's FusedLinearJSD and FusedLinearKLDiv have no label term and run with --labels off; the latter is given the
-teacher's probabilities, whose making is not timed. Into --out goes cases.jsonl, a line a case.
+that it can. Peers are those of Liger-Kernel and TRL, where they are installed (pip install liger-kernel trl). Liger's
+FusedLinearJSD and FusedLinearKLDiv and TRL's chunked_divergence have no label term and run with --labels off; FusedLinearKLDiv
+is given the teacher's probabilities, whose making is not timed. No peer has a mix; their js has no scale and is given ours.
+Into --out goes cases.jsonl, a line a case.
 """
 
 import argparse
@@ -30,7 +32,9 @@ from kd_core.kernels.bench_measure import (
     Function,
     cuda_peak_bytes,
     in_a_new_process,
+    method_of,
     own_peak_bytes,
+    plain_jsd,
     times,
 )
 from kd_core.kernels.bench_measure import eager as loss_of_logits
@@ -62,6 +66,8 @@ class Case(NamedTuple):
     temperature: float
     labels: bool
     threads: int
+    beta: float | None = None
+    mix: float | None = None
 
 
 class Inputs(NamedTuple):
@@ -72,7 +78,7 @@ class Inputs(NamedTuple):
     labels: torch.Tensor | None
 
 
-Loss = Callable[[Inputs, float], torch.Tensor]
+Loss = Callable[..., torch.Tensor]  # of inputs and tau; and a method of `method_of`
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # the value before them
 
 
@@ -100,33 +106,47 @@ def logits(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs.hidden @ inputs.weight.t(), teacher
 
 
-def eager(inputs: Inputs, tau: float) -> torch.Tensor:
-    return loss_of_logits(*logits(inputs), inputs.labels, tau)
+def eager(inputs: Inputs, tau: float, **method: Any) -> torch.Tensor:
+    return loss_of_logits(*logits(inputs), inputs.labels, tau, **method)
 
 
-def unfused(inputs: Inputs, tau: float) -> torch.Tensor:
-    return softmax_kl_sum(*logits(inputs), inputs.labels, temperature=tau, **WEIGHTS)[0]
+def unfused(inputs: Inputs, tau: float, **method: Any) -> torch.Tensor:
+    options: Any = WEIGHTS | method
+    return softmax_kl_sum(*logits(inputs), inputs.labels, temperature=tau, **options)[0]
 
 
-def ours(inputs: Inputs, tau: float) -> torch.Tensor:
-    return fused.linear_softmax_kl(*inputs, temperature=tau, **WEIGHTS)[0]
+def ours(inputs: Inputs, tau: float, **method: Any) -> torch.Tensor:
+    options: Any = WEIGHTS | method
+    return fused.linear_softmax_kl(*inputs, temperature=tau, **options)[0]
 
 
-def liger_chunked_jsd(inputs: Inputs, tau: float) -> torch.Tensor:
+def trl_chunked(inputs: Inputs, tau: float, **method: Any) -> torch.Tensor:
+    """Of no labels: it has no term for them."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    beta, scale = plain_jsd(method)
+    sides = inputs.hidden, inputs.weight, None, inputs.teacher_hidden, inputs.teacher_weight, None
+    divergence_N, _ = ChunkedDivergenceFunction.apply(*sides, beta, tau)
+    return KD_WEIGHT * scale * tau**2 * divergence_N.sum()
+
+
+def liger_chunked_jsd(inputs: Inputs, tau: float, **method: Any) -> torch.Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     rows = len(inputs.hidden)
     hard = 0.0 if inputs.labels is None else LABEL_WEIGHT
     labels = inputs.hidden.new_zeros(rows, dtype=torch.int64) if inputs.labels is None else inputs.labels
-    loss = LigerFusedLinearJSDLoss(hard, KD_WEIGHT * tau**2, beta=0.0, temperature=tau)
+    beta, scale = plain_jsd(method)
+    loss = LigerFusedLinearJSDLoss(hard, KD_WEIGHT * scale * tau**2, beta=beta, temperature=tau)
     return rows * loss(*inputs[:4], labels)  # it is the mean over rows
 
 
-def liger_jsd(inputs: Inputs, tau: float) -> torch.Tensor:
+def liger_jsd(inputs: Inputs, tau: float, **method: Any) -> torch.Tensor:
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-    loss = LigerFusedLinearJSD(jsd_beta=0.0, temperature=tau, accum_dtype=torch.float32)
-    return KD_WEIGHT * tau**2 * len(inputs.hidden) * loss(*inputs[:4], None)
+    beta, scale = plain_jsd(method)
+    loss = LigerFusedLinearJSD(jsd_beta=beta, temperature=tau, accum_dtype=torch.float32)
+    return KD_WEIGHT * scale * tau**2 * len(inputs.hidden) * loss(*inputs[:4], None)
 
 
 def liger_kl_div(inputs: Inputs, tau: float) -> Loss:
@@ -161,12 +181,20 @@ def providers(case: Case, inputs: Inputs) -> dict[str, Function]:
     torch._dynamo.reset()
     losses: dict[str, Loss] = {"eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
     losses |= {"matmuls + softmax_kl_sum": unfused, OURS: ours}
-    if importlib.util.find_spec("liger_kernel"):
+    method = method_of(case.beta, case.mix)
+    without_labels = inputs.hidden.is_cuda and not case.labels and case.mix is None
+    if importlib.util.find_spec("liger_kernel") and case.mix is None:
         losses["Liger chunked JSD"] = liger_chunked_jsd
-        if inputs.hidden.is_cuda and not case.labels:
+        if without_labels:
             losses["Liger FusedLinearJSD"] = liger_jsd
-            losses["Liger FusedLinearKLDiv"] = liger_kl_div(inputs, case.temperature)
-    steps = {name: functools.partial(forward_backward, loss, inputs, case.temperature) for name, loss in losses.items()}
+            if not method:
+                losses["Liger FusedLinearKLDiv"] = liger_kl_div(inputs, case.temperature)
+    if importlib.util.find_spec("trl") and without_labels:
+        losses["TRL chunked_divergence"] = trl_chunked
+    steps = {
+        name: functools.partial(forward_backward, functools.partial(loss, **method), inputs, case.temperature)
+        for name, loss in losses.items()
+    }
     return steps | {"matmuls alone": functools.partial(matmuls_alone, inputs, case.temperature)}
 
 
@@ -175,7 +203,7 @@ def providers(case: Case, inputs: Inputs) -> dict[str, Function]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def truth(inputs: Inputs, tau: float) -> Gradients:
+def truth(inputs: Inputs, tau: float, **method: Any) -> Gradients:
     """In float64 with autograd, a few rows at a time."""
     hidden, weight, teacher_hidden, teacher_weight = (tensor.detach().double() for tensor in inputs[:4])
     weight.requires_grad_()
@@ -185,7 +213,7 @@ def truth(inputs: Inputs, tau: float) -> Gradients:
         rows = slice(start, start + size)
         labels = None if inputs.labels is None else inputs.labels[rows]
         part = Inputs(hidden[rows].requires_grad_(), weight, teacher_hidden[rows], teacher_weight, labels)
-        kd_N, label_N = softmax_kl_reference(*logits(part), labels, temperature=tau)
+        kd_N, label_N = softmax_kl_reference(*logits(part), labels, temperature=tau, **method)
         loss = KD_WEIGHT * kd_N.sum() + LABEL_WEIGHT * label_N.sum()
         hidden_grad, more = torch.autograd.grad(loss, (part.hidden, weight))
         value += loss.item()
@@ -219,7 +247,7 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
     if case.threads:
         torch.set_num_threads(case.threads)
     inputs = make_inputs(case, device)
-    true = truth(inputs, case.temperature)
+    true = truth(inputs, case.temperature, **method_of(case.beta, case.mix))
     functions = providers(case, inputs)
     results: dict[str, dict[str, Any]] = {}
     for name, function in list(functions.items()):
@@ -243,7 +271,9 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
 
 
 def table_lines(record: dict[str, Any]) -> Iterator[str]:
-    start = "| {rows} x ({student_width}, {teacher_width}, {columns}) | {dtype} | {temperature:g} | ".format(**record)
+    method = "".join(f", {name} {record[name]:g}" for name in ("beta", "mix") if record[name] is not None)
+    start = "| {rows} x ({student_width}, {teacher_width}, {columns}){0} | ".format(method, **record)
+    start += "{dtype} | {temperature:g} | ".format(**record)
     start += f"{'on' if record['labels'] else 'off'} | {record['threads'] or '-'} | "
     for name, r in record["providers"].items():
         if "failed" in r:
@@ -273,7 +303,18 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     )
     for threads, dtype, shape, rows, labels in grid:
         student_width, teacher_width, columns = map(int, shape.split(","))
-        yield Case(rows, student_width, teacher_width, columns, dtype, args.temperature, labels == "on", threads)
+        yield Case(
+            rows,
+            student_width,
+            teacher_width,
+            columns,
+            dtype,
+            args.temperature,
+            labels == "on",
+            threads,
+            args.beta,
+            args.mix,
+        )
 
 
 def main(words: list[str] | None = None) -> None:
@@ -282,6 +323,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", metavar="D,E,V", help=f"default {SHAPES}")
     parser.add_argument("--dtypes", nargs="+", choices=sorted(TOLERANCE), help=f"default {DTYPES}")
     parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--beta", type=float, help="Jensen-Shannon with this beta; default forward KL")
+    parser.add_argument("--mix", type=float, help="a target of this share of the teacher's logits")
     parser.add_argument("--labels", nargs="+", choices=("on", "off"), default=["on", "off"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="threads of PyTorch on a CPU, in turn")
     parser.add_argument("--rounds", type=int, help=f"timed rounds a case, at least 2; default {ROUNDS}")

@@ -1,9 +1,11 @@
 """What bench.py times, and how: the providers of one loss, clocks, memory, launches. Liger-Kernel where it is installed.
 
-The loss, of the same value and gradient for all, is sum over rows of KD_WEIGHT * tau^2 * KL + LABEL_WEIGHT * cross-entropy.
+The loss, of the same value and gradient for all, is sum over rows of KD_WEIGHT * tau^2 * KL + LABEL_WEIGHT * cross-entropy,
+with js in the place of the KL where a case has a beta, and mixed logits in the place of the teacher's where it has a mix.
 """
 
 import ctypes
+import functools
 import importlib.util
 import math
 import multiprocessing
@@ -20,7 +22,8 @@ import torch.nn.functional as F
 from torch.autograd import DeviceType
 
 from kd_core.kernels import softmax_kl_native, softmax_kl_triton
-from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_reference, softmax_kl_sum
+from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_sum
+from kd_core.kernels.softmax_kl_reference import js_scale, softmax_kl_reference
 
 KD_WEIGHT, LABEL_WEIGHT = 0.5, 0.5
 
@@ -38,6 +41,18 @@ class Case(NamedTuple):
     temperature: float
     labels: bool
     threads: int
+    beta: float | None = None
+    mix: float | None = None
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What the functions are called with besides."""
+        return method_of(self.beta, self.mix)
+
+
+def method_of(beta: float | None, mix: float | None) -> dict[str, Any]:
+    js = {} if beta is None else {"direction": "js", "beta": beta}
+    return js if mix is None else js | {"mix": mix}
 
 
 class Inputs(NamedTuple):
@@ -46,7 +61,7 @@ class Inputs(NamedTuple):
     labels: torch.Tensor | None
 
 
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+Loss = Callable[..., torch.Tensor]  # of student's and teacher's logits, labels, tau; and a method
 Step = Callable[[Inputs, float, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Function = Callable[[], Any]
 Key = TypeVar("Key", bound=Hashable)
@@ -82,23 +97,42 @@ def _log_softmaxes(student: torch.Tensor, teacher: torch.Tensor, tau: float) -> 
     return torch.log_softmax(student / tau, dim=1), torch.log_softmax(teacher / tau, dim=1)
 
 
-def eager(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, tau: float) -> torch.Tensor:
+def eager(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor | None,
+    tau: float,
+    *,
+    direction: str = "forward",
+    beta: float = 0.5,
+    mix: float | None = None,
+) -> torch.Tensor:
     """What one writes without a kernel; in float32, as bfloat16 logits are not precise enough to take a softmax of."""
     student, teacher = student.float(), teacher.float()
-    kd = F.kl_div(*_log_softmaxes(student, teacher, tau), log_target=True, reduction="sum")
+    if mix is not None:
+        teacher = (1 - mix) * student.detach() + mix * teacher
+    log_q, log_p = _log_softmaxes(student, teacher, tau)
+    kl = functools.partial(F.kl_div, log_target=True, reduction="sum")
+    if direction == "js":
+        log_m = torch.log(beta * log_p.exp() + (1 - beta) * log_q.exp())
+        kd = js_scale(beta) * (beta * kl(log_m, log_p) + (1 - beta) * kl(log_m, log_q))
+    else:
+        kd = kl(log_q, log_p)
     return _with_label(kd * tau**2, student, labels)
 
 
-def per_row(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, tau: float) -> torch.Tensor:
-    kd_N, label_N = softmax_kl(student, teacher, labels, temperature=tau)
+def per_row(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, tau: float, **method: Any
+) -> torch.Tensor:
+    kd_N, label_N = softmax_kl(student, teacher, labels, temperature=tau, **method)
     return KD_WEIGHT * kd_N.sum() if labels is None else KD_WEIGHT * kd_N.sum() + LABEL_WEIGHT * label_N.sum()
 
 
-def summed(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, tau: float) -> torch.Tensor:
-    loss, _, _ = softmax_kl_sum(
-        student, teacher, labels, kd_weight=KD_WEIGHT, label_weight=LABEL_WEIGHT, temperature=tau
-    )
-    return loss
+def summed(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, tau: float, **method: Any
+) -> torch.Tensor:
+    weights: Any = {"kd_weight": KD_WEIGHT, "label_weight": LABEL_WEIGHT}
+    return softmax_kl_sum(student, teacher, labels, temperature=tau, **weights, **method)[0]
 
 
 def liger_kl_div(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, tau: float) -> torch.Tensor:
@@ -109,12 +143,20 @@ def liger_kl_div(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Ten
     return _with_label(kd * tau**2, student, labels)
 
 
-def liger_jsd(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, tau: float) -> torch.Tensor:
+def liger_jsd(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, tau: float, **method: Any
+) -> torch.Tensor:
     from liger_kernel.transformers.jsd import LigerJSD
 
     student, teacher = student.float(), teacher.float()
-    kd = LigerJSD(beta=0.0)(*_log_softmaxes(student, teacher, tau)) * len(student)  # it is the mean over rows
-    return _with_label(kd * tau**2, student, labels)
+    beta, scale = plain_jsd(method)
+    kd = LigerJSD(beta=beta)(*_log_softmaxes(student, teacher, tau)) * len(student)  # it is the mean over rows
+    return _with_label(kd * scale * tau**2, student, labels)
+
+
+def plain_jsd(method: dict[str, Any]) -> tuple[float, float]:
+    """The beta of those whose js has no scale and is forward KL at 0, and the scale that makes theirs ours."""
+    return (method["beta"], js_scale(method["beta"])) if method else (0.0, 1.0)
 
 
 def forward_backward(loss: Loss) -> Step:
@@ -146,15 +188,16 @@ def without_compiler(step: Step) -> Step:
     return _replaced(step, softmax_kl_native, "supports", lambda *_: False)
 
 
-def providers(device: str, columns: int) -> dict[str, Step]:
+def providers(device: str, columns: int, method: dict[str, Any]) -> dict[str, Step]:
     """What is timed on this device, eager PyTorch first."""
     # A static shape each, so that nothing is recompiled for dynamic ones; more than a few need a reset in between.
     torch._dynamo.reset()
     losses: dict[str, Loss] = {"eager": eager, "torch.compile": torch.compile(eager, dynamic=False, fullgraph=True)}
-    if device == "cuda" and importlib.util.find_spec("liger_kernel"):
-        losses |= {"Liger KLDiv": liger_kl_div, "Liger JSD": liger_jsd}
-    found = {name: forward_backward(loss) for name, loss in losses.items()}
-    rows, total = forward_backward(per_row), forward_backward(summed)
+    if device == "cuda" and importlib.util.find_spec("liger_kernel") and "mix" not in method:
+        losses |= {"Liger JSD": liger_jsd} if method else {"Liger KLDiv": liger_kl_div, "Liger JSD": liger_jsd}
+    step = lambda loss: forward_backward(functools.partial(loss, **method))
+    found = {name: step(loss) for name, loss in losses.items()}
+    rows, total = step(per_row), step(summed)
     found |= {"softmax_kl": rows, "softmax_kl_sum": total}
     if device == "cpu":
         return found | {"softmax_kl, no C compiler": without_compiler(rows)}
@@ -178,13 +221,13 @@ class Truth(NamedTuple):
     grad_RV: torch.Tensor
 
 
-def truth(inputs: Inputs, tau: float) -> Truth:
+def truth(inputs: Inputs, tau: float, method: dict[str, Any]) -> Truth:
     """Value of all rows, and the gradient of some of them, in float64."""
 
     def rows_loss(rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         student = inputs.student.detach()[rows].double().requires_grad_()
         labels = None if inputs.labels is None else inputs.labels[rows]
-        kd_N, label_N = softmax_kl_reference(student, inputs.teacher[rows], labels, temperature=tau)
+        kd_N, label_N = softmax_kl_reference(student, inputs.teacher[rows], labels, temperature=tau, **method)
         return student, KD_WEIGHT * kd_N.sum() + LABEL_WEIGHT * label_N.sum()
 
     num_rows, columns = inputs.student.shape
@@ -285,7 +328,7 @@ def own_peak_bytes(function: Function) -> int:
 
 def _cpu_peak_bytes(name: str, case: Case) -> int:
     torch.set_num_threads(case.threads)
-    step, inputs = providers("cpu", case.columns)[name], make_inputs(case, "cpu")
+    step, inputs = providers("cpu", case.columns, case.method)[name], make_inputs(case, "cpu")
     return own_peak_bytes(lambda: step(inputs, case.temperature, torch.ones(()))) - inputs.student.nbytes
 
 
@@ -307,7 +350,8 @@ def cuda_peak_bytes(function: Function) -> int:
 def _first_call_seconds(name: str, case: Case, device: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(dict.fromkeys(("KD_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), folder))
-        step, inputs, upstream = providers(device, case.columns)[name], make_inputs(case, device), upstreams(device)[0]
+        step, inputs = providers(device, case.columns, case.method)[name], make_inputs(case, device)
+        upstream = upstreams(device)[0]
         start = time.perf_counter()
         step(inputs, case.temperature, upstream)[0].item()
         return time.perf_counter() - start

@@ -1,25 +1,34 @@
-"""Temperature KL between teacher and student, and label cross-entropy, per row from raw logits.
+"""Temperature KL or Jensen-Shannon divergence between teacher and student, and label cross-entropy, per row from raw logits.
 
-    p = softmax(teacher_logits / tau_t)    q = softmax(student_logits / tau_s)
+    p = softmax(teacher_logits / tau_t)    q = softmax(student_logits / tau_s)    m = beta p + (1 - beta) q
     forward:  kd = tau_s * tau_t * sum_j p_j (log p_j - log q_j)     d kd / d student_logits = tau_t (q - p)
     reverse:  kd = tau_s * tau_t * sum_j q_j (log q_j - log p_j)     d kd / d student_logits = tau_t q (log(q / p) - KL)
+    js:       kd = tau_s * tau_t * c (beta sum_j p_j log(p_j / m_j) + (1 - beta) sum_j q_j log(q_j / m_j))
+              d kd / d student_logits = (tau_t / beta) q (log(q / m) - sum_j q_j log(q_j / m_j))
     label = -log softmax(student_logits)[label]                      d label / d student_logits = softmax - onehot
 
-The factor tau^2 keeps the size of the KD gradient independent of the temperature. Logits are read twice, once for seven
-statistics of each row and once for the gradient; nothing of size N x V is stored but the gradient itself. What reads them:
+With `mix`, (1 - mix) * student_logits + mix * teacher_logits stand in the place of teacher_logits, the student's held constant.
+
+The factor tau^2 keeps the size of the KD gradient independent of the temperature, and c = 1 / (beta (1 - beta)) keeps it
+independent of beta: for models near each other js is the KL to second order whatever beta is, towards 0 it becomes forward,
+towards 1 reverse. Without c it is beta times the one there and 1 - beta times the other, and nothing is learnt at the ends.
+
+Logits are read twice, once for eight statistics of each row and once for the gradient; nothing of size N x V is stored but the
+gradient itself. What reads them:
 
     impl          file                    for
     "triton"      softmax_kl_triton.py    GPUs (its head lists the kernels by V)
     "torch"       softmax_kl_native.py    CPUs with a C compiler: float32, bfloat16 and float16
                   softmax_kl_torch.py     everything else
-    "reference"   this file               the definition, differentiable any number of times
+    "reference"   softmax_kl_reference.py the definition, differentiable any number of times
 
 "auto" is triton for logits on a GPU, except float64, and torch elsewhere.
 
 Shape letters: N rows (supervised tokens or images), V classes or vocabulary; N1 is a column, one number a row.
 
-Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section 2. We differ in
-that the KL includes the teacher's entropy, so that equal models give zero.
+Sources: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section 2; we differ in
+that the KL includes the teacher's entropy, so that equal models give zero. js: Agarwal et al. (GKD, arXiv 2306.13649, section
+2), who have no c. mix: Shing et al. (TAID, arXiv 2501.16937), whose code mixes logits, as here.
 """
 
 from collections.abc import Callable
@@ -382,19 +391,21 @@ def softmax_kl(
     valid_columns: int | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per row, tau_s * tau_t * KL(teacher || student) and the cross-entropy of the label at temperature 1.
+    """Per row, tau_s * tau_t times the divergence of teacher and student, and the cross-entropy of the label at temperature 1.
 
     Differentiable in the student's logits, once (any number of times with impl="reference"). Weights, masks and the
     division by a token count are the caller's, on [N] vectors; their gradient is applied in float32. Kept for the backward
-    pass: the logits themselves, and seven floats a row.
+    pass: the logits themselves, and eight floats a row.
 
     A term of probability zero is zero, also where both logits are -inf. A column that the teacher allows and the student
     excludes by -inf makes the value inf with a finite gradient (reverse: the roles are swapped and the row's gradient is
-    zero). A row that is -inf throughout, on either side, has value and gradient zero. NaN stays NaN, but a row whose
+    zero; js: finite in value and gradient). A mix excludes what either side does, but at its ends, where one side alone
+    counts. A row that is -inf throughout, on either side, has value and gradient zero. NaN stays NaN, but a row whose
     upstream gradients are both zero has gradient zero whatever its logits.
 
     In float32 the value is exact to about 1e-7 tau^2 nats and the gradient to about 1e-6 of its size, for logits up to
-    1e9 tau. torch.compile compiles anew for each number given as `temperature`; give one that changes as a tensor.
+    1e9 tau, at every beta. torch.compile compiles anew for each number given as `temperature` or `mix`; give one that changes
+    as a tensor.
 
     Args:
         student_logits_NV: float [N, V], any float dtype, which is the gradient's too; rows may be strided.
@@ -402,7 +413,10 @@ def softmax_kl(
         labels_N: int64 [N], in [0, columns that take part) or ignore_index; None for the KD term alone.
         temperature: tau > 0, dimensionless; divides both sides' logits. A float, or float32 [N].
         teacher_temperature: the teacher's own tau, where it differs.
-        direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher).
+        direction: "forward" for KL(teacher || student), "reverse" for KL(student || teacher), "js" for the Jensen-Shannon
+            divergence with its scale c(beta) = 1 / (beta (1 - beta)).
+        beta: of js alone, the teacher's share of the mixture of probabilities, in (0, 1); default 0.5.
+        mix: the teacher's share of the target's logits, in [0, 1], a float or float32 [N]; None for the teacher's own.
         ignore_index: label of rows without a label term; they keep their KD term.
         valid_columns: columns from here on take part in nothing, on either side; default all of the student's.
         impl: "triton", "torch", "reference" (plain and slow, float32 or wider), or "auto" for the fastest on the device.

@@ -10,7 +10,9 @@ Which kernel serves which call (`plan` below decides; V is the number of columns
     above, sm_90   resident over a cluster of blocks       1 with the gradient            registers of 2 to 16 SMs hold the row
 
 A temperature whose label term needs an exponential of its own needs more registers: half the elements a thread, and the
-streaming kernel from 8192.
+streaming kernel from 8192. So does js, which compares both sides when both normalisers are known: resident kernels and the
+cluster have the row still in registers, the streaming kernel goes over it once more, from its end, one row an SM at a time, so
+that the L2 still holds it: up to about 90,000 columns of 16 bits on an H200, beyond that what is left of it.
 
 A pass is a call of `statistics`, `gradient`, or `weighted_sum`, which does both. The cluster serves `weighted_sum` alone and
 runs only where it is asked for (`cluster_plan`): no GPU has shown it to be faster yet.

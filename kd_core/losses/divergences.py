@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kd_core.kernels.softmax_kl import softmax_kl
+from kd_core.kernels.softmax_kl_reference import js_scale
 
 
 def forward_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -32,19 +33,19 @@ def jeffreys(student_logits_NV: Tensor, teacher_logits_NV: Tensor, *, temperatur
 def jensen_shannon(
     student_logits_NV: Tensor, teacher_logits_NV: Tensor, *, temperature: float = 1.0, beta: float = 0.5
 ) -> Tensor:
-    """tau^2 (beta KL(p_T || m) + (1 - beta) KL(p_S || m)) with m = beta p_T + (1 - beta) p_S.
+    """tau^2 (beta KL(p_T || m) + (1 - beta) KL(p_S || m)) with m = beta p_T + (1 - beta) p_S, by the kernel.
+
+    The plain form, without the kernel's scale c(beta) (`js_scale`): it and its gradient vanish towards both ends of beta.
 
     Args:
         beta: the teacher's share of m, in (0, 1); 0.5 is the Jensen-Shannon divergence, at most log 2.
 
     Source: generalised Jensen-Shannon as in GKD (Agarwal et al. 2023, arXiv 2306.13649, section 2).
     """
-    _require_share("beta", beta)
-    log_s, log_t = _log_probs(student_logits_NV, teacher_logits_NV, temperature)
-    log_ratio = log_s - log_t
-    teachers = -(log_t.exp() * _log_mix(1 - beta, log_ratio)).sum(-1)
-    students = -(log_s.exp() * _log_mix(beta, -log_ratio)).sum(-1)
-    return temperature**2 * (beta * teachers + (1 - beta) * students)
+    scaled = softmax_kl(
+        student_logits_NV, teacher_logits_NV.detach(), temperature=temperature, direction="js", beta=beta
+    )[0]
+    return scaled / js_scale(beta)
 
 
 def skew_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, *, alpha: float, temperature: float = 1.0) -> Tensor:

@@ -35,7 +35,7 @@ def test_speed(case: Case) -> None:
     inputs, upstream = bench_measure.make_inputs(case, "cpu"), torch.ones(())
     functions = {
         name: functools.partial(step, inputs, case.temperature, upstream)
-        for name, step in bench_measure.providers("cpu", case.columns).items()
+        for name, step in bench_measure.providers("cpu", case.columns, case.method).items()
     }
     times = bench_measure.cpu_times(functions, rounds=7)
 

@@ -92,7 +92,7 @@ def test_bounds_and_symmetry() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 2.0])
 def test_a_share_at_an_end_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=r"beta must be in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"beta must be a number in \(0, 1\)"):
         div.jensen_shannon(logits(0), logits(1), beta=share)
     with pytest.raises(ValueError, match=r"alpha must be in \(0, 1\)"):
         div.skew_kl(logits(0), logits(1), alpha=share)
