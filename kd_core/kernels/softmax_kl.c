@@ -126,7 +126,7 @@ static bool is_in_place(const struct matrix *matrix, struct block block) {
     return matrix->dtype == FLOAT32 && block.padded == block.count;
 }
 
-static const float *read_block(const struct matrix *matrix, int64_t row, struct block block, float *scratch) {
+INLINE const float *read_block(const struct matrix *matrix, int64_t row, struct block block, float *scratch) {
     const char *first = element(matrix, row, block.first);
     if (is_in_place(matrix, block)) return (const float *)first;
     to_floats(first, matrix->dtype, block.count, scratch);
@@ -227,7 +227,7 @@ static const float *mixed(float mix, const float *student, const float *teacher,
     return scratch;
 }
 
-static const float *read_target(
+INLINE const float *read_target(
     const struct call *call, const struct row *row, struct block block, const float *student, float *scratch
 ) {
     if (row->kind == NO_TEACHER) return NULL;

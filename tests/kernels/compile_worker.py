@@ -26,7 +26,7 @@ FLAGS: dict[str, Any] = {
 # TAU and DIRECTION: what takes few registers, and most.
 RESIDENT = ((1, "forward"), (1, "reverse"), (8, "forward"), (0, "reverse"))
 JS = {"DIRECTION": "js", "MIX": True, "MIXTURE": True}
-OF_JS = (1000, 4096, 30522, 128256)  # vocabularies: a kernel of each kind, with an edge and without
+OF_JS = (4096, 30522)  # vocabularies: a kernel of each kind
 FLOATS = ("student_tau", "teacher_tau", "kd_weight", "label_weight", "row_weight", "mix", "beta", "rest")
 INTEGERS = ("N", "size", "ignore_index")
 
