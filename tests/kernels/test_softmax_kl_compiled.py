@@ -17,11 +17,12 @@ from tests.conftest import ROOT
 # Two or more blocks of a kernel's threads fit the registers of an SM (streaming: eight; resident at 4 warps: three).
 LIMITS = {
     "_streaming_kernel": 64,
-    "_gradient_kernel": 80,  # forward: 64
+    "_gradient_kernel": 64,
     "_resident_kernel": 168,
     "_total_kernel": 64,
     "_scale_kernel": 96,
 }
+MORE_FOR_JS = 16  # three blocks of its gradient's threads still fit
 STACK = 64  # bytes a thread
 # Found under Triton 3.8, whose compiler spills in the widest resident kernel, at its 128 registers; no other may.
 WIDEST, STACK_OF_WIDEST = 16383, STACK if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 120
@@ -50,7 +51,13 @@ def test_nothing_spills_and_registers_leave_room(compiled) -> None:
     for row in compiled:
         if row["target"].startswith("sm_"):
             assert row["stack"] <= (STACK_OF_WIDEST if row["columns"] == WIDEST else STACK), row
-            assert row["registers"] <= LIMITS[row["kernel"]], row
+            assert row["registers"] <= LIMITS[row["kernel"]] + MORE_FOR_JS * (row["direction"] == "js"), row
+
+
+def test_js_and_mix_spill_nothing(compiled) -> None:
+    of_js = [row for row in compiled if row["direction"] == "js" and row["target"].startswith("sm_")]
+    assert {row["kernel"] for row in of_js} == {"_resident_kernel", "_streaming_kernel", "_gradient_kernel"}
+    assert all(row["stack"] == 0 for row in of_js), of_js
 
 
 def test_bodies_load_and_store_128_bits(compiled) -> None:
