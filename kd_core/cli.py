@@ -11,6 +11,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import io
 import itertools
@@ -18,8 +19,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 import typing
@@ -56,8 +59,9 @@ class Flags:
 
 ConfigT = TypeVar("ConfigT", bound=Flags)
 
-# Flags that --resume may change: where, how long and how often, never what is computed.
+FULL = {errno.ENOSPC, errno.EDQUOT}
 COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")  # of the shell; tyro's own flags
+# Flags that --resume may change: where, how long and how often, never what is computed.
 FREE_ON_RESUME = frozenset(
     {"out", "resume", "max_minutes", "grace_seconds", "save_every", "keep", "eval_every", "log_every", "workers"}
 )
@@ -82,9 +86,23 @@ def one_line_errors() -> Iterator[contextlib.ExitStack]:
                 raise
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(10)
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+            print(f"error: {told(error)}", file=sys.stderr, flush=True)
+            raise SystemExit(1 if getattr(error, "errno", None) in FULL else 2) from None
         undo.pop_all()
+
+
+def told(error: BaseException) -> str:
+    """What an error says, in one line; of a full disk that it does not name, which ones are."""
+    text = " ".join(str(error).split())
+    if getattr(error, "errno", None) in FULL and not getattr(error, "filename", None):
+        places = [
+            os.getcwd(),
+            tempfile.gettempdir(),
+            *(os.environ.get(name) for name in ("KD_CACHE", "HF_HOME", "HOME")),
+        ]
+        full = [place for place in places if place and os.path.exists(place) and shutil.disk_usage(place).free < 2**20]
+        text += f"; full: {', '.join(full) or 'a disk, or your quota'}; make room there and call again"
+    return text
 
 
 class OneLineParser(argparse.ArgumentParser):

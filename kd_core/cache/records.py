@@ -32,12 +32,11 @@ import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from kd_core.system import ranks
-from kd_core.system.files import UNWRITABLE, file_digest, write_atomic
+from kd_core.system.files import file_digest, shown_bytes, write_atomic, writing
 from kd_core.system.terminal import say
 from kd_core.teachers.pool import require_finite
 from kd_core.teachers.sources import CACHE_PREFIX as PREFIX
@@ -99,6 +98,8 @@ class Layout:
         return records
 
 
+CONTINUES = "make room there and repeat the command, which continues it, or choose another --out"
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +124,7 @@ def build(
             or cannot be written, or the teacher's score is not finite.
     """
     header = json.loads(json.dumps({"format": FORMAT, **settings, "layout": dataclasses.asdict(layout)}))
-    with _one_line_when_full(folder), _held(folder) if ranks.rank() == 0 else contextlib.nullcontext():
+    with writing(folder, CONTINUES), _held(folder) if ranks.rank() == 0 else contextlib.nullcontext():
         if ranks.rank() == 0:
             _require_room(folder, layout)
             _require_ours(folder, header)
@@ -140,7 +141,7 @@ def build(
             left, size = sum(len(layout.parts[number]) for number in todo), layout.dtype.itemsize
             minutes = left * _seconds_a_record(answer, layout) / ranks.world_size() / 60
             say(
-                f"{folder}: {layout.num_records} records of {size} bytes, {_size(layout.num_records * size)}; "
+                f"{folder}: {layout.num_records} records of {size} bytes, {shown_bytes(layout.num_records * size)}; "
                 f"{left} to compute on {ranks.world_size()} rank(s), about {minutes:.1f} min"
             )
         with tqdm(total=len(mine), unit="part", disable=ranks.rank() != 0 or not sys.stderr.isatty()) as bar:
@@ -190,28 +191,11 @@ def _held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-@contextlib.contextmanager
-def _one_line_when_full(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in UNWRITABLE:
-            raise
-        raise ValueError(
-            f"--out {folder} cannot be written ({getattr(error, 'strerror', error)}); make room and repeat the command, "
-            "which continues it, or choose another folder"
-        ) from error
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"
-
-
 def _require_room(folder: Path, layout: Layout) -> None:
     needed = sum(len(layout.parts[number]) for number in _missing(folder, layout)) * layout.dtype.itemsize
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     if needed > free:
-        raise ValueError(f"--out {folder} needs {_size(needed)} more and has {_size(free)}; make room")
+        raise ValueError(f"--out {folder} needs {shown_bytes(needed)} more and has {shown_bytes(free)}; make room")
 
 
 def _complete(folder: Path, layout: Layout, scored: dict[str, float]) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from kd_core.glue import tasks as glue
 from kd_core.glue.plan import SAME_FOR_ALL, Model, Plan, TaskJob
 from kd_core.runs import folders
+from kd_core.runs.record import Lines
 from kd_core.system import files
 
 METRIC = "glue/average"
@@ -31,25 +32,17 @@ class Log:
     """The run folder of a job: `head` becomes run.json, and each line goes to metrics.jsonl and TensorBoard."""
 
     def __init__(self, folder: Path, head: dict[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._file, self._head = folder / "run.json", head
         folder.mkdir(parents=True, exist_ok=True)
         files.write_atomic(self._file, json.dumps(head, indent=2) + "\n")
-        self._metrics = (folder / "metrics.jsonl").open("w")
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        self._lines = Lines(folder, "w")
 
     def write(self, line: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
-        for name, value in line.items():
-            if name != "step":
-                self._tensorboard.add_scalar(name if "/" in name else f"train/{name}", value, line["step"])
+        self._lines.write(line)
 
     def finish(self, **result: Any) -> None:
         """Writes the result, last: with it the job has finished."""
-        self._metrics.close()
-        self._tensorboard.close()
+        self._lines.close()
         record = self._head | {"result": {"stopped": "finished", **result}}
         files.write_atomic(self._file, json.dumps(record, indent=2) + "\n")
 

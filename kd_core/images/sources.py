@@ -497,9 +497,10 @@ def _decode_all(folder: Path, opened: Opened, source: str, max_corrupt: float, p
     assert size is not None
     for name, split in opened.splits.items():
         assert split.encoded is not None
-        pixels = np.lib.format.open_memmap(
-            folder / f"{name}.npy.part", mode="w+", dtype=np.uint8, shape=(len(split), size[1], size[0], 3)
-        )
+        part, shape = folder / f"{name}.npy.part", (len(split), size[1], size[0], 3)
+        pixels = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+        with part.open("r+b") as file:  # on a full disk a write into the map would be a SIGBUS
+            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
         kept: list[int] = []
         for index in range(len(split)):
             try:
@@ -510,7 +511,7 @@ def _decode_all(folder: Path, opened: Opened, source: str, max_corrupt: float, p
                 check_corrupt(corrupt, images, max_corrupt, source)
                 continue
             if image.size != size:
-                (folder / f"{name}.npy.part").unlink()
+                part.unlink()
                 return write_json(folder / "facts.json", UNFIT)
             pixels[len(kept)] = image
             kept.append(index)
@@ -519,7 +520,7 @@ def _decode_all(folder: Path, opened: Opened, source: str, max_corrupt: float, p
         labels = split.labels[kept]
         np.save(folder / f"{name}.npy", pixels[: len(kept)])
         np.save(folder / f"{name}.labels.npy", labels)
-        (folder / f"{name}.npy.part").unlink()
+        part.unlink()
         digest.update(pixels[: len(kept)].tobytes() + labels.tobytes())
     facts = {"bytes": images * size[0] * size[1] * 3, "images": images, "corrupt": corrupt}
     write_json(folder / "facts.json", facts | {"classes": opened.classes, "fingerprint": digest.hexdigest()[:16]})

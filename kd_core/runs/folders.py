@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ import torch
 from kd_core.cli import FREE_ON_RESUME
 from kd_core.runs.flags import RunFlags
 from kd_core.system import ranks
-from kd_core.system.files import hold, write_atomic
+from kd_core.system.files import Unwritable, hold, write_atomic
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers", "torchvision")
 
@@ -55,7 +56,7 @@ def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path
 
     Raises:
         ValueError: as `check_folder`.
-        OSError: the folder cannot be made or written.
+        Unwritable: the folder cannot be made or written.
     """
     if ranks.rank() != 0:
         return Path()
@@ -79,9 +80,9 @@ def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path
         undo.callback(shutil.rmtree, folder / "checkpoints", ignore_errors=True)
         hold(lock_of(folder), f"--out {folder}")
     except OSError as error:
-        raise OSError(
-            f"--out {folder} cannot be written ({error.strerror}); choose a folder on a disk with room"
-        ) from None
+        number = error.errno or errno.EIO
+        text = f"--out {folder} cannot be written ({os.strerror(number)}); choose a folder on a disk with room"
+        raise Unwritable(number, text, str(folder)) from None
     return folder
 
 

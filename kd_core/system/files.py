@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent, and the cache of what was computed once."""
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import filelock
+from safetensors import SafetensorError
 
 from kd_core.system.terminal import say
 
@@ -24,8 +26,66 @@ UNREAD = tuple(
 )
 HIDDEN, TWICE, CLOSED = "hidden", "taken already by another name", "packed or of a kind that nothing here reads"
 SECONDS_TO_DIE = 3.0  # a process that was killed frees its locks within
-# What of an OSError means that a folder cannot be written.
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+# What of an OSError means that a path cannot be written, and what writers without its number say: PyTorch's, numpy's, Rust's.
+FULL = {errno.ENOSPC, errno.EDQUOT}
+UNWRITABLE = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EIO}
+SIGNS = ("inline_container.cc", "PytorchStreamWriter failed", "No space left", " requested and ")
+
+
+# ---------------------------------------------------------------------------------------------------------- full disks
+
+
+class Unwritable(OSError):
+    """A path that cannot be written, in words for the user."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+@contextlib.contextmanager
+def writing(path: Path, todo: str = "make room there, then continue with --resume", needs: int = 0) -> Iterator[None]:
+    """Within, whatever cannot be written becomes one line: which path, how much was needed, and what to do.
+
+    Args:
+        needs: bytes, where they are known; otherwise it was more than what is free now.
+
+    Raises:
+        Unwritable: in place of an OSError, and of what libraries raise instead.
+    """
+    free = _free(path)
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        text = (str(error) or repr(error)).splitlines()[0]
+        number, named = getattr(error, "errno", None), getattr(error, "filename", None)
+        ours = not named or str(named).startswith(str(path.parent))  # not what was read meanwhile
+        if isinstance(error, Unwritable) or not (
+            (number in UNWRITABLE and ours) or any(sign in text for sign in SIGNS)
+        ):
+            raise
+        if not number:
+            number = errno.ENOSPC if _free(path) <= free / 2 or "No space left" in text else errno.EIO
+        reason = os.strerror(number) if getattr(error, "errno", None) else text
+        if number in FULL:
+            needed = f"about {shown_bytes(needs)}" if needs else f"more than {shown_bytes(free)}"
+            reason = f"{os.strerror(number)}: {needed} needed, {shown_bytes(free)} free"
+        raise Unwritable(number, f"{path} cannot be written ({reason}); {todo}", str(path)) from error
+
+
+def _free(path: Path) -> int:
+    """Bytes that are free where `path` is or is to be."""
+    try:
+        return shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
+    except OSError:
+        return 0
+
+
+def shown_bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
@@ -39,11 +99,11 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     """Makes `folder` by `build(new folder)`, once for all processes; complete or absent.
 
     Raises:
-        ValueError: the cache cannot be written; and whatever `build` raises.
+        Unwritable: the cache cannot be written; and whatever `build` raises.
     """
     if folder.is_dir():
         return
-    try:
+    with writing(folder.parent, "make room there, or set KD_CACHE to another folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.with_name(folder.name + ".lock")):
             if folder.is_dir():
@@ -57,12 +117,6 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
                 new.rename(folder)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        raise ValueError(
-            f"the cache {folder.parent} cannot be written ({error.strerror}); make room, or set KD_CACHE to another folder"
-        ) from error
 
 
 def cache_key(*parts: str | int) -> str:
@@ -255,9 +309,14 @@ def replace_folder(folder: Path, *savers: Callable[[Path], Any]) -> None:
     """Has `savers` write into a hidden folder, which is there, then renames it to `folder`: complete or absent."""
     hidden = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
-    for save in savers:
-        save(hidden)
+    with writing(folder):
+        try:
+            hidden.mkdir(parents=True)
+            for save in savers:
+                save(hidden)
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)  # of no use, and in the way on a full disk
+            raise
     shutil.rmtree(folder, ignore_errors=True)
     hidden.rename(folder)
 
@@ -265,5 +324,6 @@ def replace_folder(folder: Path, *savers: Callable[[Path], Any]) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """Writes `text` to `path` so that a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with writing(path, needs=len(text)):
+        temporary.write_text(text)
+        temporary.replace(path)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kd_core.system.files import file_digest, sync
+from kd_core.system.files import Unwritable, file_digest, folder_bytes, sync, writing
 from kd_core.system.ranks import broadcast, rank
 
 
@@ -39,17 +39,19 @@ def save(folder: Path, step: int, engines: Mapping[str, Any], state: dict[str, A
         (hidden / name).mkdir(parents=True)
     dist.barrier()
     try:
-        for number, (own, engine) in enumerate(engines.items()):
-            tag = f"{name}/{own}" if number else name
-            engine.save_checkpoint(str(hidden), tag=tag, client_state={}, save_latest=False)
-        if rank() == 0:
-            torch.save(state, hidden / name / "state.pt")
-    except (OSError, RuntimeError) as error:  # PyTorch's writer has no error of its own for a full disk
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise OSError(f"{folder / name} cannot be written: {reason}; mend that, then continue with --resume") from error
+        with writing(folder / name, needs=_needed(folder, engines)):
+            for number, (own, engine) in enumerate(engines.items()):
+                tag = f"{name}/{own}" if number else name
+                engine.save_checkpoint(str(hidden), tag=tag, client_state={}, save_latest=False)
+            if rank() == 0:
+                torch.save(state, hidden / name / "state.pt")
+    except Unwritable:
+        shutil.rmtree(hidden, ignore_errors=True)  # of no use, and in the way on a full disk
+        raise
     dist.barrier()
     if rank() == 0:
-        _write_manifest(hidden / name)
+        with writing(folder / name):
+            _write_manifest(hidden / name)
         shutil.rmtree(folder / name, ignore_errors=True)
         (hidden / name).rename(folder / name)
         sync(folder)
@@ -59,6 +61,15 @@ def save(folder: Path, step: int, engines: Mapping[str, Any], state: dict[str, A
         for old in newer + [other for other in there if other not in newer][:-keep]:
             shutil.rmtree(folder / old)
     dist.barrier()
+
+
+def _needed(folder: Path, engines: Mapping[str, Any]) -> int:
+    """Bytes of a checkpoint, as of the last one; of the first, those of its weights in float32 and twice that for Adam."""
+    there = checkpoint_names(folder)
+    if there:
+        return folder_bytes(folder / there[-1])
+    parameters = (parameter for engine in engines.values() for parameter in engine.module.parameters())
+    return sum(12 * getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
 
 
 def _write_manifest(folder: Path) -> None:

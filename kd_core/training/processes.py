@@ -17,6 +17,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from kd_core.cli import told
 from kd_core.launch import die_with_parent, free_port, outlive_readers, started_by_deepspeed
 from kd_core.system.ranks import local_rank, rank, world_size
 from kd_core.system.terminal import say
@@ -142,7 +143,7 @@ def end_process(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         if os.environ.get("KD_VERBOSE"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"error: {told(error)}")
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,5 +1,6 @@
 """Runs that would go on, vanish or read themselves against the user's will."""
 
+import errno
 import json
 import os
 import shlex
@@ -14,9 +15,14 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors import SafetensorError
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from kd_core import cli
+from kd_core.runs.record import Lines
 from kd_core.system import files
 from kd_core.text import documents
+from kd_core.training.engine import LoopError
 from recipes.bert_kd import main
 from tests.conftest import ROOT, cpu_environment, free_port
 from tests.recipes.conftest import RECIPE, SMALL, Attempt, metrics, start, wait_for_step
@@ -231,3 +237,63 @@ def test_ctrl_c_saves_where_tee_has_ended_before(form: str, corpus_file: Path, c
         time.sleep(0.1)
     assert record["result"]["stopped"] in ("SIGINT", "SIGTERM")
     assert (out / "checkpoints" / f"step{record['result']['step']:08d}").exists()
+
+
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, FULL), f"{FULL}: about 3 MB needed, 1.5 GB free"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded: about 3 MB needed, 1.5 GB free"),
+        (SafetensorError(f"I/O error: {FULL} (os error 28)"), f"{FULL}: about 3 MB needed, 1.5 GB free"),
+        (OSError("201184 requested and 26624 written"), "201184 requested and 26624 written"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64"), "[enforce fail at inline"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+    ],
+)
+def test_whatever_cannot_be_written_says_where_how_much_and_what_to_do(
+    error: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_free", lambda _: 1_500_000_000)
+    with pytest.raises(files.Unwritable) as end, files.writing(tmp_path / "x", needs=3_000_000):
+        raise error
+    assert str(end.value).startswith(f"{tmp_path / 'x'} cannot be written ({reason}")
+    assert str(end.value).endswith("); make room there, then continue with --resume")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [LoopError("a mistake"), FileNotFoundError(2, "No such file", "/data/x"), PermissionError(13, "", "/data/x")],
+)
+def test_what_is_no_fault_of_the_disk_stays_what_it_is(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as end, files.writing(tmp_path / "x"):
+        raise error
+    assert end.value is error
+
+
+def test_a_library_s_full_disk_names_no_path_and_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KD_CACHE", "/proc")  # which has no room at all
+    with pytest.raises(SystemExit) as end, cli.one_line_errors():
+        raise OSError(errno.ENOSPC, FULL)
+    assert end.value.code == 1
+    assert capsys.readouterr().err == f"error: [Errno 28] {FULL}; full: /proc; make room there and call again\n"
+
+
+def test_tensorboard_s_thread_is_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    lines = Lines(tmp_path, "w")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, FULL)
+
+    monkeypatch.setattr(RecordWriter, "write", refuse)
+    with pytest.raises(files.Unwritable, match=f"{tmp_path}/tensorboard cannot be written .{FULL}: more than"):
+        for step in range(10000):
+            lines.write({"step": step, "loss": 1.0})
+    assert "Traceback" not in capsys.readouterr().err

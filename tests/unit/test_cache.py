@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from kd_core.cache import mlm as cache_mlm
 from kd_core.cache import records as cache
 from kd_core.cache.logits import logits_of_top_k, top_k
+from kd_core.system.files import Unwritable
 from recipes import bert_kd
 
 SETTINGS = {"kind": "test", "seed": 3}
@@ -160,7 +161,8 @@ def test_a_full_disk_is_one_line(error: Exception, tmp_path: Path) -> None:
     def full(indices: range) -> np.ndarray:
         raise error
 
-    with pytest.raises(ValueError, match=r"--out .*full cannot be written \(No space left.*\); make room and repeat"):
+    told = r"full cannot be written \(No space left on device: more than .*B needed, .*B free\); make room there and repeat"
+    with pytest.raises(Unwritable, match=told):
         build(tmp_path / "full", answer=full)
 
 
