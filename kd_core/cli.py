@@ -116,7 +116,19 @@ def path(text: str) -> Path:
     """What argparse makes of a path: refused when blank, as an unset variable of a shell gives it; ~ is the home folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is blank; give a path, or leave it out")
-    return Path(text).expanduser()
+    return Path(at_home(text))
+
+
+def at_home(text: str) -> str:
+    """`text` with its ~ for the home folder.
+
+    Raises:
+        ValueError: there is none, as for a user without HOME or an entry in the password file; a folder "~" would be made.
+    """
+    path = os.path.expanduser(text)
+    if path == "~" or path.startswith("~/"):
+        raise ValueError(f"{text}: the home folder is not known here; give the whole path, or set HOME")
+    return path
 
 
 def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset: str = "") -> ConfigT:
@@ -248,7 +260,7 @@ def _tidy(flags: ConfigT, default: ConfigT) -> ConfigT:
 
 def _at_home(text: str) -> str:
     kind, path = re.fullmatch(r"(cache:|\w+=)?(.*)", text, re.DOTALL).groups("")  # type: ignore[union-attr]
-    return kind + os.path.expanduser(path)
+    return kind + at_home(path)
 
 
 def print_help(config_type: type[Flags], default: Flags) -> None:

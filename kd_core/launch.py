@@ -77,8 +77,11 @@ def launcher() -> int | None:
 
 def started_by_deepspeed() -> bool:
     """Whether this process is a rank of DeepSpeed's launcher, rather than, say, `nohup python recipes/x.py &`."""
-    parent = psutil.Process().parent()
-    return parent is not None and "deepspeed.launcher.launch" in parent.cmdline()
+    try:
+        parent = psutil.Process().parent()
+        return parent is not None and "deepspeed.launcher.launch" in parent.cmdline()
+    except psutil.Error:  # /proc is hidden, or the parent gone
+        return "CROSS_RANK" in os.environ  # which that launcher sets
 
 
 @contextlib.contextmanager
@@ -88,7 +91,10 @@ def pause_launcher() -> Iterator[None]:
     Not once it has lost one of them, whom the others would wait for.
     """
     parent = os.getppid()
-    if len(psutil.Process(parent).children()) < int(os.environ.get("LOCAL_SIZE", "1")):
+    alone = True
+    with contextlib.suppress(psutil.Error):
+        alone = len(psutil.Process(parent).children()) < int(os.environ.get("LOCAL_SIZE", "1"))
+    if alone:
         yield
         return
     # Its standard input ends when this process does, by whatever end; the launcher, which tells it to stop too, then goes on.
@@ -176,7 +182,8 @@ def main() -> int:
     launcher = subprocess.Popen([*command, script, *flags], env=env, start_new_session=True)
     group = launcher.pid
     # Its standard input ends when this process does: should that be by kill -9, it stops the run in our place.
-    guard_command = ["sh", "-c", 'read -r _; kill -s TERM -- "-$0"', str(group)]
+    stop_all = 'kill -s TERM -- "-$0"'
+    guard_command = ["sh", "-c", f"trap '{stop_all}' TERM INT HUP; read -r _; {stop_all}", str(group)]
     guard = subprocess.Popen(guard_command, stdin=subprocess.PIPE, start_new_session=True)
 
     ranks: list[int] = []

@@ -72,7 +72,10 @@ def _compile(compiler: list[str], *, anew: bool = False) -> ctypes.CDLL:
     # All macros that the compiler predefines: its version and the processor that it compiles for.
     target = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c", os.devnull])
     digest = hashlib.sha256("\0".join((SOURCE.read_text(), HEADER.read_text(), *FLAGS, target)).encode()).hexdigest()
-    folder = Path(os.environ.get("KD_CACHE") or "~/.cache/kd_recipes").expanduser() / "kernels"
+    home = os.path.expanduser("~/.cache/kd_recipes")
+    if home.startswith("~"):  # a user without a home folder, as a container's may be
+        home = os.path.join(tempfile.gettempdir(), f"kd_recipes-{os.getuid()}")
+    folder = Path(os.environ.get("KD_CACHE") or home) / "kernels"
     path = folder / f"softmax_kl-{digest[:16]}.so"
     if anew or not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +93,11 @@ def folder_bytes(folder: Path) -> int:
 
 
 def cache_root() -> Path:
-    return Path(os.environ.get("KD_CACHE") or "~/.cache/kd_recipes").expanduser()
+    """$KD_CACHE, or a folder in the user's home; without one, as a container's user may be, among temporary files."""
+    try:
+        return Path(os.environ.get("KD_CACHE") or "~/.cache/kd_recipes").expanduser()
+    except RuntimeError:
+        return Path(tempfile.gettempdir(), f"kd_recipes-{os.getuid()}")
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:

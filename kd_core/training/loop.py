@@ -18,6 +18,7 @@ is called back but `evaluate`, a plain function of no arguments.
 import contextlib
 import hashlib
 import io
+import json
 import math
 import time
 import zlib
@@ -299,7 +300,7 @@ class Run(Generic[C]):
             Stopped: a signal or --max-minutes, once the checkpoint is written; the `with` of `start` takes it.
         """
         cfg, ahead = self.cfg, None if batches is None else iter(batches)
-        owed = self._state.get("owed") if evaluate else None  # the line of a step that was not evaluated any more
+        owed = json.loads(self._state.get("owed") or "null")  # the line of a step that was not evaluated any more
         self._state = {}
         self.record.begin(cfg, self.first - bool(owed), self.first)
         self._set_up.close()  # what is wrong from here on is no user's flag
@@ -388,7 +389,7 @@ class Run(Generic[C]):
             "position": None if self._position is None else tuple(self._position),
             "clocks": gathered((self.clock.read(wait=True), self.clock.calls)),
             "kept": {name: one.state_dict() for name, one in self._kept.items()},
-            "owed": owed,
+            "owed": owed and json.dumps(owed),
         }
         if not self._saved:  # what would not come back is found at the first checkpoint, not at the resume
             for name, kept in state["kept"].items():

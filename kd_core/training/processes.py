@@ -57,9 +57,11 @@ def check_launcher() -> None:
     Without a launcher it is a world of one, whatever another has left behind, MPI's variables included.
 
     Raises:
-        ValueError: ranks without an address to meet at, or a port that another process has.
+        ValueError: ranks without an address to meet at, or a port that another process has; no /proc, which DeepSpeed reads.
     """
     there = os.environ
+    if sys.platform == "linux" and not os.path.exists("/proc/self"):
+        raise ValueError("/proc is not there, and DeepSpeed reads it; mount it (mount -t proc proc /proc)")
     if there.get("WORLD_SIZE", "1") == "1" or "RANK" not in there:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         there.update(alone, MASTER_PORT=str(free_port()))
