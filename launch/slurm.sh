@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several nodes under Slurm: sbatch launch/slurm.sh [flags of the recipe], from the root of the repository on a shared
 # disk. Edit the #SBATCH lines to your cluster (add --partition, --account) and the last line to your launch file.
-# Two minutes before the time limit, and when preempted, the run saves; a requeued job resumes.
+# Two minutes (TERM@120, --grace-seconds 110) before the time limit, and when preempted, the run saves; a requeued job resumes.
 #SBATCH --job-name=bert_kd
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -22,4 +22,4 @@ export LAUNCHER_ARGS="--hostfile=$out.hosts --no_ssh --master_addr=${hosts%%$'\n
 [ ! -d "$out" ] || set -- --resume "$@"
 
 # One launcher a node, each told its number.
-srun --kill-on-bad-exit=1 bash -c 'LAUNCHER_ARGS+=" --node_rank=$SLURM_NODEID" exec bash launch/bert_kd.sh "$@"' _ --out "$out" "$@"
+srun --kill-on-bad-exit=1 bash -c 'LAUNCHER_ARGS+=" --node_rank=$SLURM_NODEID" exec bash launch/bert_kd.sh "$@"' _ --out "$out" --grace-seconds 110 "$@"

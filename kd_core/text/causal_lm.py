@@ -28,6 +28,7 @@ from kd_core.text.causal_tokenizer import token_bytes, vocabulary_size
 from kd_core.text.pretrained import load_pretrained
 from kd_core.text.probes import require_head, require_isolation
 from kd_core.training.engine import Engine, gathered_state_dict
+from kd_core.training.stop import interruptible
 
 disable_progress_bar()  # Hugging Face's, for files that load in a moment
 
@@ -201,7 +202,7 @@ def evaluate(
     model.eval()
     bytes_V = torch.from_numpy(token_bytes(tokenizer)).to(device())
     sums = torch.zeros(7 + 2 * BINS, device=device(), dtype=total(0.0).dtype)
-    for micro in batches:
+    for micro in interruptible(batches):
         micro = micro.to(device())
         targets = micro.targets
         hidden = [one(*micro.inputs, head=False) for one in (model, *teachers)]
