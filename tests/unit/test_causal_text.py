@@ -278,6 +278,11 @@ def test_roles_of_a_bare_file_are_found_by_name_and_nothing_is_added(tmp_path):
     with pytest.raises(ValueError, match=r"--tokenizer .* has no EOS token") as error:
         load_causal_tokenizer(bare_json(tmp_path, ["a", "</s>"], []))  # a word that looks like one
     error_line(error)
+    added = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    added.add_tokens(["<eos>"])  # found whole in texts, and not special
+    added.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="has no EOS token"):
+        load_causal_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 def test_roles_that_a_folder_states_win(tmp_path):
@@ -300,6 +305,39 @@ def test_tokenizer_errors(tmp_path, monkeypatch, case):
     with pytest.raises(kind) as error:
         load_causal_tokenizer(name)
     assert f"--tokenizer {name}" in error_line(error) and words in error_line(error)
+
+
+def test_special_tokens_have_no_bytes_and_others_have_theirs(chat):
+    tokenizer = load_causal_tokenizer(chat(CHATML))
+    tokenizer.add_tokens(["<think> \u4e2d"])
+    sizes = token_bytes(tokenizer)
+    of = lambda token: sizes[tokenizer.convert_tokens_to_ids(token)]
+    assert [of(token) for token in ("<|im_start|>", "<|endoftext|>", "<think> \u4e2d", "\u0120", "\u00e4")] == [
+        0,
+        0,
+        11,
+        1,
+        1,
+    ]
+
+
+def test_sentencepiece_with_byte_fallback(tmp_path):
+    import sentencepiece
+
+    texts = make_texts(300)
+    (tmp_path / "t.txt").write_text("\n".join(texts))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "t.txt"), model_prefix=str(tmp_path / "spm"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    path = str(tmp_path / "spm.model")
+    original, tokenizer = sentencepiece.SentencePieceProcessor(model_file=path), load_causal_tokenizer(path)
+    assert vocabulary_size(tokenizer) == len(tokenizer) == original.vocab_size() == 400, "nothing is added"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (original.bos_id(), original.eos_id())
+    for text in (texts[0], "\u4e2d\U0001f600 unseen"):
+        ids = original.encode(text)
+        assert tokenizer(text)["input_ids"] == [original.bos_id(), *ids], "BOS begins a text, as in LLaMA"
+        assert token_bytes(tokenizer)[ids].sum() == 1 + len(text.encode())
 
 
 @needs_data("sentencepiece")
