@@ -155,13 +155,14 @@ def render_chat(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerF
         before, kept, behind = _apply([*messages[:number], other, *messages[number + 1 :]], tokenizer).partition(OTHER)
         said = message["content"]
         # The turn may bring the thoughts that the template puts before others.
-        ways = ((start, text) for start in (before, prompt) for text in (said, said.strip()))
-        start, text = next(((start, text) for start, text in ways if whole == start + text + behind), ("", ""))
-        if not kept or whole != start + text + behind:
+        ways = [(start, text) for start in (before, prompt) for text in (said, said.strip())]
+        fitting = [(start, text) for start, text in ways if whole == start + text + behind]
+        if not kept or not fitting:
             raise ValueError(
                 f"the chat template of --tokenizer {tokenizer.name_or_path} drops or rewrites the assistant's turn "
                 f"{said[:40]!r}; give a --chat-template that keeps every turn as it is"
             )
+        start, text = fitting[0]
         opened = whole.startswith(prompt) and len(prompt) <= len(start)
         last = _apply([*messages[:number], other], tokenizer).partition(OTHER)[2]
         end = last if behind.startswith(last) else _special_token_of(behind, tokenizer)

@@ -447,6 +447,7 @@ DROPPING = (
     "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
+CORRECTING = CHATML.replace("m.content", "m.content | replace('It is', 'It was')")
 SHOUTING = CHATML.replace("m.content", "m.content | upper")
 LAST_ONLY = CHATML.replace("{% for m in messages %}", "{% for m in messages[-2:] %}")
 FOUR = [
@@ -549,11 +550,13 @@ def test_blanks_are_labels_too(tmp_path):
     trained = train_byte_bpe(["x"], 258)
     trained.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|endoftext|>")
-    rows, _ = pack(tokenizer, [{"prompt": "a", "completion": "\n \n"}], tmp_path, packing=False, seq_len=8)
-    assert responses_of(tokenizer, rows[0]) == ["\n \n<|endoftext|>"]
+    rows, _ = pack(tokenizer, [{"prompt": "a", "completion": " b "}], tmp_path, packing=False, seq_len=8)
+    assert responses_of(tokenizer, rows[0]) == [" b <|endoftext|>"]
 
 
-@pytest.mark.parametrize("template", [DROPPING, SHOUTING, LAST_ONLY], ids=["drops", "shouts", "keeps the last"])
+@pytest.mark.parametrize(
+    "template", [DROPPING, SHOUTING, CORRECTING, LAST_ONLY], ids=["drops", "shouts", "corrects", "keeps the last"]
+)
 def test_a_template_that_does_not_keep_the_assistants_turns_is_refused(tmp_path, chat, template):
     write_jsonl_of(tmp_path / "data.jsonl", [{"messages": FOUR}] * 60)
     with pytest.raises(
@@ -561,6 +564,12 @@ def test_a_template_that_does_not_keep_the_assistants_turns_is_refused(tmp_path,
     ) as error:
         causal.build(CausalTextFlags(data=str(tmp_path / "data.jsonl"), tokenizer=chat(template), seq_len=64))
     error_line(error)
+
+
+def test_a_dropped_turn_is_missed_also_if_it_says_nothing(chat):
+    silent = [FOUR[0], {"role": "assistant", "content": ""}]
+    with pytest.raises(ValueError, match="drops or rewrites the assistant's turn ''"):
+        dialogue.render_chat(silent, load_causal_tokenizer(chat(DROPPING)))
 
 
 def test_a_conversation_that_the_template_refuses_is_one_line(tmp_path, chat):
