@@ -85,8 +85,7 @@ def test_the_export_has_the_same_loss_and_writes_text(taught: Path, words: list[
     assert said["generated_text"].startswith("Ba")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon"])
+@pytest.mark.parametrize("divergence", ["forward_kl", pytest.param("jensen_shannon", marks=pytest.mark.slow)])
 def test_losses_in_chunks_are_those_of_the_logits(
     divergence: str, taught: Path, words: list[str], tmp_path: Path
 ) -> None:
@@ -134,7 +133,6 @@ def tokenizer(taught: Path) -> Any:
     return AutoTokenizer.from_pretrained(taught / "run" / "hf")
 
 
-@pytest.mark.slow
 def test_checkpoints_of_other_kinds_teach_and_learn(
     taught: Path, tokenizer: Any, words: list[str], tmp_path: Path
 ) -> None:
@@ -185,7 +183,6 @@ def test_models_that_do_not_fit(attempt: Attempt, taught: Path, tokenizer: Any, 
     assert f"--teachers {other} has another vocabulary than the run" in attempt(*kd, other)
 
 
-@pytest.mark.slow
 def test_a_model_that_leaks_when_packed_is_taken_padded(tokenizer: Any, words: list[str], tmp_path: Path) -> None:
     opt = checkpoint(tmp_path / "opt", tokenizer, "opt", ffn_dim=64, word_embed_proj_dim=32)
     flags = ["--no-packing", "--on-too-long", "cut", "--teachers", opt, "--kd-ratio", 0.5, "--steps", 2]

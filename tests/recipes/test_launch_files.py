@@ -79,7 +79,36 @@ def test_the_resnet_files_train_on_two_ranks_and_without_a_teacher(
     assert not (tmp_path / "runs").exists(), "a teacher was trained although --teachers names one"
 
 
-@pytest.mark.parametrize(("file", "preset"), [("resnet50_kd.sh", "cifar"), ("bert_kd.sh", "as-released")])
+@pytest.mark.slow
+def test_the_causal_files_train_their_teacher_on_the_same_rows(tmp_path: Path, cache: Path) -> None:
+    """On prompts and responses, padded: the small preset's teacher reads them as the student does."""
+    records = [{"prompt": f"Say {number}: ", "completion": f"it is {number}."} for number in range(200)]
+    (tmp_path / "said.jsonl").write_text("\n".join(map(json.dumps, records)))
+    script = tmp_path / "small.py"
+    script.write_text(
+        "import runpy\n"
+        "from kd_core.presets import launch\n"
+        f"names = runpy.run_path({str(ROOT / 'launch' / 'causal_lm_kd.sh')!r})\n"
+        "if __name__ == '__main__':\n"
+        "    short = ' --steps 2 --student 1x64'\n"
+        "    launch(names['main'], names['Config'], names['build_data'], node='', small=names['SMALL'] + short,\n"
+        "           teacher=names['SMALL_TEACHER'] + short)\n"
+    )
+    flags = ["--preset", "small", "--data", "said.jsonl", "--vocab-size", 300, "--no-packing", "--seq-len", 32]
+    done = run(sys.executable, script, *flags, "--kd-ratio", 0.5, cwd=tmp_path, cache=cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (teacher,) = (tmp_path / "runs" / "small_teacher").glob("*/run.json")
+    (student,) = (tmp_path / "runs" / "causal_lm_kd").glob("*/run.json")
+    taught, teaching = (json.loads(file.read_text()) for file in (student, teacher))
+    assert taught["data"] == teaching["data"] and not teaching["config"]["packing"]
+    done = run("bash", ROOT / "launch" / "causal_lm_baseline.sh", *flags[2:], "--steps", 2, cwd=tmp_path, cache=cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "runs" / "causal_lm_kd" / "2" / "run.json").read_text())["config"]["kd_ratio"] == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "preset"), [("resnet50_kd.sh", "cifar"), ("bert_kd.sh", "as-released"), ("causal_lm_kd.sh", "responses")]
+)
 def test_a_typed_preset_wins_over_the_flags_of_a_launch_file(file: str, preset: str) -> None:
     names = runpy.run_path(str(ROOT / "launch" / file))
     cfg, flags = cli.parse(names["Config"], ["--preset", preset], names["NODE"]), names["Config"].PRESETS[preset]
