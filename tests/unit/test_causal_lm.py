@@ -9,11 +9,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kd_core.kernels import linear_softmax_kl
+from kd_core.losses import linear
 from kd_core.losses.linear import LossHead
 from kd_core.text import causal, causal_lm
 from kd_core.text.causal_lm import CausalLM
 from kd_core.text.packing import BEGINS, LABEL, PADDING
 from kd_core.text.probes import require_head, require_isolation
+from tests.conftest import Largest
 
 VOCABULARY = 128
 SHAPE = dict(
@@ -216,3 +219,26 @@ def test_what_is_measured_beside_a_teacher(monkeypatch: pytest.MonkeyPatch) -> N
     assert scores["eval/loss"] == pytest.approx(math.log(VALID))
     assert scores["eval/bits_per_byte"] == pytest.approx(math.log2(VALID) / 2)  # two bytes a token
     assert "eval/kl" not in scores
+
+
+def test_a_step_and_an_evaluation_of_8192_tokens_hold_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of student or teacher: the largest tensor that is made within has fewer elements than a quarter of them."""
+    monkeypatch.setattr(causal_lm, "token_bytes", lambda _: np.ones(512))
+    monkeypatch.setattr(causal_lm, "total", lambda value: torch.as_tensor(value, dtype=torch.float64))
+    for module in (linear, linear_softmax_kl):
+        monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 4 << 20)
+    student, teacher = model(vocab_size=512, num_hidden_layers=1), model(vocab_size=512, num_hidden_layers=1)
+    student.head.__class__ = LossHead
+    ids, marks = np.random.default_rng(0).integers(512, size=(128, 64)), np.full((128, 64), LABEL, np.uint8)
+    one = causal.batch(ids, marks)
+    with Largest() as largest:
+        side = causal_lm.head_and_input(teacher.requires_grad_(False), one)
+        loss, *_ = student(
+            *one.inputs, side, one.targets, divergence="forward_kl", kd_weight=0.9, label_weight=0.1, temperature=1.0
+        )
+        loss.backward()
+        causal_lm.evaluate(student, None, [one], columns=512, teachers=[teacher])
+    assert largest.elements < len(one.positions) * 512 / 4
+    with Largest() as largest:
+        student(*one.inputs)
+    assert largest.elements >= len(one.positions) * 512

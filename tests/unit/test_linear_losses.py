@@ -6,13 +6,12 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kd_core.kernels.linear_softmax_kl import Side
 from kd_core.losses import linear
 from kd_core.losses.distillation import Divergence, distillation_sum
 from kd_core.losses.linear import LossHead, linear_distillation_sum
+from tests.conftest import Largest
 
 N, V, D, E, VALID = 24, 40, 8, 12, 37
 METHOD: dict[str, Any] = {
@@ -71,19 +70,6 @@ def test_labels_alone_are_cross_entropy() -> None:
     expected = F.cross_entropy(linear.logits(student, VALID), labels, reduction="sum")
     torch.testing.assert_close(torch.stack([loss, label_sum]), expected.expand(2))
     assert kd_sum == 0
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor made within has."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        self.elements = max(
-            [self.elements, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))]
-        )
-        return result
 
 
 @pytest.mark.parametrize("divergence", ["jensen_shannon", "total_variation", "skew_kl"])

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The data of the methods' studies, into runs/data/; CIFAR100 is a folder with train.parquet and test.parquet:
-#     CIFAR100=cifar100 bash recipes/results/methods/prepare.sh
+# The data of the methods' studies, into runs/data/; each is left out where its variable is not set:
+#     CIFAR100=cifar100 WIKI=wikipedia_en bash recipes/results/methods/prepare.sh
+# CIFAR100 is a folder with train.parquet and test.parquet, WIKI one with train.jsonl.xz and validation.jsonl.xz.
 # Settings are tuned on NAME_tuning: a tenth of the training images is held out there, and the test images are not.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
@@ -20,4 +21,8 @@ for split, rows in (("train", order[held_out:]), ("validation", order[:held_out]
     pq.write_table(images.take(np.sort(rows)), f"{sys.argv[2]}/{split}.parquet")
 END
 }
-data cifar100 "$CIFAR100"
+[ -z "${CIFAR100:-}" ] || data cifar100 "$CIFAR100"
+if [ -n "${WIKI:-}" ]; then
+    mkdir -p runs/data
+    ln -sfn "$(realpath "$WIKI")" runs/data/wikipedia
+fi
