@@ -113,13 +113,12 @@ class CausalLM(nn.Module):
 
 def logit_shape(config: Any) -> tuple[float, float | None]:
     """Factor of the logits and their tanh soft cap, as configs of transformers name them; `probes.require_head` proves it."""
-    scale = float(
+    scale = (
         getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    )  # Cohere, Falcon
-    if divisor := getattr(config, "logits_scaling", None):  # Granite
-        scale /= divisor
+    )  # Cohere, Falcon-H1
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return scale, float(softcap) if softcap else None
+    return float(scale), float(softcap) if softcap else None
 
 
 def head_and_input(teacher: Any, micro: Any) -> Side:
@@ -189,7 +188,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss (nats a token), perplexity, bits per byte, accuracy of the next token and calibration error, over all ranks.
 
-    Bits per byte compare models of different tokenizers. Beside teachers also the divergence from the mean of them, KL(teacher ||
+    Bits per byte compare models of different tokenizers; the end of a text counts in the loss and has no bytes. Beside teachers also the divergence from the mean of them, KL(teacher ||
     student) in nats a token; how often the most probable token is theirs; and 1 - total variation, the expected share of
     its tokens that speculative decoding accepts with the student as the draft of the teacher (Leviathan et al. 2022,
     arXiv 2211.17192). Temperature is 1. The logits are made and used a chunk of rows at a time.

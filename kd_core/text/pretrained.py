@@ -46,11 +46,15 @@ def load_pretrained(
         raise ValueError(f"{flag} {path} cannot be loaded: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
-    require_all_weights(info, f"{flag} {path}", model_class)
-    if model.config.vocab_size < vocab_size:
-        raise ValueError(f"{flag} {path} knows {model.config.vocab_size} tokens, the run's tokenizer has {vocab_size}")
-    if model.config.max_position_embeddings < seq_len:
-        positions = model.config.max_position_embeddings
+    config = model.config.get_text_config()
+    tied = (
+        tuple(getattr(model, "_tied_weights_keys", None) or ()) if getattr(config, "tie_word_embeddings", False) else ()
+    )
+    require_all_weights(info, f"{flag} {path}", model_class, fresh=tied)
+    if config.vocab_size < vocab_size:
+        raise ValueError(f"{flag} {path} knows {config.vocab_size} tokens, the run's tokenizer has {vocab_size}")
+    positions = getattr(config, "max_position_embeddings", seq_len)  # none where positions have no end
+    if positions < seq_len:
         raise ValueError(f"{flag} {path} has {positions} positions, fewer than --seq-len {seq_len}; lower --seq-len")
     return model
 

@@ -3,23 +3,30 @@
 Models are `causal_lm.CausalLM`s on the CPU, called as a run calls them.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Of a model in bf16, the same document alone and in a row differ by at most a few percent; a leak is tens of percent.
-ROUNDING = 0.1
-# Nothing of the first document may reach the second: with the same shapes its hidden states are the same to the bit.
-LEAK = 1e-3
+# Shares of the root mean square. Nothing of the first document may reach the second: with the same shapes its hidden states
+# are the same to the bit. Alone they may differ by rounding, in bf16 by at most a few percent; a leak is tens of percent.
+LEAK, ROUNDING = 1e-3, 0.1
+# The same hidden states give the same logits, scaled and capped in another order at most.
+OTHER_LOGITS = 0.02
 
 
 @torch.no_grad()
 def require_head(model: Any, what: str) -> None:
     """
     Raises:
-        ValueError: the model's own logits are not those of its output layer, with the scale and soft cap of its config.
+        ValueError: the model's own logits are not those of its output layer, with the scale and soft cap of its config; or it
+            takes no positions.
     """
+    if "position_ids" not in inspect.signature(model.lm.base_model.forward).parameters:
+        raise ValueError(
+            f"{what} ({type(model.lm).__name__}) takes no position_ids, by which documents begin; choose another model"
+        )
     if not isinstance(model.head, nn.Linear):
         raise ValueError(f"{what} has no linear layer that makes its logits; choose another model")
     input_ids, position_ids = _document(model, 8, seed=0)
@@ -28,7 +35,7 @@ def require_head(model: Any, what: str) -> None:
     own = model.lm(input_ids, position_ids=position_ids, use_cache=False).logits[0]
     ours = model(input_ids, position_ids, None, torch.arange(8))
     model.train(was_training)
-    if _distance(ours, own) > ROUNDING:
+    if _distance(ours, own) > OTHER_LOGITS:
         raise ValueError(
             f"{what} ({type(model.lm).__name__}) makes its logits in a way that is not known here: they are off by "
             f"{_distance(ours, own):.0%} from its output layer's; choose another model"

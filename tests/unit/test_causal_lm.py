@@ -105,6 +105,12 @@ def test_logits_that_the_config_does_not_tell_are_refused() -> None:
         require_head(lm, "--teachers t")
 
 
+def test_a_model_without_positions_is_refused() -> None:
+    config = AutoConfig.for_model("bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=2)
+    with pytest.raises(ValueError, match=r"--student b \(BloomForCausalLM\) takes no position_ids"):
+        require_head(CausalLM(AutoModelForCausalLM.from_config(config)), "--student b")
+
+
 @pytest.mark.parametrize(
     ("name", "billions"), [("135M", 0.1345), ("360M", 0.3618), ("1B", 1.2358), ("3B", 3.2127), ("8B", 8.0303)]
 )
