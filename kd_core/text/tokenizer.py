@@ -233,7 +233,8 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(SPACE, behavior)
     scheme: Any = "always" if proto.normalizer_spec.add_dummy_prefix else "never"
     space = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
-    bytes_and_space = [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(), space]
+    # Spaces first: of one fused token, Metaspace would take all for the one before a text.
+    bytes_and_space = [space, tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
     tokenizer.decoder = tokenizers.decoders.Sequence(bytes_and_space) if proto.trainer_spec.byte_fallback else space
     tokenizer.add_tokens([tokenizers.AddedToken(piece, normalized=True) for piece in user_defined])
     tokenizer.add_special_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in control])

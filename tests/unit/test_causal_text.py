@@ -337,6 +337,7 @@ def test_sentencepiece_with_byte_fallback(tmp_path):
     for text in (texts[0], "\u4e2d\U0001f600 unseen"):
         ids = original.encode(text)
         assert tokenizer(text)["input_ids"] == [original.bos_id(), *ids], "BOS begins a text, as in LLaMA"
+        assert tokenizer.decode(ids) == original.decode(ids) == text, "with its spaces"
         assert token_bytes(tokenizer)[ids].sum() == 1 + len(text.encode())
 
 
