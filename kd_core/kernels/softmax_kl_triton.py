@@ -52,9 +52,7 @@ class Plan(NamedTuple):
 
 
 STREAMING = Plan(rows=0, block=256, tail=0, warps=4)
-STREAMING_TWICE = Plan(
-    rows=0, block=1024, tail=0, warps=32
-)  # one row an SM, so that the L2 may hold it for the second turn
+STREAMING_TWICE = STREAMING._replace(block=1024, warps=32)  # a row an SM: the L2 may hold it for the second turn
 MAX_RESIDENT = 16384
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
 TOTAL_BLOCK = 1024

@@ -195,7 +195,7 @@ def test_all_rows_ignored(impl) -> None:
     assert (label == 0).all() and (gradient == 0).all()
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_columns_that_take_no_part(temperature, direction, impl) -> None:
     student, teacher, labels = make(13, 1000)
@@ -405,7 +405,7 @@ def test_a_shift_of_the_logits_changes_nothing(options, direction, impl) -> None
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_tau_squared_is_in_value_and_gradient(direction, impl) -> None:
     """Logits and temperature times 3: the same distributions, so 9 times the value and 3 times the gradient."""
     student, teacher, _ = make(13, 1000)

@@ -5,15 +5,19 @@ import math
 import pytest
 import torch
 
+from kd_core.kernels import softmax_kl as module
+from kd_core.kernels import vocab_parallel
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_reference, softmax_kl_sum
 from kd_core.kernels.softmax_kl_arguments import DIRECTIONS
 from kd_core.kernels.softmax_kl_reference import js_scale
-from tests.kernels.test_softmax_kl import assert_close, impl, make, small_chunks, truth, value_and_gradient  # noqa: F401
+from kd_core.kernels.softmax_kl_torch import Options, Rows, values
+from tests.kernels.test_softmax_kl import VARIANTS, assert_close, impl, make, small_chunks, truth, value_and_gradient  # noqa: F401
 from tests.kernels.test_softmax_kl_sum import WEIGHTS, run
 from tests.kernels.test_softmax_kl_sum import assert_close as assert_sums_close
 from tests.kernels.test_softmax_kl_sum import truth as truth_of_sums
 
 INF = math.inf
+PARTS = (slice(0, 8), 8), (slice(8, 19), 11)
 
 
 def per_row(num_rows: int) -> torch.Tensor:
@@ -51,11 +55,12 @@ def test_value_and_gradient_equal_float64(shape, options, impl) -> None:  # noqa
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_mix_is_of_exact_logits(dtype, direction, impl) -> None:  # noqa: F811
+@pytest.mark.parametrize(("dtype", "teacher_dtype"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)])
+def test_a_mix_is_of_exact_logits(dtype, teacher_dtype, direction, impl) -> None:  # noqa: F811
     """In float32 whatever the logits' dtypes are, of a strided student, in columns that take part."""
     student, teacher, labels = make(6, 72)
-    student = torch.stack((student, student), dim=1)[:, 0].to(dtype)
+    teacher = -teacher  # of opposite sign: the difference has more digits than either
+    student, teacher = torch.stack((student, student), dim=1)[:, 0].to(dtype), teacher.to(teacher_dtype)
     options = {"direction": direction, "mix": per_row(6), "valid_columns": 70}
     labels.clamp_(max=69)
     want = truth(student, teacher, labels, **options)
@@ -71,13 +76,10 @@ def test_ends_of_the_mix(direction, impl) -> None:  # noqa: F811
     student[:, 7] = teacher[1, 7] = -INF
     options = {"direction": direction, "impl": impl}
     plain = value_and_gradient(softmax_kl, student, teacher, labels, **options)
-    for mix in (1.0, torch.ones(2)):
-        got = value_and_gradient(softmax_kl, student, teacher, labels, mix=mix, **options)
-        assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
-    teacher[:, 3], teacher[:, 4] = math.nan, -INF
-    for mix in (0.0, torch.zeros(2)):
-        kd, _, gradient = value_and_gradient(softmax_kl, student, teacher, None, mix=mix, **options)
-        assert (kd == 0).all() and gradient.abs().max() <= 1e-6
+    teacher[1, 3], teacher[1, 4] = math.nan, -INF
+    mixed = value_and_gradient(softmax_kl, student, teacher, labels, mix=torch.tensor([1.0, 0.0]), **options)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(mixed, plain, strict=True))
+    assert mixed[0][1] == 0 and mixed[2][1].abs().max() <= 1e-6  # its label is ignored
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -147,6 +149,25 @@ def test_sums(beta, impl) -> None:  # noqa: F811
     student[3, 7] = teacher[3, 9] = math.nan
     got = run(student, teacher, labels, row_weight_N=row_weight, upstream=0.5, impl=impl, **WEIGHTS, **options)
     assert_sums_close(got, (*want[:3], 0.5 * want[3]))
+
+
+@pytest.mark.parametrize("impl", VARIANTS[:-1], indirect=True)
+def test_columns_in_parts(impl) -> None:  # noqa: F811
+    """What the vocabulary-parallel form asks of an implementation, without its ranks: the second part has a maximum."""
+    student, teacher, _ = make(5, 19)
+    student[:, 12] += 9.0
+    options = Options(2.0, 2.0, 0.3, "js", 0.9, -100, 19)
+    parts = [(student[:, part], teacher[:, part], options._replace(columns=size)) for part, size in PARTS]
+    stats = [module.statistics_of_part(*sides, None, own, impl) for *sides, own in parts]
+    rows = vocab_parallel._merge(Rows(*torch.stack(stats, dim=1)), options)
+    of_mixture = torch.zeros(2, 5)
+    for *sides, own in parts:
+        whole = torch.stack(rows)
+        module.add_mixture(*sides, whole, own, impl)
+        of_mixture += whole[5::2]
+    kd, _ = values(rows._replace(difference=of_mixture[0], teacher_difference=of_mixture[1]), None, True, options)
+    want, _ = softmax_kl_reference(student.double(), teacher, temperature=2.0, direction="js", beta=0.9, mix=0.3)
+    torch.testing.assert_close(kd.double(), want, rtol=3e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
