@@ -28,18 +28,6 @@ INLINE vec load(const float *from) { return *(const loose_vec *)from; }
 INLINE void store(float *to, vec value) { *(loose_vec *)to = value; }
 INLINE vec splat(float value) { return value - (vec){0.0f}; }
 
-INLINE float sum_of_lanes(vec value) {
-    float sum = 0.0f;
-    for (int lane = 0; lane < LANES; lane++) sum += value[lane];
-    return sum;
-}
-
-INLINE float max_of_lanes(vec value) {
-    float max = value[0];
-    for (int lane = 1; lane < LANES; lane++) max = value[lane] > max ? value[lane] : max;
-    return max;
-}
-
 // 2^f for f in [0, 1) or [-0.5, 0.5], exact at zero: the coefficients are a minimax fit for the interval.
 INLINE vec polynomial(vec f, const float coefficients[5]) {
     vec value = splat(coefficients[4]);
@@ -54,6 +42,9 @@ INLINE vec where_zero(int_vec number, vec yes, vec no) {
 }
 
 #ifdef __AVX512DQ__
+
+INLINE float sum_of_lanes(vec value) { return _mm512_reduce_add_ps(value); }
+INLINE float max_of_lanes(vec value) { return _mm512_reduce_max_ps(value); }
 
 // x, or max where x is smaller or NaN.
 INLINE vec larger(vec x, vec max) { return _mm512_max_ps(x, max); }
@@ -75,6 +66,18 @@ INLINE vec exp2_of(vec u) {
 }
 
 #else
+
+INLINE float sum_of_lanes(vec value) {
+    float sum = 0.0f;
+    for (int lane = 0; lane < LANES; lane++) sum += value[lane];
+    return sum;
+}
+
+INLINE float max_of_lanes(vec value) {
+    float max = value[0];
+    for (int lane = 1; lane < LANES; lane++) max = value[lane] > max ? value[lane] : max;
+    return max;
+}
 
 // x, or max where x is smaller or NaN.
 INLINE vec larger(vec x, vec max) {
