@@ -75,7 +75,9 @@ def one_line_errors() -> Iterator[contextlib.ExitStack]:
     Local rank 0 speaks first. The others wait: if they met the same error, the launcher has ended them by then.
     KD_VERBOSE=1 in the environment shows the traceback instead, and DeepSpeed's own log.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     with contextlib.ExitStack() as undo:
         try:
             yield undo
@@ -253,14 +255,17 @@ def _tidy(flags: ConfigT, default: ConfigT) -> ConfigT:
         if value != getattr(default, field.name) and any(not text.strip() for text in texts):
             raise ValueError(f"--{field.name.replace('_', '-')} is blank; give a value, or leave the flag out")
         if any("~" in text for text in texts):
-            home = tuple(_at_home(text) if isinstance(text, str) else text for text in texts)
+            home = tuple(_at_home(text, field.name) if isinstance(text, str) else text for text in texts)
             changed[field.name] = home if isinstance(value, tuple) else home[0]
     return dataclasses.replace(flags, **changed) if changed else flags
 
 
-def _at_home(text: str) -> str:
+def _at_home(text: str, flag: str) -> str:
     kind, path = re.fullmatch(r"(cache:|\w+=)?(.*)", text, re.DOTALL).groups("")  # type: ignore[union-attr]
-    return kind + at_home(path)
+    try:
+        return kind + at_home(path)
+    except ValueError as error:
+        raise ValueError(f"--{flag.replace('_', '-')} {error}") from None
 
 
 def print_help(config_type: type[Flags], default: Flags) -> None:

@@ -202,7 +202,11 @@ def _complete(folder: Path, layout: Layout, scored: dict[str, float]) -> None:
     sides = [_side(folder, number) for number in range(len(layout.parts))]
     sums, seconds = zip(*(json.loads(side.read_text()) for side in sides), strict=True)
     _write_json(folder / "build.json", {"seconds": sum(seconds)})
-    others = [file for file in sorted(folder.iterdir()) if not file.name.startswith((".", "part-", "build."))]
+    others = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and not file.name.startswith((".", "part-", "build."))
+    ]
     digests = dict(zip((_part(folder, number).name for number in range(len(sides))), sums, strict=True))
     digests |= {file.name: file_digest(file) for file in others}
     _write_json(folder / "manifest.json", {"score": scored, "sha256": digests})

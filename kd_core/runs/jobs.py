@@ -27,6 +27,7 @@ from kd_core.launch import GRACE_SECONDS, SECONDS_TO_KILL, die_with_parent
 
 SECONDS_TO_SAVE = GRACE_SECONDS + 2 * SECONDS_TO_KILL  # by then a job has ended, and so has what it is supervised by
 SECONDS_TO_LEAVE = 60  # that another call has to leave a folder
+BEFORE_RUN_JSON = {".run.json.tmp"}  # all that a run makes in its folder before that file
 RESUMED = b"--- resumed\n"  # in a job's log, before what it says then
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -163,6 +164,12 @@ def start(job: Job, place: dict[str, str], lock: int) -> subprocess.Popen[bytes]
     """Starts or continues a job in a session of its own, its output in a log file beside its folder."""
     resume = job.resumes and (job.folder / "run.json").exists()
     if not resume:
+        if job.folder.exists() and not (job.folder / "run.json").exists():
+            foreign = sorted({path.name for path in job.folder.iterdir()} - BEFORE_RUN_JSON)
+            if foreign:
+                raise ValueError(
+                    f"{job.folder} holds {foreign[0]}, which no run has made; move it, or choose another --out"
+                )
         shutil.rmtree(job.folder, ignore_errors=True)  # killed, perhaps before it had claimed the folder
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab" if resume else "wb") as log:

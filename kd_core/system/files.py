@@ -297,10 +297,11 @@ def hold(lock: Path, what: str) -> None:
                 raise ValueError(text) from None
             time.sleep(0.1)
         handle.close()
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    handle.flush()
     _HELD[lock] = handle
+    with writing(lock):
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        handle.flush()
 
 
 def let_go(lock: Path) -> None:
@@ -311,7 +312,10 @@ def let_go(lock: Path) -> None:
 
 
 def replace_folder(folder: Path, *savers: Callable[[Path], Any]) -> None:
-    """Has `savers` write into a hidden folder, which is there, then renames it to `folder`: complete or absent."""
+    """Has `savers` write into a hidden folder, which is there, then renames it to `folder`: complete or absent.
+
+    What a user keeps in `folder` under other names stays.
+    """
     hidden = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     with writing(folder):
@@ -322,6 +326,9 @@ def replace_folder(folder: Path, *savers: Callable[[Path], Any]) -> None:
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)  # of no use, and in the way on a full disk
             raise
+    for kept in folder.iterdir() if folder.is_dir() else ():
+        if not (hidden / kept.name).exists():
+            kept.rename(hidden / kept.name)
     shutil.rmtree(folder, ignore_errors=True)
     hidden.rename(folder)
 

@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import pwd
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from safetensors import SafetensorError
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from kd_core import cli
+from kd_core.runs import jobs
 from kd_core.runs.record import Lines
 from kd_core.system import files
 from kd_core.text import documents
@@ -297,3 +300,38 @@ def test_tensorboard_s_thread_is_one_line_too(
         for step in range(10000):
             lines.write({"step": step, "loss": 1.0})
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_a_user_keeps_in_an_export_or_a_job_s_folder_stays(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        files.replace_folder(tmp_path / "best", lambda hidden, text=text: (hidden / "model").write_text(text))
+        (tmp_path / "best" / "notes.txt").write_text("mine")
+        (tmp_path / "best" / "mine").mkdir(exist_ok=True)
+    assert (tmp_path / "best" / "model").read_text() == "second"
+    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["mine", "model", "notes.txt"]
+    job = jobs.Job("kd", tmp_path / "best", [sys.executable, "-c", ""], 1, (), True)
+    with pytest.raises(ValueError, match="best holds mine, which no run has made; move it, or choose another --out"):
+        jobs.start(job, dict(os.environ), 0)
+    assert (tmp_path / "best" / "notes.txt").exists()
+
+
+def test_a_closed_terminal_before_the_first_step_leaves_nothing_half_made(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as end, cli.one_line_errors() as undo:
+        undo.callback((tmp_path / "undone").touch)
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(5)
+    assert end.value.code == 128 + signal.SIGHUP
+    assert (tmp_path / "undone").exists()
+
+
+def test_without_a_home_folder_no_folder_is_called_by_its_sign(
+    attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(_: int) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert "--data ~/x: the home folder is not known here; give the whole path, or set HOME" in attempt("--data=~/x")
+    monkeypatch.delenv("KD_CACHE", raising=False)
+    assert files.cache_root() == Path(tempfile.gettempdir(), f"kd_recipes-{os.getuid()}")

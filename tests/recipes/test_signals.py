@@ -11,10 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import warm
 from tests.conftest import ROOT, cpu_environment, free_port
 from tests.recipes.conftest import wait_for_step
 from tests.recipes.headers import command, header
-from tests.recipes.test_every_recipe import begin, exported, kill, lines, result, run
+from tests.recipes.test_every_recipe import begin, exported, lines, result, run
 
 TOY = ROOT / "tests" / "recipes" / "toys" / "long_steps.py"
 LONG = (
@@ -146,7 +147,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(recipe: s
         while not reached(out) and any(one.poll() is None for one in started):
             time.sleep(0.002)
         kills += any(one.poll() is None for one in started)
-        kill(started)
+        warm.kill(started)
         if out.exists() and result(out):
             break  # it was too fast to be killed there
     if not result(out):
