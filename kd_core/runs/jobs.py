@@ -164,7 +164,7 @@ def start(job: Job, place: dict[str, str], lock: int) -> subprocess.Popen[bytes]
     """Starts or continues a job in a session of its own, its output in a log file beside its folder."""
     resume = job.resumes and (job.folder / "run.json").exists()
     if not resume:
-        if job.folder.exists() and not (job.folder / "run.json").exists():
+        if not job.product and job.folder.exists() and not (job.folder / "run.json").exists():
             foreign = sorted({path.name for path in job.folder.iterdir()} - BEFORE_RUN_JSON)
             if foreign:
                 raise ValueError(
