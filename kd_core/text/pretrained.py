@@ -18,7 +18,7 @@ UNLOADABLE = (
     SafetensorError, StrictDataclassError,
 )  # fmt: skip
 # Weights of a file that other tasks have beside BERT, and buffers that older versions saved.
-OTHER_HEADS = r"^(bert\.)?pooler\.|^cls\.seq_relationship\.|\.position_ids$"
+OTHER_HEADS = r"^(bert\.)?pooler\.|^cls\.seq_relationship\.|\.(position_ids|masked_bias)$"
 
 
 def load_pretrained(
