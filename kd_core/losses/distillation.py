@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_sum
-from kd_core.losses.divergences import jensen_shannon, skew_kl, total_variation
+from kd_core.kernels.softmax_kl_reference import js_scale
+from kd_core.losses.divergences import skew_kl, total_variation
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "total_variation", "mse"]
-DIRECTIONS = {"forward_kl": "forward", "reverse_kl": "reverse"}  # of the kernels
+DIRECTIONS = {"forward_kl": "forward", "reverse_kl": "reverse"}  # the kernels' words for a KL
 Ensemble = Literal["probabilities", "logits"]
 
 
@@ -41,6 +42,13 @@ def mean_teacher_logits(
     log_probs_NV = (torch.log_softmax(logits_NV.float() / temperature, -1) for logits_NV in teacher_logits_NV)
     # The missing -log(n) is the same for every column: softmax removes it.
     return functools.reduce(torch.logaddexp, log_probs_NV).mul_(temperature)
+
+
+def kernel_form(divergence: Divergence, beta: float) -> tuple[dict[str, Any], float] | None:
+    """What has the kernels compute a divergence, and how many times its value they give; None where they lack it."""
+    if divergence == "jensen_shannon":
+        return {"direction": "js", "beta": beta}, js_scale(beta)
+    return ({"direction": DIRECTIONS[divergence]}, 1.0) if divergence in DIRECTIONS else None
 
 
 def distillation_sum(
@@ -74,11 +82,16 @@ def distillation_sum(
         too, and the softmax over the tokens of a sequence, found by accident, better ones for masked language models.
     """
     shared: dict[str, Any] = dict(label_weight=label_weight, row_weight_N=row_weight_N, valid_columns=valid_columns)
-    tempered: dict[str, Any] = dict(temperature=temperature, direction=DIRECTIONS.get(divergence))
     if teacher_logits_NV is None:
         return softmax_kl_sum(student_logits_NV, None, labels_N, **shared)
-    if divergence in DIRECTIONS and sequence_length is None:
-        return softmax_kl_sum(student_logits_NV, teacher_logits_NV, labels_N, kd_weight=kd_weight, **tempered, **shared)
+    form = kernel_form(divergence, beta)
+    if form and sequence_length is None:
+        options, times = form
+        loss, kd_sum, label_sum = softmax_kl_sum(
+            student_logits_NV, teacher_logits_NV, labels_N, kd_weight=kd_weight / times, temperature=temperature,
+            **options, **shared,
+        )  # fmt: skip
+        return loss, kd_sum / times, label_sum
     student_NV, teacher_NV = (logits[:, :valid_columns].float() for logits in (student_logits_NV, teacher_logits_NV))
     loss = label_sum = student_NV.new_zeros(())
     if labels_N is not None:
@@ -93,14 +106,15 @@ def distillation_sum(
             for logits in (student_NV, teacher_NV)
         )
         rows_of_a_sequence = row_weight_N.sum() * sequence_length / len(row_weight_N)
-        kd_sum = softmax_kl(student_T, teacher_T, **tempered)[0].sum() * rows_of_a_sequence
+        kd_sum = (
+            softmax_kl(student_T, teacher_T, temperature=temperature, direction=DIRECTIONS[divergence])[0].sum()
+            * rows_of_a_sequence
+        )
     return loss + kd_weight * kd_sum, kd_sum.detach(), label_sum
 
 
 def _rows(student_NV: Tensor, teacher_NV: Tensor, divergence: Divergence, temperature: float, beta: float) -> Tensor:
     """float32 [N], what the kernels lack."""
-    if divergence == "jensen_shannon":
-        return jensen_shannon(student_NV, teacher_NV, temperature=temperature, beta=beta)
     if divergence == "skew_kl":
         return skew_kl(student_NV, teacher_NV, temperature=temperature, alpha=beta)
     if divergence == "total_variation":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_core.kernels.linear_softmax_kl import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, Side, linear_softmax_kl
-from kd_core.losses.distillation import DIRECTIONS, Divergence, distillation_sum
+from kd_core.losses.distillation import Divergence, distillation_sum, kernel_form
 
 CHUNKED_COPIES = 8  # of a chunk's float32 logits, that a divergence and its gradient hold at a time
 
@@ -51,16 +51,18 @@ def linear_distillation_sum(
         loss, kd_sum, label_sum, as `softmax_kl_sum`.
     """
     columns = len(student.weight_VD) if valid_columns is None else valid_columns
-    weights: dict[str, Any] = dict(kd_weight=kd_weight, label_weight=label_weight, temperature=temperature)
-    if teacher is None or divergence in DIRECTIONS:
-        theirs = teacher or Side(None, None, None, 1.0, None)  # type: ignore[arg-type]
-        return linear_softmax_kl(
-            student.hidden_ND, student.weight_VD, theirs.hidden_ND, theirs.weight_VD, labels_N,
-            student_bias_V=student.bias_V, student_logit_scale=student.logit_scale, student_softcap=student.softcap,
-            teacher_bias_V=theirs.bias_V, teacher_logit_scale=theirs.logit_scale, teacher_softcap=theirs.softcap,
-            direction=DIRECTIONS.get(divergence, "forward"), valid_columns=columns, **weights,
-        )  # fmt: skip
-    return _chunked_sum(student, teacher, labels_N, columns, weights | {"divergence": divergence, "beta": beta})
+    form = kernel_form(divergence, beta) or ({}, 1.0)
+    if teacher is not None and not form[0]:
+        method = dict(kd_weight=kd_weight, label_weight=label_weight, temperature=temperature)
+        return _chunked_sum(student, teacher, labels_N, columns, method | {"divergence": divergence, "beta": beta})
+    (options, times), theirs = form, teacher or Side(None, None, None, 1.0, None)  # type: ignore[arg-type]
+    loss, kd_sum, label_sum = linear_softmax_kl(
+        student.hidden_ND, student.weight_VD, theirs.hidden_ND, theirs.weight_VD, labels_N,
+        student_bias_V=student.bias_V, student_logit_scale=student.logit_scale, student_softcap=student.softcap,
+        teacher_bias_V=theirs.bias_V, teacher_logit_scale=theirs.logit_scale, teacher_softcap=theirs.softcap,
+        kd_weight=kd_weight / times, label_weight=label_weight, temperature=temperature, valid_columns=columns, **options,
+    )  # fmt: skip
+    return loss, kd_sum / times, label_sum
 
 
 @torch.compiler.disable  # which would unroll the chunks

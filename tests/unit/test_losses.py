@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kd_core.losses.distillation import distillation_sum
+from kd_core.losses import divergences
+from kd_core.losses.distillation import Divergence, distillation_sum
 from kd_core.text.corpus import IGNORE_INDEX
 from kd_core.text.masking import MicroBatch
 
@@ -36,6 +37,20 @@ def test_mse_is_the_mean_over_columns_of_supervised_rows(rows: tuple[torch.Tenso
     (gradient,) = torch.autograd.grad(loss, student)
     (wanted,) = torch.autograd.grad(0.7 * difference.square().sum() / V + 0.3 * expected, student)
     torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "total_variation"])
+def test_each_divergence_is_that_of_its_name(divergence: Divergence, rows: tuple[torch.Tensor, ...]) -> None:
+    student, teacher, labels = rows
+    student.requires_grad_()
+    options = {"jensen_shannon": {"beta": 0.2}, "skew_kl": {"alpha": 0.2}}.get(divergence, {})
+    loss, kd_sum, _ = distillation_sum(
+        student, teacher, labels, divergence=divergence, kd_weight=0.7, temperature=2.0, beta=0.2, valid_columns=V
+    )
+    row_N = getattr(divergences, divergence)(student[:, :V], teacher[:, :V], temperature=2.0, **options)
+    torch.testing.assert_close(kd_sum, row_N.sum().detach())
+    (gradient,), (wanted,) = (torch.autograd.grad(value, student) for value in (loss, 0.7 * row_N.sum()))
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_softmax_over_a_sequence_is_the_released_code(rows: tuple[torch.Tensor, ...]) -> None:
