@@ -167,7 +167,10 @@ def parse(config_type: type[ConfigT], typed: Sequence[str] | None = None, preset
         raise ValueError(f"{load} has settings that this recipe lacks: {unknown}; use the recipe that wrote it")
     # A loaded run is a starting point, not the same run: its folder is not taken over.
     saved |= {"out": None, "resume": False} | flags
-    return read_flags(config_type, words, dataclasses.replace(config_type(), **saved))
+    try:
+        return read_flags(config_type, words, dataclasses.replace(config_type(), **saved))
+    except ValueError as error:
+        raise ValueError(f"{error} (flags that were not given are those of {load})") from None
 
 
 def take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:

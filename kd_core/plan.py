@@ -37,11 +37,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from kd_core import cli
 from kd_core.runs import folders
 from kd_core.system import files
+from kd_core.system.checked import DamagedError
 from kd_core.teachers.samplers import Sampler
 from kd_core.teachers.window import first_step
 from kd_core.time_to_quality.comparison import METHOD, OF_A_RUN, OPTIMIZER
@@ -268,9 +269,10 @@ def _refuse_unlike(runs: dict[Path, dict[str, Any]], free: Collection[str]) -> N
 def _load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A run's config, with `GPUs` and `hardware` besides, and the lines of its log."""
     try:
-        record = json.loads((folder / "run.json").read_text())
+        record, logged = folders.read_run(folder)
+        folders.check_files(folder, record, "hf")
         fields = record["config"] | {"GPUs": record["world_size"], "hardware": record.get("hardware")}
-        lines = [{name: line[name] for name in LOGGED} for line in folders.read_metrics(folder)]
+        lines = [{name: line[name] for name in LOGGED} for line in logged]
         return fields | {name: fields[name] for name in NEEDED}, lines
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--measured {folder} holds no run (no {Path(error.filename).name})") from None
@@ -286,8 +288,11 @@ def _parameters(folder: Path) -> float:
     file = folder / "hf" / "model.safetensors"
     if not file.exists():
         return 0.0
-    with safe_open(file, "pt") as weights:
-        return float(sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys()))  # noqa: SIM118
+    try:
+        with safe_open(file, "pt") as weights:
+            return float(sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys()))  # noqa: SIM118
+    except SafetensorError as error:
+        raise DamagedError(file, str(error)) from None
 
 
 def table(plan: Plan, rows: Sequence[dict[str, float]]) -> str:

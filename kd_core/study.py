@@ -51,7 +51,7 @@ from typing import Any
 import numpy as np
 
 from kd_core import cli, compare
-from kd_core.runs import jobs, lean
+from kd_core.runs import folders, jobs, lean
 from kd_core.runs.design import REPORT, TEACHER, Study, interleaved, read_study, study_file
 from kd_core.system import files
 from kd_core.system.terminal import say
@@ -179,7 +179,7 @@ def summary(run: Run, metric: str) -> str:
     """A finished run in a few words."""
     if run.product:
         return f"{run.name} is made"
-    result = json.loads((run.folder / "run.json").read_text())["result"]
+    result = folders.read_record(run.folder)["result"]
     if metric not in result:
         known = ", ".join(name for name in result if "/" in name)
         raise ValueError(f'"metric" {metric} is none of those that {run.folder} has: {known}')

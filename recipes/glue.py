@@ -209,7 +209,7 @@ def main(typed: Sequence[str] | None = None) -> int:
         with cli.one_line_errors():
             for one in plan.jobs:
                 jobs.check_unchanged(one, dataclasses.asdict(one.input), recipe=RECIPE)
-            files.write_atomic(plan.folder / "run.json", json.dumps(folders.describe(RECIPE, cfg), indent=2) + "\n")
+            folders.write_record(plan.folder, folders.describe(RECIPE, cfg))
             places = jobs.places(cfg.jobs, per_core=True)
             jobs.run_all(plan.jobs, places, plan.lock, glue_report.summary, plan.folder, "jobs")
             glue_report.write(plan)

@@ -27,14 +27,16 @@ from kd_core.cache import logits, records
 from kd_core.kernels.softmax_kl import softmax_kl
 from kd_core.runs.sources import model_source
 from kd_core.system import ranks
+from kd_core.system.checked import DamagedError
 from kd_core.system.digests import weights_digest
+from kd_core.system.terminal import one_line
 from kd_core.teachers.sources import cache_folder
 from kd_core.text import bert
 from kd_core.text.corpus import IGNORE_INDEX, Corpus, prepare
 from kd_core.text.flags import MaskingFlags
 from kd_core.text.masking import MicroBatch, masked_micro_batches, validation_batches
 from kd_core.text.order import sample_id
-from kd_core.text.pretrained import load_pretrained
+from kd_core.text.pretrained import UNLOADABLE, load_pretrained
 from kd_core.text.tokenizer import require_same_tokenizer, tokenizer_digest
 from kd_core.training.processes import join
 
@@ -174,5 +176,8 @@ class CachedBert(logits.CachedLogits):
     def __init__(self, folder: Path, columns: int) -> None:
         super().__init__(folder, columns)
         if not self.is_top_k:
-            self.head = BertOnlyMLMHead(BertConfig.from_pretrained(folder)).to(self.dtype)
-            self.head.load_state_dict(load_file(folder / "head.safetensors"))
+            try:
+                self.head = BertOnlyMLMHead(BertConfig.from_pretrained(folder)).to(self.dtype)
+                self.head.load_state_dict(load_file(folder / "head.safetensors"))
+            except UNLOADABLE as error:
+                raise DamagedError(folder / "head.safetensors", one_line(error), records.REMEDY) from None

@@ -36,12 +36,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_core.system import ranks
+from kd_core.system.checked import DamagedError, read_json, sealed
 from kd_core.system.files import file_digest, shown_bytes, write_atomic, writing
 from kd_core.system.terminal import say
 from kd_core.teachers.pool import require_finite
 from kd_core.teachers.sources import CACHE_PREFIX as PREFIX
 
 FORMAT = 1
+REMEDY = "delete the cache and build it again"
 NUM_PARTS, PART_BYTES = 64, 64 * 2**20
 
 
@@ -201,7 +203,7 @@ def _require_room(folder: Path, layout: Layout) -> None:
 def _complete(folder: Path, layout: Layout, scored: dict[str, float]) -> None:
     sides = [_side(folder, number) for number in range(len(layout.parts))]
     sums, seconds = zip(*(json.loads(side.read_text()) for side in sides), strict=True)
-    _write_json(folder / "build.json", {"seconds": sum(seconds)})
+    _write_json(folder / "build.json", sealed({"seconds": sum(seconds)}))
     others = [
         file
         for file in sorted(folder.iterdir())
@@ -209,7 +211,7 @@ def _complete(folder: Path, layout: Layout, scored: dict[str, float]) -> None:
     ]
     digests = dict(zip((_part(folder, number).name for number in range(len(sides))), sums, strict=True))
     digests |= {file.name: file_digest(file) for file in others}
-    _write_json(folder / "manifest.json", {"score": scored, "sha256": digests})
+    _write_json(folder / "manifest.json", sealed({"score": scored, "sha256": digests}))
     for side in sides:
         side.unlink()
     say(f"{folder} is complete: --teachers {PREFIX}{folder}")
@@ -225,7 +227,7 @@ def _require_ours(folder: Path, header: dict[str, Any]) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"--out {folder} exists and is neither an empty folder nor a cache; choose another folder")
         return
-    there = _read_json(folder / "header.json", "--out ")
+    there = read_json(folder / "header.json", remedy=REMEDY)
     for name in header:
         # A teacher may go by another name: the weights say whether it is the same.
         if name != "teacher" and there.get(name) != header[name]:
@@ -270,7 +272,7 @@ def read_header(folder: Path) -> dict[str, Any]:
         )
     if not (folder / "manifest.json").exists():
         raise ValueError(f"--teachers {PREFIX}{folder} is not complete; repeat its build, which continues it")
-    header = _read_json(folder / "header.json")
+    header = read_json(folder / "header.json", remedy=REMEDY)
     if header.get("format") != FORMAT:
         raise ValueError(f"--teachers {PREFIX}{folder} has format {header.get('format')}, not {FORMAT}; build it anew")
     return header
@@ -278,22 +280,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Its `score` and `sha256` of each file."""
-    file = folder / "manifest.json"
-    manifest = _read_json(file)
-    if not all(isinstance(manifest.get(name), dict) for name in ("score", "sha256")):
-        raise _damaged(file)
-    return manifest
-
-
-def _read_json(file: Path, flag: str = f"--teachers {PREFIX}") -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        if isinstance(content := json.loads(file.read_text()), dict):
-            return content
-    raise _damaged(file, flag)
-
-
-def _damaged(file: Path, flag: str = f"--teachers {PREFIX}") -> ValueError:
-    return ValueError(f"{flag}{file.parent} is damaged ({file.name}); delete it and build it again")
+    return read_json(folder / "manifest.json", remedy=REMEDY, score=dict, sha256=dict)
 
 
 def require(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,10 +300,10 @@ def require(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
         sums = read_manifest(folder)["sha256"]
         for name in ("header.json", *sums):  # it says what else there must be
             if not (folder / name).is_file() or file_digest(folder / name) != sums.get(name):
-                raise _damaged(folder / name)
+                raise DamagedError(folder / name, "its bytes are not those that were written", REMEDY)
         parts = {_part(folder, number).name for number in range(len(Layout(**header["layout"]).parts))}
         if parts - sums.keys():
-            raise _damaged(folder / "manifest.json")
+            raise DamagedError(folder / "manifest.json", "it lacks parts", REMEDY)
     return header
 
 

@@ -337,11 +337,8 @@ def claim(cfg: Any, undo: contextlib.ExitStack) -> Path:
 
 def _record(file: Path) -> dict[str, Any]:
     """The run.json at `file`."""
-    try:
-        record = json.loads(file.read_text())
-        return {"recipe": record["recipe"], "config": dict(record["config"]), "result": dict(record.get("result", {}))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no run's, or damaged ({type(error).__name__}: {error})") from None
+    record = folders.read_record(file.parent)
+    return {"recipe": record["recipe"], "config": record["config"], "result": record.get("result", {})}
 
 
 def checkpoints(model: Model, wanted: Sequence[str], folder: Path) -> list[Model]:

@@ -32,9 +32,9 @@ class Log:
     """The run folder of a job: `head` becomes run.json, and each line goes to metrics.jsonl and TensorBoard."""
 
     def __init__(self, folder: Path, head: dict[str, Any]) -> None:
-        self._file, self._head = folder / "run.json", head
+        self._folder, self._head = folder, head
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(self._file, json.dumps(head, indent=2) + "\n")
+        folders.write_record(folder, head)
         self._lines = Lines(folder, "w")
 
     def write(self, line: dict[str, Any]) -> None:
@@ -44,7 +44,8 @@ class Log:
         """Writes the result, last: with it the job has finished."""
         self._lines.close()
         record = self._head | {"result": {"stopped": "finished", **result}}
-        files.write_atomic(self._file, json.dumps(record, indent=2) + "\n")
+        record["files"] = folders.digests(self._folder)
+        folders.write_record(self._folder, record)
 
 
 def write_predictions(
@@ -61,7 +62,7 @@ def write_predictions(
 
 
 def result(job: TaskJob) -> dict[str, Any]:
-    return dict(json.loads((job.folder / "run.json").read_text())["result"])
+    return dict(folders.read_record(job.folder)["result"])
 
 
 def summary(job: TaskJob) -> str:
@@ -225,10 +226,10 @@ def write_run(folder: Path, model: Model, record: dict[str, Any]) -> None:
     ]
     if not points:
         return
-    run = json.loads((Path(str(model.run)) / "run.json").read_text())
+    run, logged = folders.read_run(Path(str(model.run)))
     how = ("protocol", "data", "settings", "flags", "teachers", "average_covers")
     run["config"] |= {f"glue_{name}": record[name] for name in how}
-    lines = {line["step"]: line for line in folders.read_metrics(Path(str(model.run)))}
+    lines = {line["step"]: line for line in logged}
     for spent, average in points:
         step = spent["step"]
         samples = {"samples": step * run["config"]["global_batch_size"]}
@@ -239,4 +240,4 @@ def write_run(folder: Path, model: Model, record: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     ordered = "".join(json.dumps(lines[step]) + "\n" for step in sorted(lines))
     files.write_atomic(folder / "metrics.jsonl", ordered)
-    files.write_atomic(folder / "run.json", json.dumps(run, indent=2) + "\n")
+    folders.write_record(folder, run | {"files": folders.digests(folder)})

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kd_core.images.flags import ClassifierFlags, ImageFlags
 from kd_core.images.resnets import NAMES, BatchNorm, Classifier, build_net, fold_batch_norm
 from kd_core.runs.sources import model_source
+from kd_core.system.checked import read_json
 from kd_core.system.files import replace_folder
 from kd_core.system.ranks import rank
 from kd_core.training.engine import Engine, LoopError, gathered_state_dict
@@ -41,7 +42,7 @@ def load_net(folder: str, flag: str) -> tuple[nn.Module, dict[str, Any]]:
     """
     source = Path(model_source(folder, flag))
     try:
-        config = json.loads((source / "config.json").read_text())
+        config = read_json(source / "config.json")
         if "classes" not in config:
             raise ValueError("its config.json describes no classifier; give a run folder of an image recipe")
         net = build_net(config["model"], len(config["classes"]), blurpool=config["blurpool"])

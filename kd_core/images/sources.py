@@ -7,6 +7,7 @@ below the folders that all share takes one image in `VALIDATION_ONE_IN`, the sam
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from kd_core.system.checked import read_json
 from kd_core.system.files import HIDDEN, TWICE, Listing, build_once, cache_key, cache_root, files_below, write_json
 from kd_core.system.hub import HUB_NAME, require_hub
 from kd_core.system.splits import VALIDATION_ONE_IN, named_split
@@ -201,15 +203,19 @@ def prepare(source: str, *, decoded_gib: float, max_corrupt: float, progress: bo
         return _digits()
     key, listing = _find(source)
     folder, limit = cache_root() / f"images-{cache_key(key, FORMAT)}", decoded_gib * 2**30
-    opened: Opened | None = None
-    if not folder.is_dir():
-        opened = listed = _with_validation(listing(), source)
-        if _decoded_bytes(listed, source) <= limit:
-            build_once(folder, lambda new: _decode_all(new, listed, source, max_corrupt, progress))
-    facts: dict[str, Any] = json.loads((folder / "facts.json").read_text()) if folder.is_dir() else UNFIT
+
+    @functools.cache  # a large source takes its time
+    def opened() -> Opened:
+        return _with_validation(listing(), source)
+
+    facts: dict[str, Any] = UNFIT
+    if folder.is_dir() or _decoded_bytes(opened(), source) <= limit:
+        build_once(folder, lambda new: _decode_all(new, opened(), source, max_corrupt, progress))
+        facts = read_json(folder / "facts.json")
     if facts["bytes"] > limit:
-        opened = opened or _with_validation(listing(), source)
-        return ImageSet(source, opened.fingerprint, opened.classes, opened.splits["train"], opened.splits["validation"])
+        return ImageSet(
+            source, opened().fingerprint, opened().classes, opened().splits["train"], opened().splits["validation"]
+        )
     check_corrupt(facts["corrupt"], facts["images"], max_corrupt, source)
     train, validation = (
         Split(np.load(folder / f"{name}.labels.npy"), pixels=np.asarray(np.load(folder / f"{name}.npy", mmap_mode="c")))
@@ -285,7 +291,7 @@ def _list_folder(root: Path, listing: Listing, source: str) -> tuple[Opened, int
 def _list_tar(path: Path, source: str) -> Opened:
     """Lists a tar once, into the cache: a large one has millions of headers."""
 
-    def index(new: Path) -> None:
+    def build(new: Path) -> None:
         try:
             with tarfile.open(path, "r:") as tar:
                 members = tar.getmembers()
@@ -297,13 +303,14 @@ def _list_tar(path: Path, source: str) -> Opened:
                 target = os.path.normpath(m.linkname if m.islnk() else f"{m.name}/../{m.linkname}")
                 size, begin, _ = places.get(target, (0, 0, False))
                 places[os.path.normpath(m.name)] = (size, begin, m.issym() and target in places)
-        (new / "index.json").write_text(json.dumps([(name, *place) for name, place in places.items()]))
+        index = {"members": [(name, *place) for name, place in places.items()]}
+        (new / "index.json").write_text(json.dumps(index))
 
     folder = cache_root() / f"tar-{cache_key(_identity([path]), FORMAT)}"
-    build_once(folder, index)
+    build_once(folder, build)
     members: dict[str, tuple[Any, ...]] = {}
     listing = Listing(_is_image, UNREAD_SUFFIXES)
-    for name, size, begin, twice in json.loads((folder / "index.json").read_text()):
+    for name, size, begin, twice in read_json(folder / "index.json")["members"]:
         members[name] = (name, size, begin)
         if twice or any(part.startswith(".") for part in name.split("/")):
             listing.leave(name, TWICE if twice else HIDDEN)

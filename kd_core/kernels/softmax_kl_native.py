@@ -1,9 +1,10 @@
 """softmax_kl in C for CPUs: the functions of softmax_kl_torch, each row read once a pass.
 
-softmax_kl.c is compiled for the machine at first use and kept in `$KD_CACHE` (default `~/.cache/kd_recipes`). Where there is
-no C compiler (`$CC`, cc, gcc, clang) the module says so through `supports` alone.
+softmax_kl.c is compiled for the machine at first use and kept in `$KD_CACHE` (default `~/.cache/kd_recipes`), for this user
+alone. Where there is no C compiler (`$CC`, cc, gcc, clang) the module says so through `supports` alone.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -67,31 +68,53 @@ def _run(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
 
 
-def _compile(compiler: list[str], *, anew: bool = False) -> ctypes.CDLL:
-    """The compiled library: the one in the cache, unless there is none or it shall be made `anew`."""
+def _compile(compiler: list[str]) -> ctypes.CDLL:
+    """The compiled library: the one in the cache, or where there is none that can be trusted a new one."""
     # All macros that the compiler predefines: its version and the processor that it compiles for.
     target = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c", os.devnull])
-    digest = hashlib.sha256("\0".join((SOURCE.read_text(), HEADER.read_text(), *FLAGS, target)).encode()).hexdigest()
+    parts = (SOURCE.read_text(), HEADER.read_text(), *FLAGS, target)
+    name = f"softmax_kl-{_digest(chr(0).join(parts).encode())}"
     home = os.path.expanduser("~/.cache/kd_recipes")
     if home.startswith("~"):  # a user without a home folder, as a container's may be
         home = os.path.join(tempfile.gettempdir(), f"kd_recipes-{os.getuid()}")
     folder = Path(os.environ.get("KD_CACHE") or home) / "kernels"
-    path = folder / f"softmax_kl-{digest[:16]}.so"
-    if anew or not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Several processes may do this at once: the last one's file stays, and they are all alike.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            new = Path(scratch, path.name)
-            _run([*compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(new), "-lm"])
-            new.rename(path)
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        if found := _load(path):
+            return found
+    folder.mkdir(parents=True, exist_ok=True)
+    # Several processes may do this at once: the last one's file stays, and they are all alike.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        new = Path(scratch, "new.so")
+        _run([*compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(new), "-lm"])
+        new.chmod(0o700)
+        new = new.rename(Path(scratch, f"{name}-{_digest(new.read_bytes())}.so"))
+        found = _load(new)
+        if found is None:
+            raise OSError(f"{new} was changed while it was made")
+        with contextlib.suppress(OSError):  # where somebody else's file has that name, and may not be replaced
+            new.rename(folder / new.name)
+        return found
+
+
+def _load(path: Path) -> ctypes.CDLL | None:
+    """The library at `path`; None unless it is this user's, nobody else can write it, and it has the digest in its name.
+
+    Whoever shares the cache could put code there otherwise, which would run here.
+    """
     try:
-        found = ctypes.CDLL(str(path))
-        found.softmax_kl, found.softmax_kl_huge_pages  # noqa: B018  (looks them up)
-    except (OSError, AttributeError):  # a file that something else wrote, or damaged
-        if anew:
-            raise
-        return _compile(compiler, anew=True)
-    return found
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            ours = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+            if not ours or _digest(file.read()) != path.stem.rpartition("-")[2]:
+                return None
+            opened = f"/proc/self/fd/{file.fileno()}"  # what has been looked at, whatever lies at `path` by now
+            return ctypes.CDLL(opened if os.path.exists(opened) else str(path))
+    except OSError:
+        return None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @functools.cache
@@ -103,7 +126,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return _compile(compiler)
-    except (OSError, AttributeError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warnings.warn(
             f"softmax_kl runs in PyTorch, slower: {SOURCE.name} cannot be compiled by {compiler[0]}: {lines[-1]}",

@@ -8,7 +8,6 @@ continues by the same call. A stage that only changes weights of terms is no sta
 """
 
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -19,7 +18,7 @@ import torch
 
 from kd_core import cli
 from kd_core.runs.flags import RunFlags
-from kd_core.runs.folders import next_free, remove_if_empty
+from kd_core.runs.folders import next_free, read_record, remove_if_empty
 from kd_core.runs.jobs import Job, check_unchanged, locked, places, run_all
 
 
@@ -73,7 +72,7 @@ def run(
 
 def summary(job: Job) -> str:
     """A finished stage in a few words."""
-    result = json.loads((job.folder / "run.json").read_text())["result"]
+    result = read_record(job.folder)["result"]
     scores = " ".join(
         f"{name} {value:.4f}" for name, value in result.items() if name.startswith("eval/") and value is not None
     )

@@ -1,14 +1,21 @@
-"""Run folders: claimed, checked on resume, described, read."""
+"""Run folders: claimed, checked on resume, described, read.
+
+A run.json is sealed; it names the run by a number of its own, which its checkpoints repeat, and of a finished run it has the
+digests of metrics.jsonl and of all that was exported.
+"""
 
 import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +24,13 @@ import torch
 
 from kd_core.cli import FREE_ON_RESUME
 from kd_core.runs.flags import RunFlags
-from kd_core.system import ranks
+from kd_core.system import checked, ranks
 from kd_core.system.files import Unwritable, hold, write_atomic
+from kd_core.system.terminal import say
 
+EXPORTS = ("hf", "best")
+# Flags that name what may have been moved, and the field of run.json that says whether it is the same.
+MAY_MOVE = {"data": "data", "tokenizer": "data", "teachers": "teachers", "deepspeed_config": "deepspeed"}
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers", "torchvision")
 
 
@@ -60,9 +71,10 @@ def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path
     """
     if ranks.rank() != 0:
         return Path()
-    check_folder(cfg)
+    before = check_folder(cfg)
     folder = Path(cfg.out or "")
     if cfg.resume:
+        say_changes(before)
         hold(lock_of(folder), f"--out {folder}")
         return folder
     try:
@@ -75,7 +87,7 @@ def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path
         elif not folder.exists():
             folder.mkdir(parents=True)
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
-        write_atomic(folder / "run.json", json.dumps(describe(recipe, cfg), indent=2) + "\n")
+        write_record(folder, describe(recipe, cfg))
         undo.callback((folder / "run.json").unlink, missing_ok=True)
         undo.callback(shutil.rmtree, folder / "checkpoints", ignore_errors=True)
         hold(lock_of(folder), f"--out {folder}")
@@ -111,11 +123,11 @@ def next_free(parent: Path) -> Path:
 def _check_resumed(cfg: RunFlags, folder: Path) -> dict[str, Any]:
     if not (folder / "run.json").exists():
         raise ValueError(f"--resume: --out {folder} holds no run (no run.json); leave out --resume to start one")
-    before = json.loads((folder / "run.json").read_text())
+    before = read_record(folder)
     now, default = (json.loads(json.dumps(dataclasses.asdict(flags))) for flags in (cfg, type(cfg)()))
     was = default | before["config"]  # a flag that is younger than the run had its default
     for name, value in now.items():
-        if name not in FREE_ON_RESUME and was[name] != value:
+        if name not in FREE_ON_RESUME and was[name] != value and not _is_known(name, value, before):
             flag = "--" + name.replace("_", "-")
             raise ValueError(
                 f"--resume: {flag} was {was[name]!r} and is now {value!r}, which would alter the run; "
@@ -125,7 +137,15 @@ def _check_resumed(cfg: RunFlags, folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"--resume: the run had {before['world_size']} rank(s), now {ranks.world_size()}; use as many as before"
         )
-    return dict(before)
+    return before
+
+
+def _is_known(flag: str, value: Any, before: Mapping[str, Any]) -> bool:
+    """Whether it will be told by its content that `value` of a flag is what the run began with, wherever it lies now."""
+    known: Any = before.get(MAY_MOVE.get(flag, ""))
+    if flag == "teachers":
+        return bool(known) and len(known) == len(value) and all("fingerprint" in one for one in known)
+    return known is not None
 
 
 def check_data(cfg: RunFlags, fingerprint: str) -> None:
@@ -135,22 +155,53 @@ def check_data(cfg: RunFlags, fingerprint: str) -> None:
         raise ValueError("--resume: --data does not hold what the run began with; restore it, or start a new run")
 
 
+def check_deepspeed(cfg: RunFlags, path: str, content: Mapping[str, Any]) -> None:
+    """Raises ValueError when a run is resumed with a file of --deepspeed-config that says something else by now."""
+    before = check_folder(cfg).get("deepspeed", content) if cfg.resume else content
+    for name in sorted(before.keys() | content.keys()):
+        if before.get(name) != content.get(name):
+            raise ValueError(
+                f"--resume: --deepspeed-config {path} has {name} {json.dumps(content.get(name))}, the run began with "
+                f"{json.dumps(before.get(name))}; undo that, or start a new run in another --out"
+            )
+
+
 def describe(recipe: str, config: Any) -> dict[str, Any]:
     """The head of run.json: what was asked for, and with what it runs."""
-    cuda = torch.cuda.is_available()
     return {
         "recipe": recipe,
+        "id": secrets.token_hex(8),
         "config": dataclasses.asdict(config),
         "argv": sys.argv,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        **_machine(),
         "commit": _commit(),
+        "world_size": ranks.world_size(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "hardware": {
             "device": "cuda" if cuda else "cpu",
             "name": torch.cuda.get_device_name() if cuda else _cpu_name(),
             "count": torch.cuda.device_count() if cuda else os.cpu_count(),
         },
-        "world_size": ranks.world_size(),
+        "threads": torch.get_num_threads(),
     }
+
+
+def say_changes(before: Mapping[str, Any]) -> None:
+    """Says what a resumed run computes with that is other than before: sums may be rounded otherwise."""
+    was, now = (
+        {**one.get("versions", {}), **one.get("hardware", {}), "threads": one.get("threads")}
+        for one in (before, _machine())
+    )
+    names = ("device", "name", *PACKAGES, *(["threads"] if now["device"] == "cpu" else []))
+    changed = [f"{name} {now[name]} (was {was[name]})" for name in names if was.get(name) not in (None, now[name])]
+    if changed:
+        say(f"--resume: {', '.join(changed)}; the last digits may come out otherwise than without the stop")
 
 
 def _commit() -> str:
@@ -171,6 +222,50 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes run.json, at once and atomically."""
+    write_atomic(folder / "run.json", json.dumps(checked.sealed(record), indent=2, allow_nan=False) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """
+    Raises:
+        DamagedError: run.json is not as it was written, or no run's.
+        FileNotFoundError: there is none.
+    """
+    record = checked.read_json(folder / "run.json", recipe=str, config=dict, world_size=int)
+    if not isinstance(record.get("result", {}), dict):
+        raise checked.DamagedError(folder / "run.json", "its result is no dict")
+    return record
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """run.json and the lines of metrics.jsonl.
+
+    Raises:
+        DamagedError: one of them is not as it was written, or the lines do not reach from the first evaluation to the result.
+        FileNotFoundError: one of them is not there.
+    """
+    record, log = checked.read_json(folder / "run.json", config=dict), folder / "metrics.jsonl"
+    check_files(folder, record, log.name)
+    lines = checked.read_lines(log)
+    end = (record.get("result") or {}).get("step")
+    if end is not None and (not lines or lines[-1].get("step") != end):
+        raise checked.DamagedError(log, f"its last line is not that of step {end}, the result's")
+    latest = max(record["config"].get(name, math.inf) for name in ("log_every", "eval_every"))
+    if lines and lines[0].get("step", 0) > latest:
+        raise checked.DamagedError(log, f"its first line is that of step {lines[0]['step']}")
+    return record, lines
+
+
+def check_files(folder: Path, record: Mapping[str, Any], part: str) -> None:
+    """Raises DamagedError when files of a finished run, that named `part` or those in it, are not as the run left them."""
+    sums = {name: value for name, value in record.get("files", {}).items() if name.split("/")[0] == part}
+    checked.check(folder, sums, "restore it, or copy what you want to use as it is elsewhere")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of the files by which others use the run."""
+    parts = [folder / "metrics.jsonl", *(folder / part for part in EXPORTS)]
+    files = [file for part in parts for file in ([part] if part.is_file() else sorted(part.rglob("*")))]
+    return checked.digests(folder, [str(file.relative_to(folder)) for file in files if file.is_file()])

@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from kd_core.cli import FREE_ON_RESUME
 from kd_core.launch import GRACE_SECONDS, SECONDS_TO_KILL, die_with_parent
+from kd_core.runs.folders import read_record
+from kd_core.system.checked import read_lines
 
 SECONDS_TO_SAVE = GRACE_SECONDS + 2 * SECONDS_TO_KILL  # by then a job has ended, and so has what it is supervised by
 SECONDS_TO_LEAVE = 60  # that another call has to leave a folder
@@ -66,16 +68,10 @@ def check_unchanged(
     Args:
         defaults: as `first_change`.
     """
-    file = job.folder / "run.json"
-    if not file.exists():
+    if not (job.folder / "run.json").exists():
         return
-    try:
-        there = json.loads(file.read_text())
-        before = {"recipe": there["recipe"], "ranks": there["world_size"]} | there["config"]
-        finished(job)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} is no run's, or damaged ({what}); remove that folder") from None
+    there = read_record(job.folder)
+    before = {"recipe": there["recipe"], "ranks": there["world_size"]} | there["config"]
     changed = first_change(before, {"recipe": recipe, "ranks": ranks} | config, defaults)
     if changed:
         raise ValueError(
@@ -99,15 +95,15 @@ def first_change(before: dict[str, Any], now: dict[str, Any], defaults: dict[str
 def finished(job: Job) -> bool:
     if job.product:
         return (job.folder / job.product).exists()
-    file = job.folder / "run.json"
-    return file.exists() and json.loads(file.read_text()).get("result", {}).get("stopped") == "finished"
+    there = (job.folder / "run.json").exists()
+    return there and read_record(job.folder).get("result", {}).get("stopped") == "finished"
 
 
 def steps_taken(job: Job) -> int:
     """The step of the last complete line of metrics.jsonl, 0 before the first."""
     file = job.folder / "metrics.jsonl"
-    complete = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    return int(json.loads(complete[-1])["step"]) if complete else 0
+    lines = read_lines(file, last=True) if file.exists() else []
+    return int(lines[-1].get("step", 0)) if lines else 0
 
 
 def places(jobs: int | None, ranks: int = 1, *, per_core: bool = False) -> list[dict[str, str]]:

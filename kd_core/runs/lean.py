@@ -13,18 +13,21 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
+from kd_core.runs import folders
+from kd_core.system.checked import SEAL, read_json, sealed
 from kd_core.system.files import write_atomic
 
 COSTS = ("train_s", "teacher_s", "data_s")
 COLUMNS = ("run", "step", *COSTS, "kd_ratio")
 DIGITS = 7  # of a number in runs.csv
 MARK = 16  # characters of a teacher's fingerprint
-LEFT_OUT = ("argv", "result")  # of run.json; the result's values are the last line's
+LEFT_OUT = ("argv", "files", "id", "result", "saved")  # of run.json; the result's values are the last line's
 OF_RESULT = ("stopped", "peak_memory_gib")  # what is kept of it
 Entries = dict[tuple[str, ...], Any]  # of a record by their path, one or two names
 HERE = "{study}"  # stands for the study's folder in flags
@@ -51,13 +54,11 @@ class Lean:
 def of_run(folder: Path, study: Path) -> Lean:
     """The finished run in `folder`, of the study in the folder `study`; of a cache, its teacher and seconds."""
     if not (folder / "run.json").exists():
-        teacher = json.loads(from_study((folder / "header.json").read_text(), study))["teacher"]
-        seconds = json.loads((folder / "build.json").read_text())["seconds"]
-        return Lean({"teacher": teacher, "result": {}}, [{"step": 0, "train_s": seconds}])
-    record = json.loads(from_study((folder / "run.json").read_text(), study))
-    metrics = folder / "metrics.jsonl"
-    logged = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    lines = logged or [record["result"]]
+        header = read_json(folder / "header.json", teacher=str)
+        seconds = read_json(folder / "build.json", seconds=Number)["seconds"]
+        return Lean({"teacher": from_study(header["teacher"], study), "result": {}}, [{"step": 0, "train_s": seconds}])
+    record, lines = folders.read_run(folder)
+    record = json.loads(from_study(json.dumps(record), study))
     kept = [line for line in lines if line is lines[-1] or any("/" in name for name in line)]
     result = {name: record["result"][name] for name in OF_RESULT if name in record["result"]}
     record = {name: value for name, value in record.items() if name not in LEFT_OUT} | {"result": result}
@@ -82,13 +83,13 @@ def restore(run: Lean, folder: Path, study: Path) -> None:
     if "config" not in run.record:
         header = {"teacher": run.record["teacher"].replace(HERE, str(study))}
         write_atomic(folder / "header.json", json.dumps(header) + "\n")
-        write_atomic(folder / "build.json", json.dumps({"seconds": run.end["train_s"]}) + "\n")
+        write_atomic(folder / "build.json", json.dumps(sealed({"seconds": run.end["train_s"]})) + "\n")
         return
     batch = run.record["config"].get("global_batch_size")
     lines = [line | ({"samples": line["step"] * batch} if batch else {}) for line in run.lines]
     write_atomic(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    record = run.record | {"result": lines[-1] | run.record["result"]}
-    write_atomic(folder / "run.json", json.dumps(record, indent=2).replace(HERE, str(study)) + "\n")
+    record = run.record | {"result": lines[-1] | run.record["result"], "files": folders.digests(folder)}
+    folders.write_record(folder, json.loads(json.dumps(record).replace(HERE, str(study))))
 
 
 def from_study(text: str, study: Path) -> str:
@@ -115,6 +116,8 @@ def write(folder: Path, runs: Mapping[str, Lean]) -> None:
             table.writerow([name, *(f"{cell:.{DIGITS}g}" if isinstance(cell, float) else cell for cell in cells)])
     write_atomic(folder / "runs.csv", text.getvalue())  # before runs.json: what that lacks is not there
     blocks = {"all": json.dumps(_nested(shared)), "arms": _by_line(of_arm), "runs": _by_line(rest)}
+    blocks["lines"] = json.dumps(_digest(_lines(text.getvalue(), runs)))
+    blocks[SEAL] = json.dumps(sealed({name: json.loads(block) for name, block in blocks.items()})[SEAL])
     write_atomic(folder / "runs.json", "{" + ",\n".join(f'"{name}": {block}' for name, block in blocks.items()) + "}\n")
 
 
@@ -126,20 +129,41 @@ def read(folder: Path) -> dict[str, Lean]:
     """
     if not (folder / "runs.json").exists():
         return {}
+    levels = read_json(folder / "runs.json", all=dict, arms=dict, runs=dict)
     try:
-        levels = json.loads((folder / "runs.json").read_text())
-        lines: dict[str, list[dict[str, Any]]] = {name: [] for name in levels["runs"]}
-        with (folder / "runs.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                cells = {name: float(cell) for name, cell in row.items() if cell and name != "run"}
-                lines.get(row["run"], []).append(cells | {"step": int(cells["step"])})
+        lines = _lines((folder / "runs.csv").read_text(), levels["runs"])
         shared = {arm: _flat(levels["all"]) | _flat(own) for arm, own in levels["arms"].items()} | {"": {}}
-        return {
+        runs = {
             name: Lean(_nested(shared[_arm(name)] | _flat(own)), lines[name]) for name, own in levels["runs"].items()
         }
+        cut = [name for name, run in runs.items() if not run.lines or run.end["step"] < _length(run)]
+        if cut or levels.get("lines", _digest(lines)) != _digest(lines):
+            raise ValueError(
+                f"runs.csv lacks lines of {cut[0]}" if cut else "runs.csv has other lines than were written"
+            )
+        return runs
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{folder}/runs.json and runs.csv do not fit together, or are damaged ({what})") from None
+
+
+def _lines(text: str, names: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    """The lines of runs.csv, by the run; of runs `names` alone, as it may have one more than runs.json."""
+    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for row in csv.DictReader(io.StringIO(text)):
+        cells = {name: float(cell) for name, cell in row.items() if cell and name != "run"}
+        lines.get(row["run"], []).append(cells | {"step": int(cells["step"])})
+    return lines
+
+
+def _digest(lines: Mapping[str, list[dict[str, Any]]]) -> str:
+    return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
+
+
+def _length(run: Lean) -> int:
+    """Steps that a run went to, as far as it is known."""
+    finished = run.record["result"].get("stopped") == "finished"
+    return int(run.record["config"].get("steps", 0)) if finished else 0
 
 
 def _arm(name: str) -> str:

@@ -1,6 +1,11 @@
 """What names a model: a run folder, a folder of Hugging Face, a name on its hub."""
 
+import functools
 from pathlib import Path
+
+from kd_core.runs.folders import EXPORTS, check_files
+from kd_core.system.checked import read_json
+from kd_core.system.ranks import local_rank
 
 # Files that from_pretrained reads without running code: safetensors, or pickles restricted to tensors.
 WEIGHT_FILES = (
@@ -24,6 +29,7 @@ def model_source(path: str, flag: str = "--teachers") -> str:
             if not (folder / "hf" / "config.json").exists():
                 raise ValueError(f"{flag} {path} is a run without hf/: it has not finished; continue it with --resume")
             folder = folder / "hf"
+        _check_exported(folder.absolute())
         if not (folder / "config.json").exists() or not any((folder / name).exists() for name in WEIGHT_FILES):
             raise ValueError(f"{flag} {path} is no model: expected a run folder, or config.json with model.safetensors")
         return str(folder.resolve())
@@ -32,3 +38,10 @@ def model_source(path: str, flag: str = "--teachers") -> str:
             f"{flag} {path}: no model folder there; give a run folder, a model folder or a hub name"
         )
     return path
+
+
+@functools.cache  # asked for several times a start
+def _check_exported(folder: Path) -> None:
+    """Raises DamagedError when a finished run's model is not as the run left it; local rank 0 looks, the others wait for it."""
+    if (folder.parent / "run.json").exists() and folder.name in EXPORTS and local_rank() == 0:
+        check_files(folder.parent, read_json(folder.parent / "run.json"), folder.name)

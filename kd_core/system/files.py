@@ -17,6 +17,8 @@ from typing import IO, Any
 import filelock
 from safetensors import SafetensorError
 
+from kd_core.system import checked
+from kd_core.system.ranks import local_rank
 from kd_core.system.terminal import say
 
 CACHE_FORMAT = 1  # raise it when other bytes would be written for the same source, tokenizer and settings
@@ -26,6 +28,7 @@ UNREAD = tuple(
     ".arrow .feather .avro .orc .h5 .hdf5 .tfrecord .rec .lmdb .mdb .beton".split()
 )
 HIDDEN, TWICE, CLOSED = "hidden", "taken already by another name", "packed or of a kind that nothing here reads"
+DIGESTS = "digests.json"  # of the files of a folder of the cache
 SECONDS_TO_DIE = 3.0  # a process that was killed frees its locks within
 # What of an OSError means that a path cannot be written, and what writers without its number say: PyTorch's, numpy's, Rust's.
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -101,27 +104,57 @@ def cache_root() -> Path:
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Makes `folder` by `build(new folder)`, once for all processes; complete or absent.
+    """Makes `folder` by `build(new folder)`, once for all processes; complete or absent, and as it was built.
+
+    Where its bytes are others now, that is said and it is built anew. Local rank 0 looks, once a process: the others wait for it.
 
     Raises:
         Unwritable: the cache cannot be written; and whatever `build` raises.
     """
-    if folder.is_dir():
+    if folder.is_dir() and (folder in _SOUND or local_rank()):
         return
     with writing(folder.parent, "make room there, or set KD_CACHE to another folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder.with_name(folder.name + ".lock")):
-            if folder.is_dir():
-                return
-            # The lock is ours, so what is there was left by a process that was killed.
-            new = folder.with_name(folder.name + ".new")
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
-            try:
-                build(new)
-                new.rename(folder)
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
+        if _damage(folder):
+            with filelock.FileLock(folder.with_name(folder.name + ".lock")):
+                if damage := _damage(folder):
+                    if folder.is_dir():
+                        say(f"{damage}: building {folder} anew")
+                    _build(folder, build)
+        _SOUND.add(folder)
+
+
+_SOUND: set[Path] = set()  # folders of the cache that this process has looked at
+
+
+def _damage(folder: Path) -> str:
+    """What of a folder of the cache is not as it was built; "" when it is."""
+    try:
+        facts = checked.read_json(folder / DIGESTS, of=str, sha256=dict)
+        if facts["of"] != folder.name:
+            return f"{folder / DIGESTS} is damaged (it is that of {facts['of']})"
+        checked.check(folder, facts["sha256"])
+    except (ValueError, OSError) as error:
+        return str(error).partition(";")[0]
+    return ""
+
+
+def _build(folder: Path, build: Callable[[Path], None]) -> None:
+    # The lock is ours, so what is there was left by a process that was killed.
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        build(new)
+        facts = {"of": folder.name, "sha256": checked.digests(new, sorted(file.name for file in new.iterdir()))}
+        write_json(new / DIGESTS, checked.sealed(facts))
+        if not folder.is_dir():
+            new.rename(folder)
+        else:  # which may have more: C4's shards come later
+            for file in new.iterdir():
+                file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def cache_key(*parts: str | int) -> str:

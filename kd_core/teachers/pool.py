@@ -84,6 +84,8 @@ def gather(
     if cfg.teachers and not cfg.distils:
         run.say("--teachers are not used: --kd-ratio is 0")
     if closed(cfg, run.first):
+        if cfg.resume and run.recall("config")["teachers"] != list(cfg.teachers):
+            raise ValueError("--resume: the window has closed, the teachers are asked no more; leave --teachers out")
         released = TeacherPool(cfg, columns=columns, known=run.recall("teachers", []))
         run.at_end(lambda: tell_costs(run, released))
         return released
@@ -103,7 +105,9 @@ def gather(
     pool.keep_held()
     sizes = (total(torch.tensor(pool.device_bytes())) / world_size()).tolist()
     rows = zip(known, cfg.teachers, sizes, strict=True)
-    pool.known = [one | facts[source_of(path)] | {"device_bytes": int(size)} for one, path, size in rows]
+    pool.known = [
+        one | {"name": path} | facts[source_of(path)] | {"device_bytes": int(size)} for one, path, size in rows
+    ]
     run.update(teachers=pool.known)
     run.before_step(pool.release_if_closed)
     run.at_end(lambda: tell_costs(run, pool))
@@ -114,10 +118,10 @@ def gather(
 def check_unchanged(cfg: TeacherFlags, fingerprints: Sequence[Any]) -> None:
     """Raises ValueError when a run is resumed with a teacher that is not what it began with."""
     before = check_folder(cfg).get("teachers", ()) if cfg.resume else ()
-    for one, now in zip(before, fingerprints, strict=False):  # none before the first step
+    for one, path, now in zip(before, cfg.teachers, fingerprints, strict=False):  # none before the first step
         if one.get("fingerprint", now) != now:
             raise ValueError(
-                f"--resume: --teachers {one['name']} is not what the run began with; restore it, or start a new run"
+                f"--resume: --teachers {path} is not what the run began with; restore it, or start a new run"
             )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kd_core.system import checked
+from kd_core.system.files import write_atomic
 from kd_core.system.hub import hub_file
 from kd_core.system.terminal import one_line, say
 from kd_core.text import documents
@@ -25,6 +27,7 @@ DEFAULT_TOKENIZER = "google-bert/bert-base-uncased"
 
 POLL_S = 0.05
 
+_sound: set[Path] = set()  # shards that this process has looked at
 _workers: list[subprocess.Popen[bytes]] = []  # of this process; those that have ended are reaped
 
 
@@ -57,6 +60,10 @@ def build_shard(folder: Path, shard: int) -> None:
     new = Shards(folder, packer).path(shard).with_suffix(".new")
     if not packer.write(new, texts):
         raise ValueError(f"--data c4: {path.name} does not fill one sequence of {packer.seq_len} tokens")
+    seal, made = new.with_suffix(".sha256"), checked.digests(folder, [new.name])[new.name]
+    if seal.exists() and seal.read_text() != made:  # runs that have read it would go on with other text
+        raise ValueError(f"--data c4: {path.name} is no longer what {new.with_suffix('.bin')} was; remove {folder}")
+    write_atomic(seal, made)
     new.rename(new.with_suffix(".bin"))
 
 
@@ -77,15 +84,19 @@ class Shards:
         return self.folder / f"train-{shard:05d}.bin"
 
     def open(self, shard: int) -> np.ndarray:
-        """Waits until the shard is there. A worker that failed for somebody else is given a second chance.
+        """Waits until the shard is there, made anew if it is damaged. A worker that failed for somebody else is given a second
+        chance.
 
         Raises:
             ValueError: the worker that was started here failed, with its message.
         """
         path, started = self.path(shard), False
-        while not path.exists():
+        while not self._is_sound(shard):
             with self._lock(shard) as lock:
-                if lock is not None and not path.exists():
+                if lock is not None and not self._is_sound(shard):
+                    if path.exists():
+                        say(f"{path} is damaged: making it anew")
+                        path.unlink()
                     if started:
                         raise ValueError(self._failure(shard))
                     if self.progress:
@@ -94,6 +105,19 @@ class Shards:
                     started = True
             time.sleep(POLL_S)
         return self.packer.open(path)
+
+    def _is_sound(self, shard: int) -> bool:
+        """Whether the shard is there, as its worker wrote it; this process looks once."""
+        path = self.path(shard)
+        if path in _sound or not path.exists():
+            return path.exists()
+        seal = path.with_suffix(".sha256")
+        made = checked.digests(path.parent, [path.name])[path.name]
+        if not seal.exists():  # of an earlier version, or lost
+            write_atomic(seal, made)
+        if seal.read_text() == made:
+            _sound.add(path)
+        return path in _sound
 
     def request(self, shard: int) -> None:
         """Starts a worker unless the shard is there or being made."""

@@ -3,7 +3,6 @@
 Shapes: N rows, T positions, S supervised positions of N * T.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_core.system.checked import read_json
 from kd_core.system.files import build_once, cache_key, cache_root, write_json
 from kd_core.system.ranks import rank
 from kd_core.text.batches import RowBatches, Step, ahead, validation_shares
@@ -68,7 +68,7 @@ def _kind(kinds: Documents) -> str:
     build_once(
         folder, lambda new: write_json(new / "kind.json", {"kind": next((kind for _, kind in kinds.read()), "text")})
     )
-    return str(json.loads((folder / "kind.json").read_text())["kind"])
+    return str(read_json(folder / "kind.json", kind=str)["kind"])
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

@@ -3,7 +3,6 @@
 source -> tokens -> rows of a `Packer` -> cache
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import tokenizers
 
+from kd_core.system.checked import read_json
 from kd_core.system.files import build_once, cache_key, cache_root, file_digest, write_json
 from kd_core.system.hub import HUB_NAME
 from kd_core.system.ranks import rank
@@ -132,7 +132,7 @@ def open_local(
     """The documents' rows in the folder `name` of the cache, made if they are not there."""
     folder = cache_root() / name
     build_once(folder, lambda new: _build_corpus(new, texts, packer, progress))
-    facts = json.loads((folder / "facts.json").read_text())
+    facts = read_json(folder / "facts.json", fingerprint=str)
     corpus = Corpus(
         name=texts.name,
         fingerprint=facts["fingerprint"],

@@ -19,6 +19,7 @@ import tokenizers
 from tqdm import tqdm
 
 from kd_core.system.ahead import prefetch
+from kd_core.system.checked import DamagedError, read_json
 from kd_core.system.files import cache_key, write_json
 from kd_core.system.terminal import say
 from kd_core.text import documents
@@ -51,7 +52,7 @@ class Packer(ABC):
     @classmethod
     def load(cls, folder: Path) -> "Packer":
         """What `save` wrote."""
-        facts = json.loads((folder / "packer.json").read_text())
+        facts = read_json(folder / "packer.json")
         kind = CausalPacker if "eos_id" in facts else MaskedPacker
         return kind(tokenizer=tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), **facts)
 
@@ -83,6 +84,9 @@ class Packer(ABC):
         return self.dtype
 
     def open(self, path: Path) -> np.ndarray:
+        size, row_bytes = path.stat().st_size, self.seq_len * self.token_dtype.itemsize
+        if not size or size % row_bytes:
+            raise DamagedError(path, f"{size} bytes are no rows of {row_bytes}", f"remove {path.parent}")
         return np.memmap(path, dtype=self.token_dtype, mode="r").reshape(-1, self.seq_len)
 
     def write(
@@ -118,7 +122,10 @@ class Packer(ABC):
         flat = [piece for document in pieces for piece in document]
         encoded = iter(self.tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         for document in pieces:
-            yield np.concatenate([np.array(next(encoded).ids, self.dtype) for _ in document])
+            ids = np.concatenate([np.array(next(encoded).ids, np.uint32) for _ in document])
+            if (highest := int(ids.max(initial=0))) >= self.vocab_size:
+                raise ValueError(f"the tokenizer gives the id {highest}, but has {self.vocab_size} tokens; correct it")
+            yield ids.astype(self.dtype)
 
 
 @dataclass(frozen=True, eq=False)

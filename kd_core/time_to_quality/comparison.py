@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import numpy as np
 
 from kd_core import cli
 from kd_core.runs.flags import RunFlags
+from kd_core.runs.folders import read_run
+from kd_core.system.checked import read_json
 from kd_core.teachers.flags import DistillFlags
 from kd_core.teachers.sources import CACHE_PREFIX
 from kd_core.time_to_quality import report as time_to_quality_report
@@ -78,8 +81,7 @@ def load(folder: Path, metric: str, *, lower_is_better: bool) -> Run:
         ValueError: the run is damaged, has not finished, or lacks the metric.
     """
     try:
-        record = json.loads((folder / "run.json").read_text())
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        record, lines = read_run(folder)
         return _evaluated(folder, record, lines, metric, sign=1 if lower_is_better else -1)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} holds no run (no {Path(error.filename).name}); leave it out") from None
@@ -175,7 +177,7 @@ def teacher_costs(runs: Sequence[Run]) -> tuple[dict[str, float | None], list[st
     for path in folders.values():
         try:
             trained, building = _origin(path)
-            record = json.loads((trained / "run.json").read_text())
+            record = read_json(trained / "run.json")
             seconds[path] = building + float(record["result"]["train_s"])
             own = record.get("config", {}).get("kd_ratio", 0) and record["config"].get("teachers")
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -198,8 +200,8 @@ def _origin(path: str) -> tuple[Path, float]:
     folder, building = Path(path), 0.0
     if path.startswith(CACHE_PREFIX):
         cache = Path(path.removeprefix(CACHE_PREFIX))
-        folder = Path(json.loads((cache / "header.json").read_text())["teacher"])
-        building = float(json.loads((cache / "build.json").read_text())["seconds"])
+        folder = Path(read_json(cache / "header.json", teacher=str)["teacher"])
+        building = float(read_json(cache / "build.json", seconds=Number)["seconds"])
     return folder.parent if folder.name == "hf" else folder, building
 
 

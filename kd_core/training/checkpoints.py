@@ -6,24 +6,31 @@
     checkpoints/step00000300/manifest.json
 
 DeepSpeed moves its own `latest` before the other ranks' shards are complete and never checks what it reads. Here the
-checkpoint grows in a hidden folder; a manifest of SHA-256 sums and one rename make it visible.
+checkpoint grows in a hidden folder; a manifest of SHA-256 sums and one rename make it visible. DeepSpeed also runs whatever code
+a file of its asks for. Here a checkpoint, which may be somebody else's, is read by `restricted` alone.
 """
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kd_core.system.checked import DamagedError, read_json
 from kd_core.system.files import Unwritable, file_digest, folder_bytes, sync, writing
 from kd_core.system.ranks import broadcast, rank
+from kd_core.system.terminal import one_line
+
+REMEDY = "leave that checkpoint out"
 
 
 def save(folder: Path, step: int, engines: Mapping[str, Any], state: dict[str, Any], keep: int) -> None:
@@ -98,6 +105,43 @@ def newest_checkpoint(folder: Path) -> str | None:
     return name
 
 
+@contextlib.contextmanager
+def restricted(checkpoint: Path) -> Iterator[None]:
+    """Within, `torch.load` makes tensors, numbers, strings, containers of them and what DeepSpeed keeps beside them, whoever calls it.
+
+    Raises:
+        ValueError: a file of `checkpoint` has something else in it, which may be code, or is none of PyTorch's.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    # PyTorch's own switches; DeepSpeed's loads ask for weights_only=False.
+    forced, off = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (forced, off)}
+    os.environ[forced] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            for file in sorted(checkpoint.rglob("*.pt")):
+                _refuse_code(file)
+            yield
+    except UnpicklingError as error:
+        raise DamagedError(checkpoint, one_line(error), REMEDY) from None
+    finally:
+        del os.environ[forced]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _refuse_code(file: Path) -> None:
+    """Names the file: what `torch.load` says within `restricted` does not. It is that which refuses."""
+    try:
+        asked = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except (ValueError, RuntimeError, UnpicklingError, EOFError, LookupError) as error:
+        raise DamagedError(file, f"none of PyTorch's: {one_line(error)}", REMEDY) from None
+    if asked:
+        raise DamagedError(file, f"it asks for {asked[0]}, which no checkpoint has and may be code", REMEDY)
+
+
 def _newest_sound(folder: Path) -> str | None:
     for name in reversed(checkpoint_names(folder)):
         candidate = folder / name
@@ -118,10 +162,15 @@ def checkpoint_names(folder: Path) -> list[str]:
 def _damage(checkpoint: Path) -> str:
     """What in a checkpoint is not as its manifest says; "" when it holds."""
     try:
-        sums = json.loads((checkpoint / "manifest.json").read_text())
+        sums = read_json(checkpoint / "manifest.json")
+        there = {str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*.pt")}
+        if unnamed := sorted(there - sums.keys()):
+            return f"manifest.json has nothing of {unnamed[0]}"
+        if not there:
+            return "it is empty"
         return next((name for name, digest in sums.items() if file_digest(checkpoint / name) != digest), "")
     except (OSError, ValueError) as error:
-        return str(error)
+        return str(error).partition(";")[0]
 
 
 def step_of(checkpoint: str | None) -> int:
@@ -136,7 +185,10 @@ def load(folder: Path, checkpoint: str, engine: Any, name: str, *, first: bool) 
         ValueError: the checkpoint has no engine of that name.
     """
     tag = checkpoint if first else f"{checkpoint}/{name}"
-    path, _ = engine.load_checkpoint(str(folder), tag=tag) if (folder / tag).is_dir() else (None, {})
+    path = None
+    if (folder / tag).is_dir():
+        with restricted(folder / checkpoint):
+            path, _ = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
         raise ValueError(
             f"--resume: {folder / checkpoint} holds nothing of the engine {name!r}; resume with the recipe that wrote it, "
@@ -147,15 +199,16 @@ def load(folder: Path, checkpoint: str, engine: Any, name: str, *, first: bool) 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What `save` was given as `state`; of a checkpoint from before there was state.pt, DeepSpeed's client state."""
     file = checkpoint / "state.pt"
-    if file.exists():
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        return state
-    return _first_shard(checkpoint)
+    return _load(checkpoint, file) if file.exists() else _first_shard(checkpoint)
 
 
 def _first_shard(checkpoint: Path) -> dict[str, Any]:
-    shard = next(iter(sorted(checkpoint.glob("*_model_states.pt"))))
-    states: dict[str, Any] = torch.load(shard, map_location="cpu", weights_only=False)
+    return _load(checkpoint, next(iter(sorted(checkpoint.glob("*_model_states.pt")))))
+
+
+def _load(checkpoint: Path, file: Path) -> dict[str, Any]:
+    with restricted(checkpoint):
+        states: dict[str, Any] = torch.load(file, map_location="cpu")
     return states
 
 
@@ -175,5 +228,5 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
         return module
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(None), restricted(checkpoint):
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)

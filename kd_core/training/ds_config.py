@@ -59,7 +59,7 @@ def find_config(path: str, flag: str = "--deepspeed-config") -> Path:
     raise FileNotFoundError(f"{flag} {path} does not exist; give a JSON file or one of {available}")
 
 
-def read_config(path: str, flag: str) -> dict[str, Any]:
+def read_config(path: str, flag: str = "--deepspeed-config") -> dict[str, Any]:
     """What the file `path` sets; null stands for DeepSpeed's default, true and false for a section that is enabled or not.
 
     Raises:

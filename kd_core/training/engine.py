@@ -33,7 +33,7 @@ def load_config(cfg: TrainFlags) -> dict[str, Any]:
     Raises:
         ValueError: as `read_config`, or a batch that does not split.
     """
-    config = read_config(cfg.deepspeed_config, "--deepspeed-config")
+    config = read_config(cfg.deepspeed_config)
     share = cfg.micro_batch_size * world_size()
     if cfg.global_batch_size % share:
         raise ValueError(

@@ -42,6 +42,7 @@ from kd_core.system.memory import peak_gib
 from kd_core.system.ranks import broadcast, device, gathered, rank, total, world_size
 from kd_core.training import checkpoints
 from kd_core.training import engine as engines
+from kd_core.training.ds_config import read_config
 from kd_core.training.engine import Engine, LoopError, NonFiniteStepError
 from kd_core.training.flags import TrainFlags
 from kd_core.training.guards import Guards
@@ -132,6 +133,7 @@ class Run(Generic[C]):
         self._engines: dict[str, Engine] = {}
         self.after: dict[str, Callable[[nn.Module], Any]] = {}
         self._kept: dict[str, Stateful] = {}
+        self._fields: dict[str, Any] = {}  # of run.json: by what a resumed run knows its inputs
         self._before_step: list[Callable[[int], None]] = []
         self._at_end: list[Callable[[], None]] = []
         self.guards = Guards()
@@ -149,17 +151,20 @@ class Run(Generic[C]):
         must not change on resume: equal fingerprints give equal batches.
         """
 
-        def on_each_rank() -> tuple[Path, D, str | None]:
+        def on_each_rank() -> tuple[Path, D]:
             if isinstance(self.cfg, TrainFlags):
                 self._ds_config = engines.load_config(self.cfg)
+                self._fields["deepspeed"] = read_config(self.cfg.deepspeed_config)
+                folders.check_deepspeed(self.cfg, self.cfg.deepspeed_config, self._fields["deepspeed"])
             folder = folders.claim_folder(self.cfg, self.recipe, self._undo)
             data = build(self.cfg)
             fingerprint: str | None = getattr(data[0] if isinstance(data, tuple) else data, "fingerprint", None)
             if fingerprint is not None:
                 folders.check_data(self.cfg, fingerprint)
-            return folder, data, fingerprint
+                self._fields["data"] = fingerprint
+            return folder, data
 
-        folder, data, fingerprint = join(on_each_rank)
+        folder, data = join(on_each_rank)
         self.folder = broadcast(folder)
         self._checkpoints = self.folder / "checkpoints"
         self._checkpoint = checkpoints.newest_checkpoint(self._checkpoints) if self.cfg.resume else None
@@ -172,12 +177,27 @@ class Run(Generic[C]):
         clock = clocks[rank()] if clocks else (self._state.get("seconds", {}),)
         self.clock = Stopwatch(*clock, compiling=getattr(self.cfg, "compile", False))
         self.record = Record(self.folder, self.cfg)
-        if fingerprint is not None:
-            self.record.update(data=fingerprint)
+        self._require_own_checkpoint()
+        self.record.update(**self._fields)
         self._began = time.monotonic()
         limit_collectives()
         torch.manual_seed(self.cfg.seed)  # of what the recipe builds itself
         return data
+
+    def _require_own_checkpoint(self) -> None:
+        self._id, saved = self.recall("id"), self.recall("saved")
+        if self._checkpoint and self._state.get("run", self._id) != self._id:
+            raise ValueError(
+                f"--resume: {self._checkpoints / self._checkpoint} is not of the run that {self.folder / 'run.json'} "
+                "describes; restore the one that belongs to the other"
+            )
+        if self.cfg.resume and not self._checkpoint:
+            if saved:
+                raise ValueError(
+                    f"--resume: the run had saved step {saved}, and {self._checkpoints} holds no checkpoint now; restore "
+                    "it, or start a new run in another --out"
+                )
+            self.say(f"--resume: {self.folder} has no checkpoint yet, so it begins again")
 
     def engine(
         self,
@@ -301,8 +321,8 @@ class Run(Generic[C]):
         """
         cfg, ahead = self.cfg, None if batches is None else iter(batches)
         owed = json.loads(self._state.get("owed") or "null")  # the line of a step that was not evaluated any more
+        self.record.begin(cfg, self.first - bool(owed), self.first, self._state.get("log"))
         self._state = {}
-        self.record.begin(cfg, self.first - bool(owed), self.first)
         self._set_up.close()  # what is wrong from here on is no user's flag
         self.stop = StopSignal(cfg.max_minutes, self._began, cfg.grace_seconds)
         self.stop.taken = self.stop.saved = self.number = self.first
@@ -390,6 +410,8 @@ class Run(Generic[C]):
             "clocks": gathered((self.clock.read(wait=True), self.clock.calls)),
             "kept": {name: one.state_dict() for name, one in self._kept.items()},
             "owed": owed and json.dumps(owed),
+            "run": self._id,
+            "log": self.record.mark(),
         }
         if not self._saved:  # what would not come back is found at the first checkpoint, not at the resume
             for name, kept in state["kept"].items():
@@ -397,6 +419,7 @@ class Run(Generic[C]):
         self._saved = True
         checkpoints.save(self._checkpoints, step, self._engines, state, self.cfg.keep)
         self.stop.saved = step
+        self.record.update(saved=step)
 
     def finish(self, stopped: str, *, code: int = 0, **fields: Any) -> None:
         """Writes the result and leaves the process group; `start` calls it."""

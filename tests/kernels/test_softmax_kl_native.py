@@ -1,6 +1,7 @@
 """The C code of softmax_kl: compilers that fail, damaged caches, forks. Its numbers: the other files, variant "native"."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,40 @@ def test_compiled_once_and_kept(tmp_path: Path) -> None:
     library.write_bytes(b"")  # damaged: made anew
     assert run(tmp_path) == ("True", "")
     assert library.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("planted", ["another's", "writable by others", "other bytes", "a link", "another's first"])
+def test_code_that_somebody_else_put_into_the_cache_does_not_run(
+    planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if planted.startswith("another's") and os.geteuid():
+        pytest.skip("needs root, to give files away")
+    monkeypatch.setenv("KD_CACHE", str(tmp_path))
+    compiler = [next(name for name in softmax_kl_native.COMPILERS if shutil.which(name))]
+    monkeypatch.setattr(softmax_kl_native, "FLAGS", ["-std=gnu11", "-O0", "-march=native"])
+    assert softmax_kl_native._compile(compiler).softmax_kl
+    (library,) = (tmp_path / "kernels").iterdir()
+    source, harmful = tmp_path / "harmful.c", tmp_path / "harmful.so"
+    source.write_text(
+        "#include <stdio.h>\n"
+        f'__attribute__((constructor)) static void f(void) {{ fclose(fopen("{tmp_path}/was_run", "w")); }}\n'
+    )
+    subprocess.run([*compiler, "-shared", "-fPIC", source, "-o", harmful], check=True)
+    harmful.chmod(0o777 if planted in ("writable by others", "a link") else 0o755)
+    digest = softmax_kl_native._digest(harmful.read_bytes())
+    fits = library.with_name(f"{library.stem.rpartition('-')[0]}-{digest}.so")  # found, and with its own digest
+    library.unlink()
+    if planted == "a link":
+        fits.symlink_to(harmful)
+    else:
+        shutil.copy(harmful, library if planted == "other bytes" else fits)
+    if planted.startswith("another's"):
+        os.chown(fits, 12345, 12345)
+    if planted == "another's first":  # where ours would lie
+        fits.rename(library)
+    assert softmax_kl_native._compile(compiler).softmax_kl, "compiled anew"
+    assert not (tmp_path / "was_run").exists()
+    assert softmax_kl_native._load(library), "for the next time"
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "cc --no-such-flag"])

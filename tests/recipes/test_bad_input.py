@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kd_core.runs.folders import read_record, write_record
 from recipes.bert_kd import main
 from tests.recipes.conftest import SMALL, Attempt
 
@@ -137,9 +138,9 @@ def test_out_and_resume(attempt: Attempt, tmp_path: Path, teacher: Path) -> None
     assert "holds no run" in attempt("--out", tmp_path / "new", "--resume")
     stopped = tmp_path / "stopped"
     shutil.copytree(teacher, stopped)
-    record = json.loads((stopped / "run.json").read_text())
+    record = read_record(stopped)
     record["result"]["stopped"] = "SIGTERM"
-    (stopped / "run.json").write_text(json.dumps(record))
+    write_record(stopped, record)
     message = attempt("--out", stopped, "--resume", "--steps", 4, "--student", "small")
     assert "--student was 'mini' and is now 'small'" in message
     assert (stopped / "hf").exists(), "a refused resume must not touch the run"

@@ -22,6 +22,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from kd_core import cli
 from kd_core.runs import jobs
+from kd_core.runs.folders import read_record, write_record
 from kd_core.runs.record import Lines
 from kd_core.system import files
 from kd_core.text import documents
@@ -123,9 +124,9 @@ def test_what_a_user_keeps_beside_the_checkpoints_stays(train: Train, tmp_path: 
     for name in mine:
         shutil.copytree(out / "checkpoints" / "step00000012", out / "checkpoints" / name)
     shutil.rmtree(out / "checkpoints" / "step00000012")
-    record = json.loads((out / "run.json").read_text())
+    record = read_record(out)
     del record["result"]
-    (out / "run.json").write_text(json.dumps(record))
+    write_record(out, record)
     done = train("--out", out, "--steps", 12, "--resume")  # from the other one that is kept
     assert ", from step " in done.stderr
     assert sorted(path.name for path in (out / "checkpoints").glob("step*") if path.name in mine) == sorted(mine)

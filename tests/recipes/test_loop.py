@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from kd_core.system.files import file_digest
 from tests import warm
 from tests.conftest import ROOT, cpu_environment, free_port
 
@@ -208,7 +209,7 @@ def test_a_checkpoint_that_lacks_something_is_one_line(
     else:
         state = torch.load(checkpoint / "state.pt", weights_only=True)
         torch.save(state | {"kept": {}}, checkpoint / "state.pt")
-        del manifest["state.pt"]
+        manifest["state.pt"] = file_digest(checkpoint / "state.pt")
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     (process,) = begin("two_networks.py", ["--out", "run", "--resume"], 1, tmp_path)
     assert process.wait(120) == 2

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
+from kd_core.runs.folders import read_record, write_record
 from kd_core.system.splits import VALIDATION_ONE_IN
 from kd_core.text.documents import text_digest
 from recipes.bert_kd import main
@@ -84,10 +85,10 @@ def test_caches_and_models_in_one_pool_share_masks_and_resume(
     flags += ["--teacher-dtype", "fp32", "--kd-ratio", 0.9, "--sampler", "round_robin", "--kd-every", 3, "--seed", 5]
     train(*flags, "--out", tmp_path / "whole")
     train(*flags, "--out", tmp_path / "run", "--max-minutes", 0.0001)
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record = read_record(tmp_path / "run")
     for younger in ("draws", "ensemble", "teacher_placement"):  # as if the run were older than these flags
         del record["config"][younger]
-    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    write_record(tmp_path / "run", record)
     train(*flags, "--out", tmp_path / "run", "--resume", "--max-minutes", 10)
     assert trace(tmp_path / "run") == trace(tmp_path / "whole")
     drawn = [line["teacher"] for line in metrics(tmp_path / "whole")]

@@ -99,7 +99,7 @@ def test_a_damaged_cache_is_refused(built: Path, name: str) -> None:
     whole = file.read_bytes()
     for damaged in (whole[:-1], whole + b" ", bytes([whole[0] ^ 1]) + whole[1:]):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"is damaged \\({name}\\); delete it and build it again"):
+        with pytest.raises(ValueError, match=f"{name} is damaged .*; delete the cache and build it again"):
             cache.require(built, SETTINGS)
     file.unlink()
     with pytest.raises(ValueError, match="is damaged"):
@@ -113,7 +113,7 @@ def test_a_manifest_of_another_shape_is_refused(built: Path, content: str) -> No
         del manifest["sha256"]["part-00007.bin"]
         content = json.dumps(manifest)
     (built / "manifest.json").write_text(content)
-    with pytest.raises(ValueError, match=r"is damaged \((manifest|header)\.json\); delete it and build it again"):
+    with pytest.raises(ValueError, match=r"(manifest|header)\.json is damaged .*; delete the cache and build it again"):
         cache.require(built, SETTINGS)
 
 
@@ -136,7 +136,7 @@ def test_what_is_damaged_in_half_a_cache_is_computed_again(built: Path, tmp_path
     assert not list(half.glob(".*"))
     (half / "manifest.json").unlink()
     (half / "header.json").write_text('{"format"')
-    with pytest.raises(ValueError, match=r"--out .*half is damaged \(header.json\); delete it and build it again"):
+    with pytest.raises(ValueError, match=r"half/header\.json is damaged .*; delete the cache and build it again"):
         build(half)
 
 
@@ -174,7 +174,7 @@ def test_a_teacher_without_finite_answers_is_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_header_is_refused(built: Path) -> None:
     (built / "header.json").write_text((built / "header.json").read_text()[:-5])
-    with pytest.raises(ValueError, match=r"is damaged \(header.json\)"):
+    with pytest.raises(ValueError, match=r"header\.json is damaged"):
         cache.require(built, SETTINGS)
 
 

@@ -249,7 +249,7 @@ def test_a_teacher_that_changes_its_buffers_is_found() -> None:
 def test_a_resumed_run_refuses_a_teacher_that_has_changed(tmp_path: Path) -> None:
     model = torch.nn.Linear(4, 8)
     cfg = flags(teachers=("a",), out=str(tmp_path), resume=True)
-    run = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "world_size": 1}
+    run = {"recipe": "r", "config": json.loads(json.dumps(dataclasses.asdict(cfg))), "world_size": 1}
 
     def write(**fields: Any) -> None:
         (tmp_path / "run.json").write_text(json.dumps(run | fields))
@@ -265,7 +265,7 @@ def test_a_resumed_run_refuses_a_teacher_that_has_changed(tmp_path: Path) -> Non
 
 def test_a_resumed_run_needs_no_teachers_behind_its_window(tmp_path: Path) -> None:
     cfg = flags(teachers=("a", "cache:b"), out=str(tmp_path), resume=True, kd_stop=0.55)
-    run = {"config": json.loads(json.dumps(dataclasses.asdict(cfg))), "world_size": 1}
+    run = {"recipe": "r", "config": json.loads(json.dumps(dataclasses.asdict(cfg))), "world_size": 1}
     (tmp_path / "run.json").write_text(
         json.dumps(run | {"teachers": [{"fingerprint": "1"}, {"fingerprint": {"s": 3}}]})
     )
@@ -323,7 +323,7 @@ def test_a_teacher_is_asked_for_what_the_method_needs(alone: None) -> None:
 
 
 def test_a_record_has_no_nan_in_its_result(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"recipe": "r", "config": {}, "world_size": 1}')
     run = Record(tmp_path, flags())
     run.begin(flags(), 0)
     (tmp_path / "metrics.jsonl").write_text('{"step": 40, "eval/loss": NaN}\n')

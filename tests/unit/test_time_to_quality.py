@@ -490,8 +490,8 @@ def test_each_line_of_a_run_is_read_once(tmp_path: Path, monkeypatch: pytest.Mon
         ({"result": {"eval/loss": math.nan}}, "is no number"),
         ({"result": {"train_s": None}}, "train_s or step not above 0"),
         ({"record": {"config": {"steps": 0}}}, "train_s or step not above 0"),
-        ({"record": {"config": []}}, "b is no run of this project, or damaged"),
-        ({"record": {"config": None}}, "b is no run of this project, or damaged"),
+        ({"record": {"config": []}}, "b/run.json is damaged (its config is no dict)"),
+        ({"record": {"config": None}}, "b/run.json is damaged (its config is no dict)"),
         ({"record": {"result": "x"}}, "b is no run of this project, or damaged"),
         ({"teachers": None}, "b is no run of this project, or damaged"),
         ({"seed": [1]}, "b is no run of this project, or damaged"),
@@ -539,7 +539,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
             "--targets must be finite numbers, got nan",
         ),
         ((a, "--against", b, "--targets", "3", "inf"), "--targets must be finite numbers, got 3.0 inf"),
-        ((a, "--against", tmp_path / "bytes"), "bytes is no run of this project, or damaged (UnicodeDecodeError"),
+        ((a, "--against", tmp_path / "bytes"), "bytes/run.json is damaged (no JSON: 'utf-8' codec"),
         ((a, "--agianst", b), "the following arguments are required: --against (--help lists all flags)"),
     ):
         monkeypatch.setattr(sys, "argv", ["time_to_quality", *map(str, words)])

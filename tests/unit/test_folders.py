@@ -1,0 +1,172 @@
+"""What a resumed run and others are told of a run folder that is not what it was."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kd_core.runs import folders, sources
+from kd_core.system.checked import DamagedError
+from kd_core.teachers.flags import DistillFlags
+from kd_core.text.flags import TextFlags
+from kd_core.training.flags import TrainFlags
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(DistillFlags, TrainFlags, TextFlags):
+    """As bert_kd's."""
+
+
+BEFORE: dict[str, Any] = {
+    "out": "x", "resume": True, "data": "a.txt", "tokenizer": "t.json", "teachers": ("one", "two"), "kd_ratio": 0.5,
+    "deepspeed_config": "a.json",
+}  # fmt: skip
+KNOWN = {"data": "0123", "teachers": [{"fingerprint": "4"}, {"fingerprint": "5"}], "deepspeed": {}}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    record = folders.describe("r", Config(**BEFORE))
+    folders.write_record(tmp_path, record | KNOWN)
+    return tmp_path
+
+
+def resumed(run: Path, **changed: Any) -> dict[str, Any]:
+    return folders.check_folder(dataclasses.replace(Config(**BEFORE), out=str(run), **changed))
+
+
+def test_what_was_moved_is_told_by_its_content(run: Path) -> None:
+    moved = {"data": "b.txt", "tokenizer": "u.json", "teachers": ("three", "four"), "deepspeed_config": "b.json"}
+    assert resumed(run, **moved)["data"] == "0123"
+    cfg = dataclasses.replace(Config(**BEFORE), out=str(run), data="b.txt")
+    folders.check_data(cfg, "0123")
+    with pytest.raises(ValueError, match="--data does not hold what the run began with"):
+        folders.check_data(cfg, "4567")
+    with pytest.raises(ValueError, match="--lr was"):
+        resumed(run, lr=1.0)
+
+
+@pytest.mark.parametrize(
+    ("known", "changed"),
+    [
+        ({"data": None}, {"data": "b.txt"}),
+        ({"teachers": []}, {"teachers": ("three", "four")}),
+        ({"teachers": [{"fingerprint": "4"}, {}]}, {"teachers": ("three", "four")}),
+        ({}, {"teachers": ("three",)}),
+        ({"deepspeed": None}, {"deepspeed_config": "b.json"}),
+    ],
+)
+def test_what_cannot_be_told_by_its_content_keeps_its_name(
+    run: Path, known: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    """A run that was killed before it knew, or of an earlier version."""
+    folders.write_record(run, folders.read_record(run) | known)
+    with pytest.raises(ValueError, match=f"--{next(iter(changed)).replace('_', '-')} was .* and is now"):
+        resumed(run, **changed)
+
+
+def test_a_deepspeed_config_is_what_it_says_and_not_its_name(run: Path) -> None:
+    began = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    folders.write_record(run, folders.read_record(run) | {"deepspeed": began})
+    cfg = dataclasses.replace(Config(**BEFORE), out=str(run))
+    folders.check_deepspeed(cfg, "b.json", dict(reversed(began.items())))
+    for other in (began | {"zero_optimization": {"stage": 2}}, began | {"aio": {}}, {"bf16": {"enabled": True}}):
+        with pytest.raises(
+            ValueError, match=r"--deepspeed-config b\.json has (zero_optimization|aio) .* the run began with"
+        ):
+            folders.check_deepspeed(cfg, "b.json", other)
+    folders.check_deepspeed(dataclasses.replace(cfg, resume=False), "b.json", {})
+
+
+@pytest.mark.parametrize(
+    "record",
+    ['{"recipe": "r", "config": {}}', '{"recipe": "r", "config": [], "world_size": 1}', "", "[]", "\0",
+     '{"recipe": "r", "config": {}, "world_size": 1, "result": "x"}'],
+)  # fmt: skip
+def test_a_damaged_run_json_is_named_on_resume(record: str, run: Path) -> None:
+    (run / "run.json").write_text(record)
+    with pytest.raises(DamagedError, match=r"run\.json is damaged"):
+        resumed(run)
+
+
+def test_other_threads_and_versions_are_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = folders.read_record(run)
+    folders.say_changes(record)
+    assert not capsys.readouterr().err
+    now, record["threads"] = torch.get_num_threads(), 64
+    record["versions"]["torch"] = "2.0"
+    record["hardware"]["name"] = "Z80"
+    folders.say_changes(record)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"threads {now} (was 64)" in said and "(was 2.0)" in said and "(was Z80)" in said and "last digits" in said
+    folders.say_changes({"recipe": "of an earlier version"})
+    assert not capsys.readouterr().err
+
+
+# --- finished runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(run: Path) -> Path:
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    (run / "hf").mkdir()
+    (run / "hf" / "config.json").write_text("{}")
+    (run / "hf" / "model.safetensors").write_bytes(b"weights")
+    folders.write_record(run, folders.read_record(run) | {"result": {"step": 2}, "files": folders.digests(run)})
+    sources._check_exported.cache_clear()
+    return run
+
+
+def test_a_finished_run_is_read_and_a_teacher(finished: Path) -> None:
+    assert folders.read_run(finished)[1] == [{"step": 1}, {"step": 2}]
+    assert sources.model_source(str(finished)) == str(finished / "hf")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"step": 1}\n', '{"step": 1}\n{"step": 2}', '{"step": 1}\n\0\0\n{"step": 2}\n', "", None]
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_lines_that_were_cut_are_not_reported_on(text: str | None, known: bool, finished: Path) -> None:
+    if not known:  # of an earlier version
+        record = folders.read_record(finished)
+        folders.write_record(finished, {name: record[name] for name in record if name != "files"})
+    if text is None:
+        (finished / "metrics.jsonl").unlink()
+    else:
+        (finished / "metrics.jsonl").write_text(text)
+    with pytest.raises((DamagedError, FileNotFoundError), match=r"metrics\.jsonl"):
+        folders.read_run(finished)
+
+
+def test_a_log_whose_beginning_was_lost_is_not_reported_on(finished: Path) -> None:
+    """A run may go on without its log; what it says of the way there would be wrong."""
+    (finished / "metrics.jsonl").write_text('{"step": 4}\n{"step": 5}\n')
+    record = folders.read_record(finished) | {"result": {"step": 5}, "files": folders.digests(finished)}
+    for log_every, eval_every, ok in ((1, 4, True), (50, 1, True), (1, 3, False), (3, 1, False)):
+        record["config"] |= {"log_every": log_every, "eval_every": eval_every}
+        folders.write_record(finished, record)
+        if ok:
+            assert len(folders.read_run(finished)[1]) == 2
+        else:
+            with pytest.raises(DamagedError, match=r"metrics\.jsonl is damaged \(its first line is that of step 4"):
+                folders.read_run(finished)
+
+
+@pytest.mark.parametrize("name", ["hf/model.safetensors", "hf/config.json"])
+@pytest.mark.parametrize("part", ["", "hf"])
+def test_a_teacher_whose_files_have_changed_is_refused_by_name(name: str, part: str, finished: Path) -> None:
+    (finished / name).write_bytes(b"weightz")
+    with pytest.raises(DamagedError, match=f"{name} is damaged"):
+        sources.model_source(str(finished / part))
+
+
+def test_a_model_elsewhere_is_taken_as_it_is(finished: Path, tmp_path: Path) -> None:
+    copy = (finished / "hf").rename(tmp_path / "mine")
+    (copy / "model.safetensors").write_bytes(b"other weights")
+    assert sources.model_source(str(copy)) == str(copy)
+    (finished / "run.json").write_text(json.dumps({"recipe": "of an earlier version"}))
+    copy.rename(finished / "hf")
+    assert sources.model_source(str(finished)) == str(finished / "hf")
