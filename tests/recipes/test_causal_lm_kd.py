@@ -189,6 +189,25 @@ def test_a_model_that_leaks_when_packed_is_taken_padded(tokenizer: Any, words: l
     assert metrics(train(words, tmp_path, "run", *flags))[-1]["kd_loss"] > 0
 
 
+def test_dialogues_train_their_answers_and_the_export_has_the_template(words: list[str], tmp_path: Path) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    turns = [("user", "Say {}."), ("assistant", "It is {}."), ("user", "And then?"), ("assistant", "Then {}.")]
+    records = [
+        {"messages": [{"role": role, "content": said.format(number)} for role, said in turns]} for number in range(300)
+    ]
+    (tmp_path / "said.jsonl").write_text("\n".join(map(json.dumps, records)))
+    flags = ["--preset", "responses", *words, "--data", "said.jsonl", "--chat-template", "chat.jinja"]
+    folder = train(flags, tmp_path, "run", "--seq-len", 128, "--vocab-size", 300, "--steps", 2)
+    last = metrics(folder)[-1]
+    assert 0 < last["supervised_tokens"] < 8 * 128 / 2, "prompts are supervised"
+    assert AutoTokenizer.from_pretrained(folder / "hf").chat_template == template
+    asked = [{"role": "user", "content": "Say 3."}]
+    (answer,) = pipeline("text-generation", model=str(folder / "hf"))(asked, max_new_tokens=2, do_sample=False)
+    assert answer["generated_text"][-1]["role"] == "assistant"
+
+
 @pytest.mark.slow
 def test_two_ranks_under_the_launcher_with_zero_3_in_bf16(words: list[str], taught: Path, tmp_path: Path) -> None:
     flags = ["--teachers", str(taught / "teacher"), "--kd-ratio", "0.9", "--deepspeed-config", "zero3_bf16.json"]
