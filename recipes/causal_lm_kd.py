@@ -7,6 +7,7 @@ Source:  Hinton et al. 2015, arXiv 1503.02531; window and draw: Blakeney et al. 
 Command: deepspeed recipes/causal_lm_kd.py --data c4 --tokenizer HuggingFaceTB/SmolLM2-135M --student 135M --teachers HuggingFaceTB/SmolLM2-360M HuggingFaceTB/SmolLM2-1.7B --kd-ratio 0.9 --kd-stop 0.35
 Teacher: --student 2x64 --kd-ratio 0
 Smoke:   python recipes/causal_lm_kd.py --student 1x64 --teachers {teacher} --kd-ratio 0.9 --kd-stop 0.5 --vocab-size 512 --seq-len 32 --steps 4 --global-batch-size 8 --micro-batch-size 4 --deepspeed-config zero0_fp32_cpu.json
+Found:   not yet run (results/methods/causal_lm)
 """
 
 import functools

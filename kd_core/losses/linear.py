@@ -21,8 +21,12 @@ CHUNKED_COPIES = 8  # of a chunk's float32 logits, that a divergence and its gra
 def logits(side: Side, columns: int | None = None) -> Tensor:
     """[N, columns] in float32, with the side's logit scale and soft cap."""
     side = side if columns is None else side.first(columns)
-    raw = F.linear(side.hidden_ND, side.weight_VD, side.bias_V).float() * side.logit_scale
-    return raw if side.softcap is None else side.softcap * torch.tanh(raw / side.softcap)
+    return _shaped(F.linear(side.hidden_ND, side.weight_VD, side.bias_V).float(), side.logit_scale, side.softcap)
+
+
+def _shaped(raw: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    raw = raw * logit_scale
+    return raw if softcap is None else softcap * torch.tanh(raw / softcap)
 
 
 def chunk_rows(columns: int, copies: int, on_gpu: bool) -> int:
@@ -51,11 +55,12 @@ def linear_distillation_sum(
         loss, kd_sum, label_sum, as `softmax_kl_sum`.
     """
     columns = len(student.weight_VD) if valid_columns is None else valid_columns
-    form = kernel_form(divergence, beta) or ({}, 1.0)
-    if teacher is not None and not form[0]:
+    form = kernel_form(divergence, beta)
+    if teacher is not None and form is None:
         method = dict(kd_weight=kd_weight, label_weight=label_weight, temperature=temperature)
         return _chunked_sum(student, teacher, labels_N, columns, method | {"divergence": divergence, "beta": beta})
-    (options, times), theirs = form, teacher or Side(None, None, None, 1.0, None)  # type: ignore[arg-type]
+    options, times = form or ({}, 1.0)
+    theirs = teacher or Side(None, None, None, 1.0, None)  # type: ignore[arg-type]
     loss, kd_sum, label_sum = linear_softmax_kl(
         student.hidden_ND, student.weight_VD, theirs.hidden_ND, theirs.weight_VD, labels_N,
         student_bias_V=student.bias_V, student_logit_scale=student.logit_scale, student_softcap=student.softcap,
@@ -98,10 +103,9 @@ class _ChunkedSum(torch.autograd.Function):
             side = Side(hidden, weight_VD, bias_V, 1.0, None).first(columns)
             raw = logits(side).requires_grad_()
             with torch.enable_grad():
-                shaped = raw * logit_scale
-                shaped = shaped if softcap is None else softcap * torch.tanh(shaped / softcap)
                 theirs = logits(teacher._replace(hidden_ND=teacher.hidden_ND[index]), columns)
-                loss, kd_sum, label_sum = distillation_sum(shaped, theirs, labels_N[index], **method)
+                given = _shaped(raw, logit_scale, softcap), theirs, labels_N[index]
+                loss, kd_sum, label_sum = distillation_sum(*given, **method)
                 (grad,) = torch.autograd.grad(loss, raw)
             sums += torch.stack([loss.detach(), kd_sum, label_sum])
             narrow = grad.to(weight_VD.dtype)
