@@ -115,6 +115,13 @@ def test_micro_batches_ranks_and_stages_change_nothing(
         )
 
 
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(taught: Path, words: list[str], tmp_path: Path) -> None:
+    """Documents are kept apart there too, and steps with other numbers of supervised tokens are none of another model."""
+    flags = ["--teachers", taught / "teacher", "--teacher-dtype", "fp32", "--kd-ratio", 0.9, "--logits-mib", 0]
+    assert values(train(words, tmp_path, "run", *flags, "--compile")) == pytest.approx(values(taught / "run"), rel=1e-3)
+
+
 def checkpoint(folder: Path, tokenizer: Any, kind: str, **shape: Any) -> Path:
     """A tiny random model of a kind, with the tokenizer."""
     torch.manual_seed(0)
