@@ -125,8 +125,7 @@ def train_step(cfg: Config, student: Any, teachers: pool.TeacherPool, step: Step
             loss_sum, kd_loss, label_loss = bert.fused_losses(student, micro, answer(), **method)
         else:
             student_logits = student(*micro.inputs)
-            given = student_logits, answer(), micro.labels
-            loss_sum, kd_loss, label_loss = distillation_sum(*given, beta=cfg.beta, **method)
+            loss_sum, kd_loss, label_loss = distillation_sum(student_logits, answer(), micro.labels, **method)
         step.backward(student, loss_sum, label_loss=label_loss, kd_loss=kd_loss)
     lr = cfg.lr * linear_warmup_decay(step.number, cfg.steps, warmup_fraction=cfg.warmup_fraction, floor=0.02)
     terms = step.update(student, lr=lr)

@@ -43,6 +43,8 @@ class Config(DistillFlags, TrainFlags, CausalTextFlags):
     """135M, 360M, 1B, 3B, 8B or LAYERSxWIDTH, as 6x256 (Llama-shaped, random), or a checkpoint (./6x256)."""
     teacher_dtype: Literal["bf16", "fp32"] = "bf16"
     """Weights and activations of the teachers."""
+    beta: float = 0.5
+    """In (0, 1): the teacher's share of the mixture, of jensen_shannon and skew_kl (DistiLLM: 0.1)."""
     logits_mib: float = 256
     """Logits of a micro-batch that need more are never held, on a GPU none: their losses are taken a chunk at a time."""
     weight_decay: float = 0.1
@@ -71,6 +73,7 @@ class Config(DistillFlags, TrainFlags, CausalTextFlags):
         size = causal_lm.size_of(self.student)
         heads = not size or size["hidden_size"] % causal_lm.HEAD_WIDTH == 0
         self.check("student", heads, f"LAYERSxWIDTH with a width that {causal_lm.HEAD_WIDTH} divides, a head's")
+        self.check("beta", 0 < self.beta < 1, "in (0, 1); at its ends the divergence is 0 or a KL")
         self.check("logits_mib", 0 <= self.logits_mib < math.inf, "a finite number, at least 0")
         self.check("weight_decay", 0 <= self.weight_decay < 1, "in [0, 1)")
         self.check("teachers", not self.cached, "models; this recipe reads no caches of answers")

@@ -138,9 +138,8 @@ def train_step(cfg: Config, student: Any, teachers: TeacherPool, step: Step) -> 
         loss_sum, kd_sum = now.label_weight * label_sum, torch.zeros((), device=device())
         if (teacher_logits := answer()) is not None:
             weighted, kd_sum, _ = distillation_sum(
-                logits, teacher_logits, divergence=cfg.divergence, beta=cfg.beta, kd_weight=now.kd_ratio,
-                temperature=now.temperature,
-            )  # fmt: skip
+                logits, teacher_logits, divergence=cfg.divergence, kd_weight=now.kd_ratio, temperature=now.temperature
+            )
             loss_sum = loss_sum + weighted
         step.backward(student, loss_sum, label_loss=label_sum, kd_loss=kd_sum)
     lr = cfg.peak_lr * linear_warmup_cosine(step.number, cfg.steps, warmup_fraction=cfg.warmup_fraction)

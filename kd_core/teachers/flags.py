@@ -120,10 +120,8 @@ class DistillFlags(WindowFlags):
     label_weight_outside: float = 1.0
     """Weight of the label loss outside the window; inside it is 1 - kd_ratio."""
     divergence: Divergence = "forward_kl"
-    """forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher); the others: kd_core/losses/divergences.py;
-    mse: squared error of raw logits."""
-    beta: float = 0.5
-    """In (0, 1): the teacher's share of the mixture, of jensen_shannon and skew_kl (DistiLLM: 0.1)."""
+    """forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher); jensen_shannon, skew_kl (both of
+    equal shares, without a --beta), total_variation: kd_core/losses/divergences.py; mse: squared error of raw logits."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,7 +130,6 @@ class DistillFlags(WindowFlags):
         for name in ("temperature", "temperature_stop"):
             value = getattr(self, name)
             self.check(name, value is None or 0 < value < math.inf, "a finite number above 0")
-        self.check("beta", 0 < self.beta < 1, "in (0, 1); at its ends the divergence is 0 or a KL")
         outside = 0 <= self.label_weight_outside < math.inf
         self.check("label_weight_outside", outside, "a finite number, at least 0")
         self.check("kd_ratio", not self.distils or bool(self.teachers), "0 without --teachers (or name a teacher)")

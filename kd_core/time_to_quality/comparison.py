@@ -60,7 +60,7 @@ COMPUTING |= {"teacher_placement", "teacher_deepspeed_config", "teacher_ahead"}
 METHOD = {field.name for field in dataclasses.fields(DistillFlags)} - {
     field.name for field in dataclasses.fields(RunFlags)
 }
-METHOD = METHOD - {"teachers"} - COMPUTING | {"teacher_dtype"}
+METHOD = METHOD - {"teachers"} - COMPUTING | {"teacher_dtype", "beta"}
 OF_AN_ARM = OF_A_RUN | METHOD | OPTIMIZER | COMPUTING
 # Below so many shared evaluations the report warns of the straight lines between them: a speed-up of 2 on a loss that
 # falls as 1 / sqrt(steps) reads 1.85 to 1.99 with 8 of them, at the five targets.
