@@ -347,7 +347,7 @@ def test_nothing_is_extrapolated_and_one_run_short_of_the_target_is_enough(tmp_p
 
 def test_arms_that_share_no_quality_are_reported_as_such(tmp_path: Path) -> None:
     baseline = make_arm(tmp_path / "baseline", shift=10.0)
-    study = times(baseline, make_arm(tmp_path / "kd"))
+    study = report(baseline, make_arm(tmp_path / "kd"))
     assert {row["verdict"] for row in study["targets"]} == {"out of reach"}
     assert (tmp_path / "report" / "quality.png").exists()
 
