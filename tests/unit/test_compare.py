@@ -25,11 +25,15 @@ DESIGN: dict[str, Any] = dict(
 
 def runs(teacher: float | None = 0.7, **arms: list[float]) -> dict[str, lean.Lean]:
     """By arm the accuracies of seeds 1, 2, ...; a run of `new` takes twice as long as one of `labels`."""
-    made = {"teacher": lean.Lean({"result": {}}, [{"step": 5, "train_s": 100.0}])}
+    made = {"teacher": lean.Lean({"config": {}, "result": {}}, [{"step": 5, "train_s": 100.0}])}
     for arm, values in arms.items():
         for seed, value in enumerate(values, 1):
             asked = [] if teacher is None or arm == "labels" else [{"name": "t", "eval/accuracy": teacher}]
-            record = {"teachers": asked, "result": {"stopped": "finished", "peak_memory_gib": 1 + seed / 10}}
+            record = {
+                "config": {},
+                "teachers": asked,
+                "result": {"stopped": "finished", "peak_memory_gib": 1 + seed / 10},
+            }
             end = {"step": 10, "train_s": seed * (2.0 if arm == "new" else 1.0)}
             made[f"{arm}/10/{seed}"] = lean.Lean(record, [end | {"eval/accuracy": value, "eval/ece": 1 - value}])
     return made
@@ -97,7 +101,7 @@ def test_the_row_says_it_all() -> None:
 
 def of_lengths(taught: dict[int, list[float]], cost: list[float]) -> dict[str, lean.Lean]:
     """Losses by length and seed; alone 4 after 10 steps and 3 after 20, a second a step, with a teacher `cost` times that."""
-    made = {"teacher": lean.Lean({"result": {}}, [{"step": 5, "train_s": 24.0}])}
+    made = {"teacher": lean.Lean({"config": {}, "result": {}}, [{"step": 5, "train_s": 24.0}])}
     for steps, alone in ((10, 4.0), (20, 3.0)):
         for seed, times in enumerate(cost, 1):
             for arm, loss, seconds in (("labels", alone, 1.0), ("kd", taught[steps][seed - 1], times)):

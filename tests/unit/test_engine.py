@@ -37,6 +37,15 @@ def test_on_a_cpu_freed_memory_serves_the_next_step() -> None:
     assert kept < plain / 10
 
 
+def unlaunched() -> dict[str, str]:
+    """The environment without what runs in this process have put there."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RANK", "LOCAL_", "WORLD_", "MASTER_"))
+    }
+
+
 @pytest.mark.parametrize(
     "left_over",
     [
@@ -48,7 +57,7 @@ def test_on_a_cpu_freed_memory_serves_the_next_step() -> None:
     ],
 )
 def test_what_another_launcher_has_left_behind_makes_no_ranks(left_over: dict[str, str]) -> None:
-    with mock.patch.dict(os.environ, left_over):
+    with mock.patch.dict(os.environ, unlaunched() | left_over, clear=True):
         processes.check_launcher()
         made = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
         assert made == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -59,7 +68,7 @@ def test_what_another_launcher_has_left_behind_makes_no_ranks(left_over: dict[st
 def test_ranks_that_could_never_meet_are_refused() -> None:
     two = {"RANK": "0", "WORLD_SIZE": "2"}
     with (
-        mock.patch.dict(os.environ, two),
+        mock.patch.dict(os.environ, unlaunched() | two, clear=True),
         pytest.raises(ValueError, match="RANK=0 and WORLD_SIZE=2 are set and MASTER_"),
     ):
         processes.check_launcher()
@@ -69,10 +78,10 @@ def test_ranks_that_could_never_meet_are_refused() -> None:
         for port in (str(taken.getsockname()[1]), "70000", "a port"):
             there = {**two, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             with (
-                mock.patch.dict(os.environ, there),
+                mock.patch.dict(os.environ, unlaunched() | there, clear=True),
                 pytest.raises(ValueError, match=f"port {port} of this machine cannot"),
             ):
                 processes.check_launcher()
-            with mock.patch.dict(os.environ, {**there, "RANK": "1"}):
+            with mock.patch.dict(os.environ, unlaunched() | there | {"RANK": "1"}, clear=True):
                 processes.check_launcher()
                 assert os.environ["LOCAL_RANK"] == "0"

@@ -325,7 +325,7 @@ def test_a_teacher_is_asked_for_what_the_method_needs(alone: None) -> None:
 def test_a_record_has_no_nan_in_its_result(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"recipe": "r", "config": {}, "world_size": 1}')
     run = Record(tmp_path, flags())
-    run.begin(flags(), 0)
+    run.begin(flags(), 0, 0)
     (tmp_path / "metrics.jsonl").write_text('{"step": 40, "eval/loss": NaN}\n')
     run.finish("finished")
     result = json.loads((tmp_path / "run.json").read_text())["result"]

@@ -19,6 +19,7 @@ from huggingface_hub import constants as hub_constants
 
 from kd_core.system import hashing
 from kd_core.system.ahead import prefetch
+from kd_core.system.files import Unwritable
 from kd_core.system.splits import named_split
 from kd_core.text import c4, documents, packing
 from kd_core.text import corpus as corpora
@@ -358,7 +359,7 @@ def test_opening_again_reads_no_text(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KD_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(Unwritable) as error:
         make_corpus(tmp_path)
     assert "KD_CACHE" in error_line(error)
 
