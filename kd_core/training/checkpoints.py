@@ -117,7 +117,7 @@ def restricted(checkpoint: Path) -> Iterator[None]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     def member(enum: Any, name: str) -> Any:  # how Python before 3.11.4 writes one of an enum, by getattr
-        if enum is not ZeroStageEnum:
+        if enum is not ZeroStageEnum or name not in list(ZeroStageEnum.__members__):
             raise UnpicklingError(f"it asks for getattr of {enum}, which no checkpoint has and may be code")
         return enum[name]
 

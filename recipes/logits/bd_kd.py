@@ -2,8 +2,8 @@
 
 Method:  student: label_loss + w * tau^2 * (w_T KL(p_T || p_S) + w_S KL(p_S || p_T)), w_T = delta where the teacher's entropy at
          temperature 1 is above the student's, w_S = delta where it is below, else 1; teacher: label_loss + w * tau^2 * KL(p_T || p_S)
-Source:  Amara et al. 2022, arXiv 2212.12965. delta 2, w 1, tau 4, and the rule for delta from a re-implementation (ABKD, ICML 2025),
-         as no code was published. Our reading: the teacher's own term, whose target is the student
+Source:  Amara et al. 2022, arXiv 2212.12965; no code was published, the rule for delta is that of a re-implementation (ABKD, ICML
+         2025, which takes 3). Our reading: delta 2, w 1, tau 4, and the teacher's own term, whose target is the student
 Command: deepspeed recipes/logits/bd_kd.py --preset imagenet --teacher resnet34
 Smoke:   python recipes/logits/bd_kd.py --teacher resnet14 --steps 4 --global-batch-size 16 --micro-batch-size 8
 Found:   not yet run

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from kd_core.system import checked, files
 from kd_core.system.checked import DamagedError
@@ -172,6 +174,29 @@ def test_whoever_loads_within_restricted_gets_no_code(
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     torch.load(next(checkpoint.glob("*.pt")), weights_only=False)
     assert mark.exists(), "or the test could not fail"
+
+
+class Asked:
+    """What pickle writes as a call of getattr, as Python before 3.11.4 does for a member of an enum."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, self.arguments
+
+
+@pytest.mark.parametrize(
+    "arguments", [(ZeroStageEnum, "__class__"), (ZeroStageEnum, "nowhere"), (LossScaler, "__init__")]
+)
+def test_getattr_gives_a_stage_of_zero_and_nothing_else(arguments: tuple[object, str], tmp_path: Path) -> None:
+    file = tmp_path / "states.pt"
+    torch.save({"stage": Asked(ZeroStageEnum, "gradients")}, file)
+    with checkpoints.restricted(tmp_path):
+        assert torch.load(file)["stage"] is ZeroStageEnum.gradients
+    torch.save({"stage": Asked(*arguments)}, file)
+    with pytest.raises(DamagedError), checkpoints.restricted(tmp_path):
+        torch.load(file)
 
 
 @pytest.mark.parametrize("manifest", ["{}", "[]", "", "\0", '{"other.pt": "0"}'])
