@@ -27,15 +27,20 @@ RECIPE = """
 import dataclasses, json, os, signal, sys, time
 from pathlib import Path
 from kd_core import cli
-from kd_core.teachers.flags import DistillFlags
 from kd_core.training.flags import TrainFlags
 
 @dataclasses.dataclass(frozen=True)
-class Config(DistillFlags, TrainFlags):
+class Config(TrainFlags):
+    teachers: tuple[str, ...] = ()
+    kd_ratio: float = 0
     pause_ms: int = 1
     crash_at: int = 0
     save_s: float = 0.5
     data: str = "none"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check("kd_ratio", bool(self.teachers) or not self.kd_ratio, "0 without --teachers")
 
 def write(file, text):
     file.with_suffix(".tmp").write_text(text)
@@ -429,20 +434,20 @@ def test_a_signal_has_the_run_save_and_says_how_to_go_on(folder: Folder, number:
 
 def test_kill_9_of_the_study_and_of_a_run(folder: Folder) -> None:
     arms = {"plain": "", "kd": "--lr 1"}
-    folder.write(flags="--pause-ms 40 --save-s 8", seeds=[1], lengths=[200, 20], teacher=None, arms=arms)
+    folder.write(flags="--pause-ms 40 --save-s 5", seeds=[1], lengths=[100, 20], teacher=None, arms=arms)
     killed = folder.start()
-    wait_for(lambda: (folder.out / "plain/200/1/step").exists())
+    wait_for(lambda: (folder.out / "plain/100/1/step").exists())
     killed.kill()
     again = folder.start()  # the run of the first call is still saving
-    wait_for(lambda: (folder.out / "kd/200/1/step").exists())
+    wait_for(lambda: (folder.out / "kd/100/1/step").exists())
     events = [event[:3:2] for event in folder.events()]
-    assert events[:3] == [["begun", "plain/200/1"], ["stopped", "plain/200/1"], ["begun", "plain/200/1"]]
-    assert (folder.out / "plain/200/1.log").read_bytes().count(jobs.RESUMED) == 1, "the log began anew"
+    assert events[:3] == [["begun", "plain/100/1"], ["stopped", "plain/100/1"], ["begun", "plain/100/1"]]
+    assert (folder.out / "plain/100/1.log").read_bytes().count(jobs.RESUMED) == 1, "the log began anew"
     (run,) = folder.runs()
     os.kill(run.pid, signal.SIGKILL)
     _, err = again.communicate(timeout=120)
     assert again.returncode == 128 + signal.SIGKILL
-    assert "error: kd/200/1: killed by SIGKILL (my out/kd/200/1.log)" in err.splitlines()
+    assert "error: kd/100/1: killed by SIGKILL (my out/kd/100/1.log)" in err.splitlines()
     (folder.out / "plain/20/1").mkdir(parents=True)  # as by a kill before the run had claimed it
     (folder.out / "plain/20/1/.run.json.tmp").touch()
     code, lines = folder.run()
