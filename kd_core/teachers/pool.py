@@ -83,7 +83,7 @@ def gather(
         cfg.check("teacher_placement", whole, "another than zero3, which splits the model whose inside is asked for")
     if cfg.teachers and not cfg.distils:
         run.say("--teachers are not used: --kd-ratio is 0")
-    if closed(cfg, run.first):
+    if closed(cfg, run.complete):
         if cfg.resume and run.recall("config")["teachers"] != list(cfg.teachers):
             raise ValueError("--resume: the window has closed, the teachers are asked no more; leave --teachers out")
         released = TeacherPool(cfg, columns=columns, known=run.recall("teachers", []))

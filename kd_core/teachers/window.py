@@ -45,14 +45,24 @@ def closed(cfg: TeacherFlags, step: int) -> bool:
 
 
 def still_needed(cfg: TeacherFlags) -> bool:
-    """Whether teachers are asked from where the run begins: it distils, and its newest checkpoint is in the window."""
+    """Whether teachers are asked from where the run begins: it distils, and its newest checkpoint is in the window.
+
+    Or at its end, and owes an evaluation, which may ask them.
+    """
     if not (cfg.distils and cfg.resume):
         return cfg.distils
-    steps = checkpoints.checkpoint_names(Path(cfg.out or "", "checkpoints"))
+    folder = Path(cfg.out or "", "checkpoints")
+    newest = next(reversed(checkpoints.checkpoint_names(folder)), None)
+    step = checkpoints.step_of(newest)
+    if newest and step == _bounds(cfg)[1]:
+        try:
+            step = checkpoints.steps_complete(checkpoints.read_state(folder / newest), step)
+        except (ValueError, OSError):
+            step -= 1  # damaged, so the run begins with an older one
     answered = check_folder(cfg).get("teachers", ())
     # A run that is older than fingerprints takes its masks from the caches themselves.
     known = answered and all("fingerprint" in one for one in answered)
-    return not (known and closed(cfg, checkpoints.step_of(steps[-1] if steps else None)))
+    return not (known and closed(cfg, step))
 
 
 class Mix(NamedTuple):

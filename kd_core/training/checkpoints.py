@@ -185,6 +185,11 @@ def step_of(checkpoint: str | None) -> int:
     return int(checkpoint.removeprefix("step")) if checkpoint else 0
 
 
+def steps_complete(state: Mapping[str, Any], step: int) -> int:
+    """The steps that nothing is left of: not the last, where its evaluation is left to the run that is resumed."""
+    return step - bool(state.get("owed"))
+
+
 def load(folder: Path, checkpoint: str, engine: Any, name: str, *, first: bool) -> None:
     """Restores weights and optimizer of one engine.
 
@@ -210,7 +215,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _first_shard(checkpoint: Path) -> dict[str, Any]:
-    return _load(checkpoint, next(iter(sorted(checkpoint.glob("*_model_states.pt")))))
+    shards = sorted(checkpoint.glob("*_model_states.pt"))
+    if not shards:
+        raise DamagedError(checkpoint, "it is empty", REMEDY)
+    return _load(checkpoint, shards[0])
 
 
 def _load(checkpoint: Path, file: Path) -> dict[str, Any]:

@@ -117,6 +117,7 @@ class Run(Generic[C]):
 
     Attributes:
         first: the step to begin with: 0, or that of the checkpoint.
+        complete: the steps that nothing is left of: one less where an evaluation is owed.
         position: of the data, as the last batch before the checkpoint called it; None at the beginning.
         code: of the process, once the run has ended.
     """
@@ -124,6 +125,7 @@ class Run(Generic[C]):
     cfg: C
     folder: Path
     first: int
+    complete: int
     position: Any
     clock: Stopwatch
     code = 0
@@ -172,6 +174,7 @@ class Run(Generic[C]):
         self._state: dict[str, Any] = {}
         if self._checkpoint:
             self._state = checkpoints.read_state(self._checkpoints / self._checkpoint)
+        self.complete = checkpoints.steps_complete(self._state, self.first)
         self.position = self._position = self._state.get("position")
         clocks = self._state.get("clocks")  # of older runs, seconds alone
         clock = clocks[rank()] if clocks else (self._state.get("seconds", {}),)
@@ -321,7 +324,7 @@ class Run(Generic[C]):
         """
         cfg, ahead = self.cfg, None if batches is None else iter(batches)
         owed = json.loads(self._state.get("owed") or "null")  # the line of a step that was not evaluated any more
-        self.record.begin(cfg, self.first - bool(owed), self.first, self._state.get("log"))
+        self.record.begin(cfg, self.complete, self.first, self._state.get("log"))
         self._state = {}
         self._set_up.close()  # what is wrong from here on is no user's flag
         self.stop = StopSignal(cfg.max_minutes, self._began, cfg.grace_seconds)

@@ -91,7 +91,7 @@ def build(recipe: Path) -> dict[str, list[dict[str, Any]]]:
     made = torchvision.models.get_model
     torchvision.models.get_model = of_torchvision
     Run.prepare, Run.engine, Run.plain_engine, Run.steps = prepared, engine, engine, steps  # type: ignore[method-assign, assignment]
-    Run.keep, Run.position, Run.first, pool.gather = MagicMock(), None, 0, gather  # type: ignore[method-assign, misc]
+    Run.keep, Run.position, Run.first, Run.complete, pool.gather = MagicMock(), None, 0, 0, gather  # type: ignore[method-assign, misc]
     pretrained.load_pretrained = of_the_hub  # before a recipe's parts are imported, which take it from there
     probes.require_head = probes.require_isolation = MagicMock()  # which read what a model computes
     main = runpy.run_path(str(recipe))["main"]

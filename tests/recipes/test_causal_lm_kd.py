@@ -16,7 +16,7 @@ from kd_core.text.flags import CausalTextFlags
 from recipes.causal_lm_kd import main
 from tests.conftest import ROOT, deepspeed
 from tests.recipes.conftest import Attempt, metrics
-from tests.recipes.test_every_recipe import run
+from tests.recipes.test_every_recipe import lines, result, run
 
 RECIPE = ROOT / "recipes" / "causal_lm_kd.py"
 SMALL = (
@@ -113,6 +113,21 @@ def test_micro_batches_ranks_and_stages_change_nothing(
         assert {k: v for k, v in ours.items() if k.startswith("eval/")} == pytest.approx(
             {k: v for k, v in theirs.items() if k.startswith("eval/")}, rel=1e-3
         )
+
+
+@pytest.mark.parametrize(("stop", "step"), [(0.5, 2), pytest.param(1.0, 4, marks=pytest.mark.slow)])
+def test_an_evaluation_that_is_made_up_for_where_the_window_closes_asks_the_teachers(
+    stop: float, step: int, taught: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOP_IN", str(1 + step // 2))
+    (tmp_path / "teacher").symlink_to(taught / "teacher")
+    flags = ["--teachers", "teacher", "--teacher-dtype", "fp32", "--kd-ratio", 0.9, "--kd-stop", stop]
+    script = str(ROOT / "tests" / "recipes" / "toys" / "stopped_evaluation.py")
+    run([sys.executable, script, *words, *map(str, flags), "--out", "run"], 1, tmp_path)
+    assert result(tmp_path / "run")["step"] == step
+    assert "eval/loss" not in lines(tmp_path / "run")[step - 1]
+    train([], tmp_path, "run", "--resume")
+    assert lines(tmp_path / "run")[:step] == lines(taught / "run")[:step]
 
 
 @pytest.mark.slow

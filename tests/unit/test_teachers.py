@@ -49,7 +49,7 @@ class FakeRun:
     """Of a run what the teachers need of it."""
 
     def __init__(self, cfg: DistillFlags, first: int = 0, **fields: Any) -> None:
-        self.cfg, self.first, self.fields, self.clock = cfg, first, fields, Stopwatch({})
+        self.cfg, self.first, self.complete, self.fields, self.clock = cfg, first, first, fields, Stopwatch({})
         self.said: list[str] = []
         self.say, self.update = self.said.append, self.fields.update
         self.recall, self.ends = self.fields.get, list[Any]()
@@ -269,8 +269,10 @@ def test_a_resumed_run_needs_no_teachers_behind_its_window(tmp_path: Path) -> No
     (tmp_path / "run.json").write_text(
         json.dumps(run | {"teachers": [{"fingerprint": "1"}, {"fingerprint": {"s": 3}}]})
     )
-    for step, needed in ((21, True), (22, False)):
-        (tmp_path / "checkpoints" / f"step{step:08d}").mkdir(parents=True)
+    for step, owed, needed in ((21, None, True), (22, '{"step": 22}', True), (22, None, False)):
+        checkpoint = tmp_path / "checkpoints" / f"step{step:08d}"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        torch.save({"owed": owed}, checkpoint / "state.pt")
         assert still_needed(cfg) == needed
     assert cache_logits.check(cfg, Shared, {}) == {"s": 3}
     (tmp_path / "run.json").write_text(json.dumps(run | {"teachers": [{}, {}]}))  # by an older version
