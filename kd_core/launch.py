@@ -77,11 +77,25 @@ def launcher() -> int | None:
 
 def started_by_deepspeed() -> bool:
     """Whether this process is a rank of DeepSpeed's launcher, rather than, say, `nohup python recipes/x.py &`."""
+    return _started_by("CROSS_RANK", "deepspeed.launcher.launch")
+
+
+def started_by_launcher() -> bool:
+    """Whether it is one of that or of torchrun."""
+    torchrun = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
+    return started_by_deepspeed() or _started_by("TORCHELASTIC_RUN_ID", *torchrun)
+
+
+def _started_by(variable: str, *launchers: str) -> bool:
+    """
+    Args:
+        variable: which the launcher sets; it may have been left over.
+    """
     try:
         parent = psutil.Process().parent()
-        return parent is not None and "deepspeed.launcher.launch" in parent.cmdline()
+        return parent is not None and any(os.path.basename(word) in launchers for word in parent.cmdline())
     except psutil.Error:  # /proc is hidden, or the parent gone
-        return "CROSS_RANK" in os.environ  # which that launcher sets
+        return variable in os.environ
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from kd_core.glue.plan import ONE_JOB, FineTuning
 from kd_core.kernels.softmax_kl import softmax_kl_sum
 from kd_core.runs import folders, jobs
 from kd_core.system import files, ranks
+from kd_core.system.terminal import say
 from kd_core.text.tokenizer import load_tokenizer
 from kd_core.training import schedules
 from kd_core.training.processes import end_process
@@ -148,8 +149,11 @@ def batches(job: FineTuning, train: glue.Examples) -> Iterator[Tensor]:
         yield from torch.randperm(len(train), generator=generator).split(job.settings["batch_size"])
 
 
-def fine_tune(job: FineTuning) -> int:
-    """Runs a job: `job.out` becomes a run folder with its metrics, its test predictions and, if kept, its model."""
+def fine_tune(job: FineTuning, undo: contextlib.ExitStack) -> int:
+    """Runs a job: `job.out` becomes a run folder with its metrics, its test predictions and, if kept, its model.
+
+    A job has no checkpoints; when it is interrupted, `undo` says what is lost.
+    """
     began = time.perf_counter()
     glue_plan.require_unchanged(job)
     folder, task, data = Path(job.out), glue.TASKS[job.task], glue.examples(job.data)
@@ -165,7 +169,8 @@ def fine_tune(job: FineTuning) -> int:
     if job.compile and steps >= COMPILED_FROM:
         student.compile(dynamic=True)
     log = glue_report.Log(folder, folders.describe(RECIPE, job))
-    train_s, resumed = 0.0, time.perf_counter()
+    train_s, step, resumed = 0.0, 0, time.perf_counter()
+    undo.callback(lambda: say(f"steps 1 to {step} of {steps} are lost; the same call begins this job anew"))
     for step, rows in enumerate(batches(job, train), 1):
         student.train()
         for group in optimizer.param_groups:
@@ -203,7 +208,7 @@ def main(typed: Sequence[str] | None = None) -> int:
         with cli.one_line_errors() as undo:
             job, words = cli.take(sys.argv[1:] if typed is None else typed, ONE_JOB)
             if job:
-                return fine_tune(FineTuning(**json.loads(job)))
+                return fine_tune(FineTuning(**json.loads(job)), undo)
             cfg = cli.parse(Config, words)
             plan = glue_plan.make(cfg, Path(__file__), undo, held)
         with cli.one_line_errors():

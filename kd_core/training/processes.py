@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from kd_core.cli import told
-from kd_core.launch import die_with_parent, free_port, outlive_readers, started_by_deepspeed
+from kd_core.launch import die_with_parent, free_port, outlive_readers, started_by_launcher
 from kd_core.system.ranks import local_rank, rank, world_size
 from kd_core.system.terminal import say
 
@@ -40,7 +40,7 @@ def join(prepare: Callable[[], T]) -> T:
     What local rank 0 writes (caches, the run folder) the others find ready. An error there ends the run before any
     rank has joined.
     """
-    if started_by_deepspeed():
+    if started_by_launcher():
         die_with_parent()  # a launcher that is killed leaves its ranks running
     check_launcher()
     if local_rank() == 0:

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from torch.nn import functional as F
 from kd_core.glue import models
 from kd_core.glue import plan as glue_plan
 from kd_core.glue import tasks as glue
-from kd_core.glue.plan import FineTuning
+from kd_core.glue.plan import ONE_JOB, FineTuning
 from kd_core.runs import jobs
 from kd_core.runs.folders import read_record, write_record
 from kd_core.text.tokenizer import load_tokenizer
@@ -155,6 +157,33 @@ def test_kill_9_half_way_then_the_same_call(student: Path, evaluate: Any, tmp_pa
     finish(evaluate("--out", "out", "--resume"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "to_a_job"), [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGINT, True)]
+)
+def test_a_signal_ends_all_jobs_and_says_what_of_each_is_lost(
+    number: int, to_a_job: bool, student: Path, evaluate: Any, tmp_path: Path
+) -> None:
+    words = [f"ours={student}", "--protocol", "sane", "--tasks", "CoLA", "WNLI", *FAST, "--epochs", 5000]
+    process = evaluate(*words, "--out", "out")
+    deadline = time.monotonic() + 300
+    while len(logs := [log for log in tmp_path.glob("out/*/*/*/metrics.jsonl") if log.stat().st_size]) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, "the jobs have not begun"
+        time.sleep(0.02)
+    started = psutil.Process(process.pid).children(recursive=True)
+    (next(one for one in started if ONE_JOB in one.cmdline()) if to_a_job else process).send_signal(number)
+    _, error = finish(process, 128 + number)
+    assert not [one for one in started if one.is_running()]
+    for log in logs:
+        last = metrics(log.parent)[-1]["step"]
+        name = log.parent.relative_to(tmp_path / "out")
+        (lost,) = re.findall(rf"{name}: steps 1 to (\d+) of 15000 are lost; the same call begins this job anew", error)
+        assert last <= int(lost) < 15000
+    assert error.splitlines()[-1].endswith(
+        "0 of 2 jobs have finished; the same call with --out {} continues".format(tmp_path / "out")
+    )
+
+
 def finished(out: Path) -> dict[Path, int]:
     """The jobs that have finished, and when."""
     files = [file for file in out.glob("*/*/*/run.json") if '"result"' in file.read_text()]
@@ -247,7 +276,7 @@ def run_job(
         one = job(
             **{"out": str(tmp_path / name), "model": source, "task": task, "data": data, "tokenizer": source} | fields
         )
-        assert recipe.fine_tune(one) == 0
+        assert recipe.fine_tune(one, contextlib.ExitStack()) == 0
         return tmp_path / name
 
     return run
@@ -300,9 +329,11 @@ def test_the_table_says_what_teachers_know(run_job: Any, evaluate: Any, student:
     save_file(weights, wrong / "model.safetensors", {"format": "pt"})
     done = FineTuning(**json.loads((tmp_path / "out/s/WNLI/19/run.json").read_text())["config"])
     with pytest.raises(ValueError, match="wrong has changed since this evaluation began"):
-        recipe.fine_tune(done)
+        recipe.fine_tune(done, contextlib.ExitStack())
     with pytest.raises(ValueError, match="hf has changed since this evaluation began"):
-        recipe.fine_tune(dataclasses.replace(done, teacher=None, teacher_weights="", weights="another"))
+        recipe.fine_tune(
+            dataclasses.replace(done, teacher=None, teacher_weights="", weights="another"), contextlib.ExitStack()
+        )
     glue_plan.require_unchanged(dataclasses.replace(done, teacher=None, teacher_weights="", weights="other", after={}))
 
 

@@ -85,7 +85,8 @@ def cell(form: str, name: str, number: int, times: int, folder: Path) -> tuple[s
     assert set(processes) == set(PROCESSES[form]), f"another tree: {sorted(processes)}"
     began = time.monotonic()
     for _ in range(times):
-        processes[name].send_signal(number)
+        with contextlib.suppress(psutil.NoSuchProcess):  # the second time
+            processes[name].send_signal(number)
         time.sleep(0.2)
     with contextlib.suppress(subprocess.TimeoutExpired):
         run.wait(SECONDS)
