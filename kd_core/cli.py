@@ -125,10 +125,12 @@ def at_home(text: str) -> str:
     """`text` with its ~ for the home folder.
 
     Raises:
-        ValueError: there is none, as for a user without HOME or an entry in the password file; a folder "~" would be made.
+        ValueError: there is none, as for a user without HOME or an entry in the password file, or of a user who is not
+            known; a folder "~" would be made.
     """
     path = os.path.expanduser(text)
-    if path == "~" or path.startswith("~/"):
+    name = path.partition("/")[0]
+    if name == "~" or (name.startswith("~") and not os.path.lexists(name)):
         raise ValueError(f"{text}: the home folder is not known here; give the whole path, or set HOME")
     return path
 

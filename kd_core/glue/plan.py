@@ -24,6 +24,7 @@ from kd_core.training.checkpoints import checkpoint_names, read_checkpoint, read
 
 ENCODER = "bert."  # the part of a masked-language model that is fine-tuned
 EMBEDDING = "bert.embeddings.word_embeddings.weight"
+WEIGHTS = r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)"  # what transformers loads, and no copy beside it
 ONE_JOB = "--run-one-job"  # followed by a FineTuning as JSON, it makes the recipe run that
 # Flags that a job takes as they are.
 SAME_FOR_ALL = ("dropout", "kd_ratio", "temperature", "precision", "compile")
@@ -301,7 +302,7 @@ def check_teacher(task: glue.Task, source: str, max_length: int) -> None:
 def weights_digest(source: str) -> str:
     """Identifies a local model's weights; "" for a model of the hub."""
     digest = hashlib.sha256()
-    for file in sorted(path for pattern in ("*.safetensors", "*.bin") for path in Path(source).glob(pattern)):
+    for file in sorted(path for path in Path(source).glob("*") if re.fullmatch(WEIGHTS, path.name)):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16] if Path(source).is_dir() else ""

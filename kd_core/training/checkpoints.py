@@ -43,7 +43,8 @@ def save(folder: Path, step: int, engines: Mapping[str, Any], state: dict[str, A
     hidden, name = folder / ".incomplete", f"step{step:08d}"
     if rank() == 0:
         shutil.rmtree(hidden, ignore_errors=True)
-        (hidden / name).mkdir(parents=True)
+        with writing(folder / name):
+            (hidden / name).mkdir(parents=True)
     dist.barrier()
     try:
         with writing(folder / name, needs=_needed(folder, engines)):
@@ -59,15 +60,23 @@ def save(folder: Path, step: int, engines: Mapping[str, Any], state: dict[str, A
     if rank() == 0:
         with writing(folder / name):
             _write_manifest(hidden / name)
-        shutil.rmtree(folder / name, ignore_errors=True)
+        if _is_ours(folder / name):
+            (folder / name).rename(hidden / f"{name}.old")
+        elif os.path.lexists(folder / name):
+            (folder / name).rename(folder / f"{name}.kept")
         (hidden / name).rename(folder / name)
         sync(folder)
-        shutil.rmtree(hidden)
-        there = checkpoint_names(folder)
+        there = [other for other in checkpoint_names(folder) if _is_ours(folder / other)]
         newer = [other for other in there if step_of(other) > step]  # damaged: the run was resumed before them
         for old in newer + [other for other in there if other not in newer][:-keep]:
-            shutil.rmtree(folder / old)
+            (folder / old).rename(hidden / f"{old}.old")  # of a link the link
+        shutil.rmtree(hidden, ignore_errors=True)  # all but what a reader has open on NFS
     dist.barrier()
+
+
+def _is_ours(checkpoint: Path) -> bool:
+    """Whether a run has made it, rather than a user who has given something such a name."""
+    return (checkpoint / "manifest.json").exists()
 
 
 def _needed(folder: Path, engines: Mapping[str, Any]) -> int:
