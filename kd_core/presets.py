@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from filelock import FileLock
 
 from kd_core import cli
 from kd_core.launch import die_with_parent
 from kd_core.runs import folders
 from kd_core.system import ranks
+from kd_core.system.files import held
 from kd_core.training import engine
 from kd_core.training.processes import check_launcher, end_process
 
@@ -98,8 +98,7 @@ def _train_once(folder: Path, main: Callable[..., int], flags: str, cfg: Any) ->
     """Trains the teacher unless it is there; local rank 0 does it, under a lock, and the other ranks and runs wait."""
     while ranks.local_rank() != 0 and not (folder / "hf").exists():
         time.sleep(0.5)  # should the training fail, the launcher ends this rank
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with held(Path(f"{folder}.lock"), str(folder)):
         if (folder / "hf").exists():
             return
         _say(f"the small preset's teacher is not there yet: training it into {folder} (minutes, once)")

@@ -24,11 +24,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -37,7 +36,7 @@ from tqdm import tqdm
 
 from kd_core.system import ranks
 from kd_core.system.checked import DamagedError, read_json, sealed
-from kd_core.system.files import file_digest, shown_bytes, write_atomic, writing
+from kd_core.system.files import SECONDS_TO_DIE, file_digest, held, shown_bytes, write_atomic, writing
 from kd_core.system.terminal import say
 from kd_core.teachers.pool import require_finite
 from kd_core.teachers.sources import CACHE_PREFIX as PREFIX
@@ -126,8 +125,9 @@ def build(
             or cannot be written, or the teacher's score is not finite.
     """
     header = json.loads(json.dumps({"format": FORMAT, **settings, "layout": dataclasses.asdict(layout)}))
-    with writing(folder, CONTINUES), _held(folder) if ranks.rank() == 0 else contextlib.nullcontext():
+    with writing(folder, CONTINUES), contextlib.ExitStack() as alone:
         if ranks.rank() == 0:
+            alone.enter_context(held(folder.with_name(f".{folder.name}.lock"), f"--out {folder}", SECONDS_TO_DIE))
             _require_room(folder, layout)
             _require_ours(folder, header)
             scored = score()
@@ -175,22 +175,6 @@ def _is_whole(folder: Path, number: int, size: int) -> bool:
         return _part(folder, number).stat().st_size == size
     except (OSError, TypeError, ValueError):
         return False
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Keeps other builds out of `folder`."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise ValueError(f"--out {folder} is being built by another process; wait for it or choose another") from None
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def _require_room(folder: Path, layout: Layout) -> None:

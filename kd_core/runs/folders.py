@@ -25,10 +25,11 @@ import torch
 from kd_core.cli import FREE_ON_RESUME
 from kd_core.runs.flags import RunFlags
 from kd_core.system import checked, ranks
-from kd_core.system.files import Unwritable, hold, write_atomic
+from kd_core.system.files import InUse, Unwritable, hold, write_atomic
 from kd_core.system.terminal import say
 
 EXPORTS = ("hf", "best")
+BEFORE_RUN_JSON = {"checkpoints", "checkpoints/.lock", ".run.json.tmp"}  # all that a run makes before that file
 # Flags that name what may have been moved, and the field of run.json that says whether it is the same.
 MAY_MOVE = {"data": "data", "tokenizer": "data", "teachers": "teachers", "deepspeed_config": "deepspeed"}
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers", "torchvision")
@@ -47,9 +48,14 @@ def check_folder(cfg: RunFlags) -> dict[str, Any]:
         return _check_resumed(cfg, folder)
     if cfg.out and (folder / "run.json").exists():
         raise ValueError(f"--out {folder} holds a run; add --resume to continue it, or choose another folder")
-    if cfg.out and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if cfg.out and folder.exists() and (not folder.is_dir() or foreign(folder)):
         raise ValueError(f"--out {folder} exists and is not an empty folder; choose another folder")
     return {}
+
+
+def foreign(folder: Path) -> list[str]:
+    """What lies in a folder without run.json, and is not of a run that was killed before it had written that."""
+    return sorted({str(path.relative_to(folder)) for path in folder.rglob("*")} - BEFORE_RUN_JSON)
 
 
 def says_finished(cfg: RunFlags) -> bool:
@@ -67,33 +73,40 @@ def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path
 
     Raises:
         ValueError: as `check_folder`.
+        InUse: another run writes there.
         Unwritable: the folder cannot be made or written.
     """
     if ranks.rank() != 0:
         return Path()
     before = check_folder(cfg)
     folder = Path(cfg.out or "")
-    if cfg.resume:
-        say_changes(before)
-        hold(lock_of(folder), f"--out {folder}")
-        return folder
     try:
+        if cfg.resume:
+            say_changes(before)
+            hold_folder(folder)
+            return folder
+        new = cfg.out is None or not folder.exists()
         if cfg.out is None:
             parent = Path("runs") / recipe
             for made in (path for path in (parent.parent, parent) if not path.exists()):
                 undo.callback(remove_if_empty, made)
             folder = next_free(parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        for made in [folder] * new + [lock_of(folder).parent]:
+            undo.callback(remove_if_empty, made)
+        hold_folder(folder)  # from here on it is nobody else's, who may have begun at the same moment
+        if (folder / "run.json").exists():
+            raise ValueError(f"--out {folder} holds a run by now; choose another folder")
+        if new:
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
-        elif not folder.exists():
-            folder.mkdir(parents=True)
-            undo.callback(shutil.rmtree, folder, ignore_errors=True)
-        write_record(folder, describe(recipe, cfg))
         undo.callback((folder / "run.json").unlink, missing_ok=True)
         undo.callback(shutil.rmtree, folder / "checkpoints", ignore_errors=True)
-        hold(lock_of(folder), f"--out {folder}")
+        write_record(folder, describe(recipe, cfg))
+    except InUse:
+        raise
     except OSError as error:
         number = error.errno or errno.EIO
-        text = f"--out {folder} cannot be written ({os.strerror(number)}); choose a folder on a disk with room"
+        text = f"--out {folder} cannot be written ({os.strerror(number)}); make that possible, or choose a folder on a disk with room"
         raise Unwritable(number, text, str(folder)) from None
     return folder
 
@@ -101,6 +114,14 @@ def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path
 def lock_of(folder: Path) -> Path:
     """What the processes of a run hold, so that no second ones write into its folder."""
     return folder / "checkpoints" / ".lock"
+
+
+def hold_folder(folder: Path) -> None:
+    """
+    Raises:
+        InUse: another run writes there.
+    """
+    hold(lock_of(folder), f"--out {folder}")
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -265,7 +286,8 @@ def check_files(folder: Path, record: Mapping[str, Any], part: str) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of the files by which others use the run."""
+    """Of the files by which others use the run; hidden ones, of editors and file systems, are none of them."""
     parts = [folder / "metrics.jsonl", *(folder / part for part in EXPORTS)]
     files = [file for part in parts for file in ([part] if part.is_file() else sorted(part.rglob("*")))]
-    return checked.digests(folder, [str(file.relative_to(folder)) for file in files if file.is_file()])
+    names = [file.relative_to(folder) for file in files if file.is_file()]
+    return checked.digests(folder, [str(name) for name in names if not any(part[0] == "." for part in name.parts)])

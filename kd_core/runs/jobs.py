@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from kd_core.cli import FREE_ON_RESUME
 from kd_core.launch import GRACE_SECONDS, SECONDS_TO_KILL, die_with_parent
-from kd_core.runs.folders import read_record
+from kd_core.runs.folders import foreign, read_record
 from kd_core.system.checked import read_lines
+from kd_core.system.files import says_unlockable
 
 SECONDS_TO_SAVE = GRACE_SECONDS + 2 * SECONDS_TO_KILL  # by then a job has ended, and so has what it is supervised by
 SECONDS_TO_LEAVE = 60  # that another call has to leave a folder
-BEFORE_RUN_JSON = {".run.json.tmp"}  # all that a run makes in its folder before that file
 RESUMED = b"--- resumed\n"  # in a job's log, before what it says then
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -58,6 +58,9 @@ class Job:
     @property
     def log(self) -> Path:
         return self.folder.with_name(self.folder.name + ".log")
+
+
+Running = dict[subprocess.Popen[bytes], tuple[Job, dict[str, str]]]  # by process, with its environment
 
 
 def check_unchanged(
@@ -145,7 +148,9 @@ def locked(out: Path) -> Iterator[int]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
+            except OSError as error:
+                if says_unlockable(Path(file.name), error):
+                    break
                 if waited >= SECONDS_TO_LEAVE:
                     raise ValueError(f"--out {out} is in use by another call; choose another folder") from None
                 if not waited:
@@ -160,12 +165,9 @@ def start(job: Job, place: dict[str, str], lock: int) -> subprocess.Popen[bytes]
     """Starts or continues a job in a session of its own, its output in a log file beside its folder."""
     resume = job.resumes and (job.folder / "run.json").exists()
     if not resume:
-        if not job.product and job.folder.exists() and not (job.folder / "run.json").exists():
-            foreign = sorted({path.name for path in job.folder.iterdir()} - BEFORE_RUN_JSON)
-            if foreign:
-                raise ValueError(
-                    f"{job.folder} holds {foreign[0]}, which no run has made; move it, or choose another --out"
-                )
+        begun = job.product or (job.folder / "run.json").exists()
+        if not begun and (others := foreign(job.folder)):
+            raise ValueError(f"{job.folder} holds {others[0]}, which no run has made; move it, or choose another --out")
         shutil.rmtree(job.folder, ignore_errors=True)  # killed, perhaps before it had claimed the folder
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab" if resume else "wb") as log:
@@ -184,19 +186,21 @@ def start(job: Job, place: dict[str, str], lock: int) -> subprocess.Popen[bytes]
         )
 
 
-def stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
-    """Has the jobs save and end; what still runs after SECONDS_TO_SAVE is killed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+def stop(running: Running) -> None:
+    """Has the jobs save and end, and says of each what it has saved or lost; after SECONDS_TO_SAVE they are killed."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     print("stopping: what can be continued saves first", file=sys.stderr, flush=True)
     deadline = time.monotonic() + SECONDS_TO_SAVE
-    for process in processes:
+    for process in running:
         process.terminate()
-    for process in processes:
+    for process, (job, _) in running.items():
         try:
             process.wait(max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
+        if not finished(job):
+            print(f"{job.name}: {why_ended(job, process.wait())}", file=sys.stderr, flush=True)
 
 
 def why_ended(job: Job, code: int) -> str:
@@ -238,7 +242,7 @@ def run_all(
 
 def _run_all(jobs: Sequence[Job], at_once: Sequence[dict[str, str]], lock: int, summary: Callable[[Any], str]) -> None:
     waiting = [job for job in jobs if not finished(job)]
-    free, running = list(at_once), dict[subprocess.Popen[bytes], tuple[Job, dict[str, str]]]()
+    free, running = list(at_once), Running()
     taken = {job.name: job.steps if finished(job) else steps_taken(job) * job.resumes for job in jobs}
     total, first, began = sum(job.steps for job in jobs), sum(taken.values()), time.monotonic()
     failed = 0

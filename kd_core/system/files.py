@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import filelock
 from safetensors import SafetensorError
 
 from kd_core.system import checked
@@ -33,7 +33,8 @@ SECONDS_TO_DIE = 3.0  # a process that was killed frees its locks within
 # What of an OSError means that a path cannot be written, and what writers without its number say: PyTorch's, numpy's, Rust's.
 FULL = {errno.ENOSPC, errno.EDQUOT}
 UNWRITABLE = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EFBIG, errno.EIO}
-SIGNS = ("inline_container.cc", "PytorchStreamWriter failed", "No space left", " requested and ")
+NO_ROOM = ("No space left", "Not enough free space")
+SIGNS = ("inline_container.cc", "PytorchStreamWriter failed", *NO_ROOM, " requested and ")
 
 
 # ---------------------------------------------------------------------------------------------------------- full disks
@@ -46,6 +47,10 @@ class Unwritable(OSError):
         return str(self.strerror)
 
 
+class InUse(Unwritable):
+    """What another process holds."""
+
+
 @contextlib.contextmanager
 def writing(path: Path, todo: str = "make room there, then continue with --resume", needs: int = 0) -> Iterator[None]:
     """Within, whatever cannot be written becomes one line: which path, how much was needed, and what to do.
@@ -56,7 +61,7 @@ def writing(path: Path, todo: str = "make room there, then continue with --resum
     Raises:
         Unwritable: in place of an OSError, and of what libraries raise instead.
     """
-    free = _free(path)
+    free, _ = _free(path)
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -68,20 +73,24 @@ def writing(path: Path, todo: str = "make room there, then continue with --resum
         ):
             raise
         if not number:
-            number = errno.ENOSPC if _free(path) <= free / 2 or "No space left" in text else errno.EIO
+            full = _free(path)[0] <= free / 2 or any(sign in text for sign in NO_ROOM)
+            number = errno.ENOSPC if full else errno.EIO
         reason = os.strerror(number) if getattr(error, "errno", None) else text
         if number in FULL:
             needed = f"about {shown_bytes(needs)}" if needs else f"more than {shown_bytes(free)}"
             reason = f"{os.strerror(number)}: {needed} needed, {shown_bytes(free)} free"
+            if not _free(path)[1]:
+                reason = f"{os.strerror(number)}: no file more, as no inode is free"
         raise Unwritable(number, f"{path} cannot be written ({reason}); {todo}", str(path)) from error
 
 
-def _free(path: Path) -> int:
-    """Bytes that are free where `path` is or is to be."""
+def _free(path: Path) -> tuple[int, bool]:
+    """Bytes that are free where `path` is or is to be, and whether a file can be made there."""
     try:
-        return shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
+        disk = os.statvfs(next(place for place in (path, *path.absolute().parents) if place.exists()))
+        return disk.f_bavail * disk.f_frsize, disk.f_favail > 0 or not disk.f_files  # which some do not count
     except OSError:
-        return 0
+        return 0, True
 
 
 def shown_bytes(count: int) -> str:
@@ -113,14 +122,15 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     """
     if folder.is_dir() and (folder in _SOUND or local_rank()):
         return
-    with writing(folder.parent, "make room there, or set KD_CACHE to another folder"):
+    todo = "make room there, or set KD_CACHE to another folder"
+    with contextlib.ExitStack() as undo, writing(folder.parent, todo):
         folder.parent.mkdir(parents=True, exist_ok=True)
         if _damage(folder):
-            with filelock.FileLock(folder.with_name(folder.name + ".lock")):
-                if damage := _damage(folder):
-                    if folder.is_dir():
-                        say(f"{damage}: building {folder} anew")
-                    _build(folder, build)
+            undo.enter_context(held(folder.with_name(folder.name + ".lock"), str(folder)))
+            if damage := _damage(folder):
+                if folder.is_dir():
+                    say(f"{damage}: building {folder} anew")
+                _build(folder, build, undo)
         _SOUND.add(folder)
 
 
@@ -139,22 +149,20 @@ def _damage(folder: Path) -> str:
     return ""
 
 
-def _build(folder: Path, build: Callable[[Path], None]) -> None:
+def _build(folder: Path, build: Callable[[Path], None], undo: contextlib.ExitStack) -> None:
     # The lock is ours, so what is there was left by a process that was killed.
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    try:
-        build(new)
-        facts = {"of": folder.name, "sha256": checked.digests(new, sorted(file.name for file in new.iterdir()))}
-        write_json(new / DIGESTS, checked.sealed(facts))
-        if not folder.is_dir():
-            new.rename(folder)
-        else:  # which may have more: C4's shards come later
-            for file in new.iterdir():
-                file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    undo.callback(shutil.rmtree, new, ignore_errors=True)
+    build(new)
+    facts = {"of": folder.name, "sha256": checked.digests(new, sorted(file.name for file in new.iterdir()))}
+    write_json(new / DIGESTS, checked.sealed(facts))
+    if not folder.is_dir():
+        new.rename(folder)
+    else:  # which may have more: C4's shards come later
+        for file in new.iterdir():
+            file.replace(folder / file.name)
 
 
 def cache_key(*parts: str | int) -> str:
@@ -302,39 +310,65 @@ def _holds_run(folder: str) -> bool:
 _HELD: dict[Path, IO[str]] = {}  # closing one of these files would free its lock
 
 
-def hold(lock: Path, what: str) -> None:
+def hold(lock: Path, what: str, seconds: float = SECONDS_TO_DIE) -> None:
     """Locks the file `lock` until `let_go`, or until this process ends, by whatever end; on NFS too. Children do not hold it.
+
+    Again where it is held already: a file that was removed meanwhile is made anew.
 
     Args:
         what: is in use, in the words of the error.
+        seconds: to wait for whoever holds it.
 
     Raises:
-        ValueError: a process that is alive holds it.
+        InUse: a process that is alive holds it.
+        OSError: it cannot be made.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + SECONDS_TO_DIE
+    if lock in _HELD and _lies_at(lock, _HELD[lock]):
+        return
+    deadline = time.monotonic() + seconds
     while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
         handle = lock.open("a+")
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock.exists() and os.path.samestat(os.fstat(handle.fileno()), lock.stat()):  # not let go of meanwhile
+            if _lies_at(lock, handle):  # not let go of meanwhile
                 break
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                say(f"{lock} cannot be locked ({error.strerror}): make sure that no other run writes there")
+            if says_unlockable(lock, error):
                 break
             if time.monotonic() > deadline:
                 handle.seek(0)
                 holder = handle.read().strip() or "another process"
                 text = f"{what} is in use by {holder}; wait for its end, stop it, or choose another folder"
-                raise ValueError(text) from None
+                raise InUse(errno.EAGAIN, text, str(lock)) from None
             time.sleep(0.1)
         handle.close()
     _HELD[lock] = handle
-    with writing(lock):
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        handle.flush()
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    handle.flush()
+
+
+def _lies_at(lock: Path, handle: IO[str]) -> bool:
+    return lock.exists() and os.path.samestat(os.fstat(handle.fileno()), lock.stat())
+
+
+def says_unlockable(lock: Path, error: OSError) -> bool:
+    """Whether a lock was refused because its file system has none, which is said, rather than because another has it."""
+    if error.errno in (errno.EACCES, errno.EAGAIN):
+        return False
+    say(f"{lock} cannot be locked ({error.strerror}): make sure that nothing else writes there")
+    return True
+
+
+@contextlib.contextmanager
+def held(lock: Path, what: str, seconds: float = math.inf) -> Iterator[None]:
+    """Within, `hold`."""
+    hold(lock, what, seconds)
+    try:
+        yield
+    finally:
+        let_go(lock)
 
 
 def let_go(lock: Path) -> None:
@@ -347,8 +381,9 @@ def let_go(lock: Path) -> None:
 def replace_folder(folder: Path, *savers: Callable[[Path], Any]) -> None:
     """Has `savers` write into a hidden folder, which is there, then renames it to `folder`: complete or absent.
 
-    What a user keeps in `folder` under other names stays.
+    What a user keeps in `folder` under other names stays; where it is a link, it is the folder that this names.
     """
+    folder = Path(os.path.realpath(folder))
     hidden = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     with writing(folder):

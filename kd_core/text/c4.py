@@ -148,6 +148,9 @@ class Shards:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield None
+            except OSError as error:
+                text = f"--data c4: {file.name} cannot be locked ({error.strerror}); set KD_CACHE to a folder of this machine"
+                raise ValueError(text) from None
             else:
                 yield file.fileno()
 

@@ -402,6 +402,8 @@ class Run(Generic[C]):
         self.record.line(values, write=write)
 
     def _save(self, step: int, owed: dict[str, Any] | None = None) -> None:
+        if self.record.writer:
+            folders.hold_folder(self.folder)  # whose lock somebody may have removed
         for name, engine in self._engines.items() if world_size() > 1 else ():
             if len(set(gathered(tensor_digest(engine.module.named_buffers())))) > 1:
                 raise LoopError(

@@ -11,25 +11,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import torch
 from safetensors import SafetensorError
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from kd_core import cli
+from kd_core.glue import plan
 from kd_core.runs import jobs
 from kd_core.runs.folders import read_record, write_record
 from kd_core.runs.record import Lines
 from kd_core.system import files
 from kd_core.text import documents
+from kd_core.training import checkpoints
 from kd_core.training.engine import LoopError
 from recipes.bert_kd import main
 from tests.conftest import ROOT, cpu_environment, free_port
-from tests.recipes.conftest import RECIPE, SMALL, Attempt, metrics, start, wait_for_step
+from tests.recipes.conftest import RECIPE, SMALL, Attempt, metrics, start, trace, wait_for_step
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 LONG = [*SMALL, "--steps", "100000", "--save-every", "100000", "--eval-every", "100000"]
@@ -89,6 +93,32 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(
     assert train(*again, "--max-minutes", 0.01).returncode == 0
 
 
+def test_a_lock_that_was_removed_is_made_anew_and_another_s_is_not_taken(tmp_path: Path) -> None:
+    lock = tmp_path / "checkpoints" / ".lock"
+    files.hold(lock, "x")
+    lock.unlink()
+    files.hold(lock, "x")
+    assert lock.read_text() == f"process {os.getpid()} on {os.uname().nodename}\n"
+    lock.unlink()
+    read, write = os.pipe()
+    if not (other := os.fork()):  # holds none of its parent's
+        files.hold(lock, "x")
+        os.write(write, b"held")
+        signal.pause()
+    os.read(read, 4)
+    linked = tmp_path / "linked"
+    linked.symlink_to(tmp_path / "checkpoints")
+    for path in (lock, linked / ".lock"):
+        with pytest.raises(files.InUse, match=f"x is in use by process {other} on "):
+            files.hold(path, "x", 0)
+    os.kill(other, signal.SIGKILL)
+    with pytest.MonkeyPatch.context() as patch:  # defunct, as nobody has waited for it yet
+        patch.setattr(files.socket, "gethostname", lambda: "another host")
+        files.hold(linked / ".lock", "x")
+    assert lock.read_text() == f"process {os.getpid()} on another host\n"
+    os.waitpid(other, 0)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -132,6 +162,59 @@ def test_what_a_user_keeps_beside_the_checkpoints_stays(train: Train, tmp_path: 
     assert sorted(path.name for path in (out / "checkpoints").glob("step*") if path.name in mine) == sorted(mine)
 
 
+class Saves:
+    """Of an engine what a checkpoint asks for."""
+
+    module = torch.nn.Linear(1, 1)
+
+    def save_checkpoint(self, folder: str, tag: str, **_: object) -> None:
+        Path(folder, tag, "engine.pt").write_text(tag)
+
+
+def test_a_checkpoint_beside_what_a_user_has_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints.dist, "barrier", lambda: None)
+    folder, moved = tmp_path / "checkpoints", tmp_path / "another disk" / "1"
+    mine = [
+        "step00000001 (copy)", "step00000001_backup", "step00000001.tar", "step00000099", "step00000003", "latest.bak",
+        ".nfs0001", ".step00000001.swp", "step00000001\nx", "step", "step1",
+    ]  # fmt: skip
+    for name in mine:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "notes").touch()
+    for step in (1, 2):
+        checkpoints.save(folder, step, {"student": Saves()}, {}, 1)
+        if step == 1:
+            moved.parent.mkdir()
+            shutil.move(folder / "step00000001", moved)
+            (folder / "step00000001").symlink_to(moved)
+    assert (moved / "manifest.json").exists(), "what a link names is the user's"
+    checkpoints.save(folder, 3, {"student": Saves()}, {}, 1)
+    checkpoints.save(folder, 3, {"student": Saves()}, {}, 1)
+    there = {path.name for path in folder.iterdir()}
+    assert there == {*mine, "step00000003", "step00000003.kept"}
+    assert all((folder / name / "notes").exists() for name in there - {"step00000003"})
+    assert checkpoints.step_of("step00000003") == 3 and (folder / "step00000003" / "engine.pt").exists()
+
+
+def test_an_export_to_a_link_is_one_to_the_folder_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "hf").symlink_to(tmp_path / "another disk")
+    for text in ("first", "second"):
+        files.replace_folder(tmp_path / "hf", lambda hidden, text=text: (hidden / "model").write_text(text))
+    assert (tmp_path / "hf").is_symlink() and (tmp_path / "another disk" / "model").read_text() == "second"
+
+
+def test_copies_beside_a_model_s_weights_are_not_its_weights(tmp_path: Path) -> None:
+    names = ("model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin")
+    digests = []
+    for name in names:
+        (tmp_path / name).write_text(name)
+        digests.append(plan.weights_digest(str(tmp_path)))
+    assert len(set(digests)) == len(names)
+    for name in ("model (copy).safetensors", "._model.safetensors", "model.safetensors.bak", "training_args.bin"):
+        (tmp_path / name).write_text(name)
+    assert plan.weights_digest(str(tmp_path)) == digests[-1]
+
+
 def test_data_is_what_a_user_would_call_so(tmp_path: Path) -> None:
     for name in ("a.txt", "sub/b.txt", ".ipynb_checkpoints/a.txt", ".hidden.txt", "run/hf/vocab.txt", "run/log.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +255,15 @@ def test_a_file_system_without_locks_is_said(
 
     monkeypatch.setattr(files.fcntl, "lockf", refuse)
     files.hold(tmp_path / "x" / ".lock", "--out x")
-    assert "cannot be locked (No locks available): make sure that no other run writes there" in capsys.readouterr().err
+    monkeypatch.setattr(jobs.fcntl, "flock", refuse)
+    with jobs.locked(tmp_path):
+        pass
+    files.build_once(tmp_path / "cache" / "new", lambda new: (new / "built").touch())
+    assert (tmp_path / "cache" / "new" / "built").exists()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    for line in said:
+        assert "cannot be locked (No locks available): make sure that nothing else writes there" in line
 
 
 def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
@@ -182,7 +273,7 @@ def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env) as other:
         assert other.stdout and other.stdout.readline() == b"1\n"
         began = time.monotonic()
-        with pytest.raises(ValueError, match=f"x is in use by process {other.pid} on"):
+        with pytest.raises(files.InUse, match=f"x is in use by process {other.pid} on"):
             files.hold(lock, "x")
         assert time.monotonic() > began + files.SECONDS_TO_DIE
         other.kill()
@@ -260,11 +351,67 @@ FULL = "No space left on device"
 def test_whatever_cannot_be_written_says_where_how_much_and_what_to_do(
     error: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_free", lambda _: 1_500_000_000)
+    monkeypatch.setattr(files, "_free", lambda _: (1_500_000_000, True))
     with pytest.raises(files.Unwritable) as end, files.writing(tmp_path / "x", needs=3_000_000):
         raise error
     assert str(end.value).startswith(f"{tmp_path / 'x'} cannot be written ({reason}")
     assert str(end.value).endswith("); make room there, then continue with --resume")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Of 64 MiB, in memory."""
+    (tmp_path / "disk").mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", tmp_path / "disk"], capture_output=True)
+    if done.returncode:
+        pytest.skip("this user may mount nothing")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+def test_a_cache_on_a_full_disk_leaves_nothing_there(small_disk: Path) -> None:
+    with pytest.raises(files.Unwritable, match=f"{FULL}: more than 67.1 MB needed") as end:
+        files.build_once(small_disk / "cache" / "x", lambda new: np.save(new / "x", np.zeros(10**7)))
+    assert end.value.errno == errno.ENOSPC
+    assert not list((small_disk / "cache").iterdir())
+
+
+def test_a_disk_that_takes_no_more_files_says_so(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,nr_inodes=10", small_disk], check=True)
+    with (
+        pytest.raises(files.Unwritable, match=f"{FULL}: no file more, as no inode is free"),
+        files.writing(small_disk / "x"),
+    ):
+        for number in range(10):
+            (small_disk / str(number)).touch()
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full_is_one_line_and_the_run_goes_on_once_there_is_room(
+    train: Train, small_disk: Path, tmp_path: Path
+) -> None:
+    train("--out", tmp_path / "whole")
+    out = small_disk / "run"
+    train("--out", out, "--max-minutes", 0.0001)
+    (good,) = (out / "checkpoints").glob("step*")
+    needed = files.folder_bytes(good)
+    for left, path, asked in (
+        (needed // 2, out / "checkpoints" / "step00000003", f"about {files.shown_bytes(needed)} needed"),
+        (0, out / "run.json", "needed"),
+    ):
+        with (small_disk / "filler").open("wb") as filler:
+            os.posix_fallocate(filler.fileno(), 0, shutil.disk_usage(small_disk).free - left)
+        full = train("--out", out, "--resume", "--max-minutes", 10, check=False)
+        errors = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+        assert full.returncode == 1 and "Traceback" not in full.stderr
+        assert errors == [line for line in errors if str(path) in line and FULL in line and asked in line] != [], (
+            full.stderr
+        )
+        assert len(errors) == 1 and "make room there" in errors[0]
+        assert list((out / "checkpoints").glob("step*")) == [good]
+        (small_disk / "filler").unlink()
+    train("--out", out, "--resume", "--max-minutes", 10)
+    assert trace(out) == trace(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -333,6 +480,8 @@ def test_without_a_home_folder_no_folder_is_called_by_its_sign(
 
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    assert "--data ~/x: the home folder is not known here; give the whole path, or set HOME" in attempt("--data=~/x")
+    for path in ("~/x", "~nobody-of-this-name/x"):
+        told = f"--data {path}: the home folder is not known here; give the whole path, or set HOME"
+        assert told in attempt(f"--data={path}")
     monkeypatch.delenv("KD_CACHE", raising=False)
     assert files.cache_root() == Path(tempfile.gettempdir(), f"kd_recipes-{os.getuid()}")

@@ -3,7 +3,10 @@
 import errno
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from kd_core.cache import records as cache
 from kd_core.cache.logits import logits_of_top_k, top_k
 from kd_core.system.files import Unwritable
 from recipes import bert_kd
+from tests.conftest import ROOT, cpu_environment
 
 SETTINGS = {"kind": "test", "seed": 3}
 LAYOUT = cache.Layout(
@@ -146,10 +150,10 @@ def test_a_folder_has_one_build_at_a_time(tmp_path: Path) -> None:
     def ask(indices: range) -> np.ndarray:
         if not asked:
             asked.append(1)
-            with pytest.raises(
-                ValueError, match="new is being built by another process; wait for it or choose another"
-            ):
-                build(tmp_path / "new")
+            again = f"import tests.unit.test_cache as t, pathlib; t.build(pathlib.Path({str(tmp_path / 'new')!r}))"
+            env = cpu_environment(PYTHONPATH=str(ROOT))
+            done = subprocess.run([sys.executable, "-c", again], env=env, capture_output=True, text=True)
+            assert f"new is in use by process {os.getpid()} on " in done.stderr
         return answer(indices)
 
     build(tmp_path / "new", answer=ask)

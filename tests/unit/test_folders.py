@@ -1,7 +1,10 @@
 """What a resumed run and others are told of a run folder that is not what it was."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,9 @@ import pytest
 import torch
 
 from kd_core.runs import folders, sources
+from kd_core.system import files
 from kd_core.system.checked import DamagedError
+from kd_core.system.files import InUse
 from kd_core.teachers.flags import DistillFlags
 from kd_core.text.flags import TextFlags
 from kd_core.training.flags import TrainFlags
@@ -170,3 +175,43 @@ def test_a_model_elsewhere_is_taken_as_it_is(finished: Path, tmp_path: Path) -> 
     (finished / "run.json").write_text(json.dumps({"recipe": "of an earlier version"}))
     copy.rename(finished / "hf")
     assert sources.model_source(str(finished)) == str(finished / "hf")
+
+
+def test_of_two_runs_that_begin_in_a_folder_at_once_one_is_refused_and_takes_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = Config(out=str(tmp_path / "run"))
+    read, write = os.pipe()
+    if not (other := os.fork()):
+        folders.claim_folder(cfg, "r", contextlib.ExitStack())
+        os.write(write, b"claimed")
+        signal.pause()
+    os.read(read, 7)
+    monkeypatch.setattr(folders, "check_folder", lambda _: {})  # as it was a moment ago
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(InUse, match=f"run is in use by process {other} on "), contextlib.ExitStack() as undo:
+        folders.claim_folder(cfg, "r", undo)
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    with pytest.raises(ValueError, match="run holds a run by now"), contextlib.ExitStack() as undo:
+        folders.claim_folder(cfg, "r", undo)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_a_run_that_does_not_begin_leaves_an_empty_folder_empty(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "killed" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "killed" / "checkpoints" / ".lock").touch()
+    for out in ("new/run", "empty", "killed"):
+        with contextlib.ExitStack() as undo:
+            folder = folders.claim_folder(Config(out=str(tmp_path / out)), "r", undo)
+            assert (folder / "run.json").exists()
+            files.let_go(folders.lock_of(folder))
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["empty", "killed", "new"]
+
+
+def test_what_editors_and_file_systems_hide_in_an_export_is_none_of_a_run_s_files(tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "hf/model.safetensors", "hf/.nfs0001", "hf/.git/config", "best/.notes.swp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert sorted(folders.digests(tmp_path)) == ["hf/model.safetensors", "metrics.jsonl"]

@@ -417,7 +417,7 @@ def test_a_run_that_fails_stops_the_study_with_its_own_line_and_code(folder: Fol
     assert json.loads((folder.out / "plain/20/1/run.json").read_text())["result"]["stopped"] == "finished"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_has_the_run_save_and_says_how_to_go_on(folder: Folder, number: int, code: int) -> None:
     folder.write(flags="--pause-ms 40", lengths=[200], seeds=[1], teacher=None, arms={"plain": "", "kd": "--lr 1"})
     process = folder.start()
