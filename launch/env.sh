@@ -67,7 +67,10 @@ verdict = root / (".venv" if in_venv else "launch/__pycache__") / (
 )
 reason = verdict.read_text() if verdict.exists() else None
 if reason is None or (reason and not (root / ".venv").exists()):  # removing .venv has a bad one examined again
-    fcntl.flock(9, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(9, fcntl.LOCK_EX)
+    except OSError as error:
+        print(f"launch/env.sh: no lock ({error.strerror}): start nothing else during the set-up", file=sys.stderr)
     print(f"launch/env.sh: importing {', '.join(names)} from {sys.prefix} (once, about 10 s)", file=sys.stderr)
     imports = subprocess.run([sys.executable, "-P", "-c", f"import {', '.join(names)}"], capture_output=True, text=True)
     reason = (imports.stderr.strip().splitlines() or ["import failed"])[-1] if imports.returncode else ""
@@ -140,7 +143,7 @@ if ! bin=$(check python3); then
     if ! bin=$(check "$venv/bin/python3"); then
         say "python3 on PATH will not do ($why): using .venv"
         python=$(find_python)
-        "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+        "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null || say "no lock: start nothing else meanwhile"
         if ! bin=$(check "$venv/bin/python3"); then make_venv "$python"; fi # another call may have made it meanwhile
         bin=$(check "$venv/bin/python3") || die ".venv does not work ($bin): remove it and call again"
         say "set up in $venv"

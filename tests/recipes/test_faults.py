@@ -29,6 +29,7 @@ from kd_core.runs.folders import read_record, write_record
 from kd_core.runs.record import Lines
 from kd_core.system import files
 from kd_core.text import documents
+from kd_core.text.c4 import Shards
 from kd_core.training import checkpoints
 from kd_core.training.engine import LoopError
 from recipes.bert_kd import main
@@ -45,11 +46,23 @@ def attempt(corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     return Attempt(main, [*SMALL, "--data", corpus_file], tmp_path, capsys)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_ranks_save_and_end_when_deepspeed_is_gone(number: int, corpus_file: Path, cache: Path, tmp_path: Path) -> None:
+DEEPSPEED = ("deepspeed.launcher.runner", "-q", "--num_gpus", 2)
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", 2)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        *((DEEPSPEED, number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)),
+        pytest.param(TORCHRUN, signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_save_and_end_when_their_launcher_is_gone(
+    launcher: tuple[object, ...], number: int, corpus_file: Path, cache: Path, tmp_path: Path
+) -> None:
     """DeepSpeed's runner passes no signal on, on one node."""
     out = tmp_path / "run"
-    words = ["-m", "deepspeed.launcher.runner", "-q", "--num_gpus", 2, "--master_port", free_port()]
+    words = ["-m", *launcher, "--master_port", free_port()]
     process = start(cache, sys.executable, *words, RECIPE, *LONG, "--data", corpus_file, "--out", out)
     wait_for_step(out, 3, process)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if child.is_running()]
@@ -261,6 +274,9 @@ def test_a_file_system_without_locks_is_said(
     files.build_once(tmp_path / "cache" / "new", lambda new: (new / "built").touch())
     assert (tmp_path / "cache" / "new" / "built").exists()
     said = capsys.readouterr().err.splitlines()
+    shards: Any = Shards(tmp_path, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="set KD_CACHE to a folder of this machine"), shards._lock(0):
+        pass
     assert len(said) == 3
     for line in said:
         assert "cannot be locked (No locks available): make sure that nothing else writes there" in line
