@@ -112,8 +112,11 @@ def pause_launcher() -> Iterator[None]:
         yield
         return
     # Its standard input ends when this process does, by whatever end; the launcher, which tells it to stop too, then goes on.
-    command = ["sh", "-c", "trap '' TERM INT HUP; read -r _; kill -s CONT \"$0\"", str(parent)]
+    # It begins with those signals blocked: a trap of its own could come too late, and the launcher would stand still for ever.
+    command = ["sh", "-c", 'read -r _; kill -s CONT "$0"', str(parent)]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
     guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     send(signal.SIGSTOP, parent)
     try:
         yield

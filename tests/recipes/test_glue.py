@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from kd_core.glue import models
 from kd_core.glue import plan as glue_plan
 from kd_core.glue import tasks as glue
-from kd_core.glue.plan import ONE_JOB, FineTuning
+from kd_core.glue.plan import FineTuning
 from kd_core.runs import jobs
 from kd_core.runs.folders import read_record, write_record
 from kd_core.text.tokenizer import load_tokenizer
@@ -158,11 +158,9 @@ def test_kill_9_half_way_then_the_same_call(student: Path, evaluate: Any, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "to_a_job"), [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGINT, True)]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_all_jobs_and_says_what_of_each_is_lost(
-    number: int, to_a_job: bool, student: Path, evaluate: Any, tmp_path: Path
+    number: int, student: Path, evaluate: Any, tmp_path: Path
 ) -> None:
     words = [f"ours={student}", "--protocol", "sane", "--tasks", "CoLA", "WNLI", *FAST, "--epochs", 5000]
     process = evaluate(*words, "--out", "out")
@@ -171,7 +169,7 @@ def test_a_signal_ends_all_jobs_and_says_what_of_each_is_lost(
         assert process.poll() is None and time.monotonic() < deadline, "the jobs have not begun"
         time.sleep(0.02)
     started = psutil.Process(process.pid).children(recursive=True)
-    (next(one for one in started if ONE_JOB in one.cmdline()) if to_a_job else process).send_signal(number)
+    process.send_signal(number)
     _, error = finish(process, 128 + number)
     assert not [one for one in started if one.is_running()]
     for log in logs:

@@ -91,7 +91,7 @@ def cell(form: str, name: str, number: int, times: int, folder: Path) -> tuple[s
     with contextlib.suppress(subprocess.TimeoutExpired):
         run.wait(SECONDS)
     _, left = psutil.wait_procs(
-        [one for one in processes.values() if one.pid != run.pid], began + SECONDS - time.monotonic()
+        [one for one in processes.values() if one.pid != run.pid], max(0, began + SECONDS - time.monotonic())
     )
     seconds = time.monotonic() - began
     for one in left:

@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kd_core import launch as supervisor
+
 ROOT = Path(__file__).resolve().parents[2]
 POLYGLOT = re.search(r'^"eval" .*$', (ROOT / "launch/bert_kd.sh").read_text(), re.MULTILINE)
 assert POLYGLOT, "launch/bert_kd.sh has lost the line that makes it a shell script"
@@ -315,3 +317,22 @@ def test_set_up_that_fails_is_interrupted_or_damaged_is_repaired(tmp_path: Path)
     code, out, err = clone.run(*command)
     assert (code, out, err) == (0, prefix + "\n", "")
     assert clone.pip_calls() == 4
+
+
+def test_a_launcher_that_was_paused_goes_on_whenever_its_guard_is_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = subprocess.Popen
+
+    def told_at_once(*words: object, **how: object) -> subprocess.Popen[bytes]:
+        guard: subprocess.Popen[bytes] = started(*words, **how)  # type: ignore[call-overload]
+        guard.terminate()
+        return guard
+
+    with started(["sleep", "10"]) as paused:
+        monkeypatch.setattr(supervisor.os, "getppid", lambda: paused.pid)
+        monkeypatch.setattr(supervisor.subprocess, "Popen", told_at_once)
+        monkeypatch.setenv("LOCAL_SIZE", "0")
+        with supervisor.pause_launcher():
+            time.sleep(0.2)
+            assert psutil.Process(paused.pid).status() == psutil.STATUS_STOPPED
+        assert psutil.Process(paused.pid).status() != psutil.STATUS_STOPPED
+        paused.kill()
