@@ -176,10 +176,15 @@ def _from_folder(folder: Path) -> Any:
         )
     with _clear_errors(f"--tokenizer {folder} cannot be loaded"):
         if has_config:
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        if (folder / "vocab.txt").is_file() and not (folder / "tokenizer.json").is_file():
+            loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        elif (folder / "vocab.txt").is_file() and not (folder / "tokenizer.json").is_file():
             # Not BertTokenizer(vocab_file=...), which transformers 5 builds with an empty vocabulary.
             return BertTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if has_config:
+        if len(models) == 1 and not vocabularies:  # else another file says what the tokens are
+            remedy = f"give --tokenizer {models[0]}, which has its own tokens, or a folder with tokenizer.json"
+            _require_same_tokens(loaded.backend_tokenizer, _sentencepiece_proto(models[0]), folder, remedy)
+        return loaded
     if (folder / "tokenizer.json").is_file():
         return _from_json(folder / "tokenizer.json")
     if len(models) == 1:
@@ -208,11 +213,9 @@ def _clear_errors(complaint: str) -> Iterator[None]:
         raise ValueError(f"{complaint} ({one_line(error)}); give another tokenizer") from error
 
 
-def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
-    """The model in Rust, with the ids of the `.model` file."""
+def _sentencepiece_proto(path: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
-    from transformers import PreTrainedTokenizerFast
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
@@ -222,6 +225,15 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
     kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
     if kind not in ("UNIGRAM", "BPE") or not proto.pieces:
         raise ValueError(f"--tokenizer {path} is a SentencePiece model of type {kind}; allowed are UNIGRAM and BPE")
+    return proto
+
+
+def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
+    """The model in Rust, with the ids of the `.model` file."""
+    from transformers import PreTrainedTokenizerFast
+
+    proto = _sentencepiece_proto(path)
+    kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
     control = [piece.piece for piece in proto.pieces if piece.type == piece.CONTROL]
     user_defined = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
     tokenizer = tokenizers.Tokenizer(_unigram_model(proto) if kind == "UNIGRAM" else _bpe_model(proto))
@@ -238,7 +250,7 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
     tokenizer.decoder = tokenizers.decoders.Sequence(bytes_and_space) if proto.trainer_spec.byte_fallback else space
     tokenizer.add_tokens([tokenizers.AddedToken(piece, normalized=True) for piece in user_defined])
     tokenizer.add_special_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in control])
-    _require_same_tokens(tokenizer, proto, path)
+    _require_same_tokens(tokenizer, proto, path, "train it without that option, or give another tokenizer")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=proto.trainer_spec.unk_piece)
 
 
@@ -276,7 +288,7 @@ def _sentencepiece_normalizers(proto: Any, user_defined: list[str]) -> list[toke
     return [*steps, replace(" ", SPACE)]
 
 
-def _require_same_tokens(tokenizer: tokenizers.Tokenizer, proto: Any, path: Path) -> None:
+def _require_same_tokens(tokenizer: tokenizers.Tokenizer, proto: Any, path: Path, remedy: str) -> None:
     """Compares tokens with SentencePiece's own, on lines made of the model's pieces and on ordinary ones.
 
     Raises:
@@ -291,11 +303,13 @@ def _require_same_tokens(tokenizer: tokenizers.Tokenizer, proto: Any, path: Path
     lines = [line.replace(" ", " " * spaces) for spaces in (1, 3, 9) for line in lines]
     ours = tokenizers.Tokenizer.from_str(tokenizer.to_str())
     ours.encode_special_tokens = True
-    fast = [encoded.ids for encoded in ours.encode_batch(lines, add_special_tokens=False)]
-    if wrong := [line for line, a, b in zip(lines, fast, theirs.encode(lines), strict=True) if a != b]:
+    # By name, as some families number their pieces anew; not `.tokens`, which of unknown ones says the text.
+    fast = [list(map(ours.id_to_token, one.ids)) for one in ours.encode_batch(lines, add_special_tokens=False)]
+    slow = [list(map(theirs.id_to_piece, ids)) for ids in theirs.encode(lines)]
+    if wrong := [line for line, a, b in zip(lines, fast, slow, strict=True) if a != b]:
         raise ValueError(
             f"--tokenizer {path} has an option of SentencePiece that its fast form does not follow: {len(wrong)} of {len(lines)} "
-            f"lines have other tokens, the first {wrong[0]!r}; train it without that option, or give another tokenizer"
+            f"lines have other tokens, the first {wrong[0]!r}; {remedy}"
         )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -35,6 +36,7 @@ from tests import warm
 from tests.benchmarks import glue_step
 from tests.conftest import ROOT, cpu_environment
 from tests.recipes.conftest import SMALL, metrics
+from tests.recipes.test_bad_input import Harmful
 from tests.recipes.test_every_recipe import command, header, run
 
 FAST = ["--batch-size", "8", "--epochs", "1", "--seeds", "1", "--max-length", "24", "--lr", "1e-3"]
@@ -400,6 +402,25 @@ def test_checkpoints_of_any_stage_hold_the_run_s_weights(
     with pytest.raises(ValueError, match="is damaged"):
         checkpoints.read_checkpoint(run / "checkpoints" / "step00000008")
     shutil.move(tmp_path / "manifest.json", run / "checkpoints" / "step00000008")
+
+
+def test_no_file_of_a_checkpoint_runs_code(student: Path, tmp_path: Path) -> None:
+    """As an evaluation with --checkpoints all reads them: the whole command does nothing before that."""
+    there = [file.name for file in (student / "checkpoints" / "step00000003").iterdir()]
+    assert {"manifest.json"} < set(there)
+    for name in there:
+        run, mark = tmp_path / name / "run", tmp_path / name / "was_run"
+        shutil.copytree(student, run)
+        checkpoint = run / "checkpoints" / "step00000003"
+        if name == "manifest.json":
+            (checkpoint / name).write_bytes(pickle.dumps(Harmful(str(mark))))
+        else:
+            torch.save({"module": Harmful(str(mark))}, checkpoint / name)
+            checkpoints._write_manifest(checkpoint)
+        (model,) = glue_plan.named_models([f"x={run}"])
+        with pytest.raises(ValueError, match=f"{checkpoint}.* is damaged"):
+            glue_plan.checkpoints(model, ["all"], tmp_path / name / "out")
+        assert not mark.exists()
 
 
 @pytest.mark.slow

@@ -5,7 +5,9 @@ import itertools
 import json
 import lzma
 import os
+import pickle
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ from kd_core.text import masking as text
 from kd_core.text.corpus import IGNORE_INDEX, open_source, prepare
 from kd_core.text.order import Position, shard_order
 from kd_core.text.tokenizer import SPECIAL_TOKENS, load_tokenizer, same_tokenizer, tokenizer_digest
+from tests.recipes.test_bad_input import Harmful
 
 PROJECT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("KD_DATA") or PROJECT.parent / "shared" / "data")
@@ -531,6 +534,32 @@ def test_the_score_of_a_merge_decides_and_not_its_place(tmp_path):
     load_tokenizer(str(tmp_path / "spm.model"))
 
 
+def hub_like(folder, model, kind):
+    """A folder with a SentencePiece model and no tokenizer.json, which transformers makes a tokenizer of."""
+    folder.mkdir()
+    shutil.copy(model, folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    return str(folder)
+
+
+def test_a_folder_s_sentencepiece_model_is_compared_too(tmp_path):
+    train_sentencepiece(tmp_path, treat_whitespace_as_suffix=True)
+    folder = hub_like(tmp_path / "hub", tmp_path / "spm.model", "LlamaTokenizer")
+    with pytest.raises(ValueError, match=r"hub has an option .* give --tokenizer .*hub/tokenizer\.model") as error:
+        load_tokenizer(folder)
+    error_line(error)
+    load_tokenizer(folder + "/tokenizer.model")
+
+
+@needs_data("sentencepiece")
+@pytest.mark.parametrize("name", ["mistral_v1_bpe32k", "spm_test_unigram1k"])
+def test_folders_of_real_sentencepiece_models(name, tmp_path):
+    model = DATA / "sentencepiece" / f"{name}.model"
+    load_tokenizer(hub_like(tmp_path / "plain", model, "PreTrainedTokenizerFast"))
+    with pytest.raises(ValueError, match="has an option of SentencePiece"):
+        load_tokenizer(hub_like(tmp_path / "llama", model, "LlamaTokenizer"))
+
+
 def test_an_option_that_cannot_be_followed_is_refused(tmp_path, monkeypatch):
     from kd_core.text import tokenizer as module
 
@@ -1024,6 +1053,28 @@ def test_c4_worker_errors_reach_the_reader(tmp_path, hub):
     error_line(error)
     hub(c4.train_file(7), make_texts(20))
     assert len(corpus.rows(7)) > 1, "the next attempt is not spoilt by the first"
+
+
+@pytest.mark.parametrize("damaged", ["train-00007.bin", "train-00007.sha256", "validation_digests.npy"])
+def test_c4_payloads_are_not_run_where_a_shard_is_repaired(damaged, tmp_path, hub, cache, monkeypatch):
+    monkeypatch.setattr(c4, "_sound", set())
+    corpus, mark = open_c4(tmp_path, hub, make_texts(50, seed=100)), tmp_path / "was_run"
+    hub(c4.train_file(7), make_texts(20))
+    whole = np.array(corpus.rows(7))
+    folder = next(cache.glob("c4-*/train-00007.bin")).parent
+    if damaged.endswith(".npy"):
+        np.save(folder / damaged, np.array([Harmful(str(mark))], dtype=object), allow_pickle=True)
+        (folder / "train-00007.bin").unlink()  # or nobody reads the digests
+    else:
+        (folder / damaged).write_bytes(pickle.dumps(Harmful(str(mark))))
+    c4._sound.clear()
+    if damaged == "train-00007.bin":
+        assert np.array_equal(corpus.rows(7), whole)
+    else:
+        with pytest.raises(ValueError) as error:
+            corpus.rows(7)
+        error_line(error)
+    assert not mark.exists()
 
 
 def test_c4_workers_are_shared_and_replaced_when_killed(tmp_path, hub, cache):
