@@ -299,6 +299,11 @@ def utf8_lines(stream: Any, path: Path) -> Iterator[tuple[int, str]]:
             raise ValueError(
                 f"--data: {path} is not UTF-8 text at byte {offset + error.start} (line {number}); convert it to UTF-8"
             ) from error
+        if "\0" in text:  # UTF-16 without its mark, or blocks that a crash has left unwritten
+            raise ValueError(
+                f"--data: {path} is not UTF-8 text at byte {offset + line.index(0)} (line {number}), which is NUL; convert or "
+                "correct it"
+            )
         yield number, text
         offset += len(line)
 

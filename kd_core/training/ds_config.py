@@ -6,6 +6,7 @@ with pages of pydantic once a model is built. It is imported inside functions: w
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,22 @@ def read_config(path: str, flag: str = "--deepspeed-config") -> dict[str, Any]:
         return {key: value for key, value in pairs if value is not None}
 
     def constant(name: str) -> None:
-        raise ValueError(f"{what} has the value {name}, which JSON has not; give a number")
+        raise ValueError(f"{what} has the value {name[:20]}, which is no finite number; correct it")
+
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            constant(text)
+        return value
+
+    def whole(text: str) -> int:
+        finite(text)
+        return int(text)
 
     try:
-        config = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=entries, parse_constant=constant)
+        config = json.loads(
+            file.read_text(encoding="utf-8-sig"),
+            object_pairs_hook=entries, parse_constant=constant, parse_float=finite, parse_int=whole,
+        )  # fmt: skip
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{what} is not valid JSON: {error}") from None
     if not isinstance(config, dict):

@@ -1,10 +1,12 @@
 """What readers of folders take, what they leave out and say, and what they refuse: one rule for text, images, tars and GLUE."""
 
 import bz2
+import gzip
 import io
 import json
 import lzma
 import os
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +69,23 @@ def test_a_folder_of_links_alone_is_read(tmp_path: Path) -> None:
     for name, target in (("a.txt", "x1"), ("b.txt", "x2"), ("c.txt", "x1")):
         (tmp_path / "data" / name).symlink_to(store / target)
     assert files_below(tmp_path / "data").names == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "no mark".encode("utf-16-le"), "a.txt is not UTF-8 text at byte 1 (line 1), which is NUL"),
+        ("a.txt", b"whole\n\n" + b"\0" * 4096, "a.txt is not UTF-8 text at byte 7 (line 3), which is NUL"),
+        ("a.txt", "a mark".encode("utf-16"), "a.txt is not UTF-8 text at byte 0"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"\0" * 512, "a.jsonl"),
+        ("a.txt.gz", gzip.compress(bytes(range(97, 120)) * 99)[:-9], "a.txt.gz cannot be read (Compressed file ended"),
+    ],
+)
+def test_bytes_that_are_no_text(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        list(documents.read_file(tmp_path / name))
+    assert "\n" not in str(error.value)
 
 
 def test_what_cannot_be_listed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
