@@ -296,7 +296,11 @@ class Records:
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.layout = layout
-        self._parts = [np.memmap(_part(folder, number), layout.dtype, mode="r") for number in range(len(layout.parts))]
+        files = [_part(folder, number) for number in range(len(layout.parts))]
+        for file, indices in zip(files, layout.parts, strict=True):  # a digest that fits says nothing of it
+            if file.stat().st_size != len(indices) * layout.dtype.itemsize:
+                raise DamagedError(file, f"it does not hold {len(indices)} records", REMEDY)
+        self._parts = [np.memmap(file, layout.dtype, mode="r") for file in files]
 
     def take(self, samples_B: np.ndarray, patterns_B: np.ndarray) -> np.ndarray:
         """Records [B] of samples and patterns, int64 each."""

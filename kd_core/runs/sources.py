@@ -32,6 +32,10 @@ def model_source(path: str, flag: str = "--teachers") -> str:
         _check_exported(folder.absolute())
         if not (folder / "config.json").exists() or not any((folder / name).exists() for name in WEIGHT_FILES):
             raise ValueError(f"{flag} {path} is no model: expected a run folder, or config.json with model.safetensors")
+        for index in folder.glob("*.index.json"):
+            for name in read_json(index, weight_map=dict)["weight_map"].values():
+                if name != Path(str(name)).name:
+                    raise ValueError(f"{flag} {path}: {index.name} names {name!r}, no file of this folder; correct it")
         return str(folder.resolve())
     if folder.exists() or path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1:
         raise FileNotFoundError(

@@ -225,3 +225,12 @@ def test_top_k_keeps_probabilities_and_the_mass_of_the_tail_exactly() -> None:
         tail = kept.scatter(1, top, 0.0)
         torch.testing.assert_close(tail.sum(-1), exact.scatter(1, top, 0.0).sum(-1), rtol=1e-5, atol=1e-12)
         torch.testing.assert_close(tail.max(-1).values, tail.sum(-1) / 292, rtol=1e-6, atol=0)
+
+
+def test_a_part_of_another_size_is_named(tmp_path: Path) -> None:
+    build(tmp_path / "cache")
+    part = tmp_path / "cache" / "part-00000.bin"
+    for content in (part.read_bytes()[: -LAYOUT.dtype.itemsize], b"x"):
+        part.write_bytes(content)
+        with pytest.raises(ValueError, match=r"part-00000\.bin is damaged \(it does not hold \d+ records"):
+            cache.Records(tmp_path / "cache", LAYOUT)

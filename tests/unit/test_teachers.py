@@ -111,6 +111,17 @@ def test_release_gives_the_memory_back() -> None:
     assert process.memory_info().rss - before < 0.15 * held
 
 
+@pytest.mark.parametrize("shard", ["../a.safetensors", "/a.safetensors", "sub/a.safetensors", 3])
+def test_an_index_names_no_file_of_another_folder(shard: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
+    assert model_source(str(tmp_path)) == str(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"w": shard}}))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json names .* no file of this folder"):
+        model_source(str(tmp_path))
+
+
 def test_model_source_knows_runs_folders_and_hub_names(tmp_path: Path) -> None:
     assert model_source("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
     hf = tmp_path / "run" / "hf"
