@@ -3,9 +3,10 @@
     python -m kd_core.kernels.bench --quick
 
 Runs tests/kernels first, where that folder lies beside the package, and prints nothing else if they fail. Then all providers
-take turns in one process, forward and backward, case by case (bench_measure.py has them). GB/s count what one read of both
-logits and one write of the gradient move, whatever a provider does move, and stand beside the rate of a copy in the same
-rounds; the basis of two reads is 5 / 3 of it. Into --out go cases.jsonl (a line a case), table.md and speed.png.
+take turns in one process, forward and backward, case by case (bench_measure.py has them). Of one thread on a CPU milliseconds
+are of its processor, so that others on the machine do not count. GB/s count what one read of both logits and one write of the
+gradient move, whatever a provider does move, and stand beside the rate of a copy in the same rounds; the basis of two reads is
+5 / 3 of it. Into --out go cases.jsonl (a line a case), table.md and speed.png.
 """
 
 import argparse

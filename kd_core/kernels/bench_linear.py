@@ -182,10 +182,10 @@ def providers(case: Case, inputs: Inputs) -> dict[str, Function]:
     losses: dict[str, Loss] = {"eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
     losses |= {"matmuls + softmax_kl_sum": unfused, OURS: ours}
     method = method_of(case.beta, case.mix)
-    without_labels = inputs.hidden.is_cuda and not case.labels and case.mix is None
+    without_labels = not case.labels and case.mix is None
     if importlib.util.find_spec("liger_kernel") and case.mix is None:
         losses["Liger chunked JSD"] = liger_chunked_jsd
-        if without_labels:
+        if without_labels and inputs.hidden.is_cuda:
             losses["Liger FusedLinearJSD"] = liger_jsd
             if not method:
                 losses["Liger FusedLinearKLDiv"] = liger_kl_div(inputs, case.temperature)

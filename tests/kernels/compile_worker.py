@@ -1,4 +1,4 @@
-"""Compiles Triton's kernels for several GPUs and prints a JSON line for each: python -m tests.kernels.compile_worker V..."""
+"""Compiles Triton's kernels for several GPUs, a JSON line for each: python -m tests.kernels.compile_worker few|every."""
 
 import json
 import re
@@ -27,6 +27,10 @@ FLAGS: dict[str, Any] = {
 RESIDENT = ((1, "forward"), (1, "reverse"), (8, "forward"), (0, "reverse"))
 JS = {"DIRECTION": "js", "MIX": True, "MIXTURE": True}
 OF_JS = (4096, 30522)  # vocabularies: a kernel of each kind
+DTYPES = ("bf16", "fp32")
+EVERY = {"sm_80": DTYPES, "sm_90": DTYPES, "gfx942": DTYPES}, (1000, 4096, 16383, 30522, 32000, 50257, 128256, 151936)
+# Every branch of every kernel: further vocabularies above 16384 differ in how often a loop turns, dtypes in its width.
+FEW = {"sm_80": ("fp32",), "sm_90": ("bf16",), "gfx942": ("bf16",)}, (1000, 4096, 16383, 30522)
 FLOATS = ("student_tau", "teacher_tau", "kd_weight", "label_weight", "row_weight", "mix", "beta", "rest")
 INTEGERS = ("N", "size", "ignore_index")
 
@@ -106,9 +110,9 @@ def report(
 
 
 def main() -> None:
-    vocabularies = [int(word) for word in sys.argv[1:]]
+    dtypes, vocabularies = {"few": FEW, "every": EVERY}[sys.argv[1]]
     for target in TARGETS:
-        for dtype in ("bf16", "fp32"):
+        for dtype in dtypes[target]:
             # Other GPUs need to compile, no more: one resident and one streaming kernel.
             for columns in vocabularies if target.startswith("sm_") else (1000, 30522):
                 flags = {"V": columns, "PEEL": columns % 8 != 0}

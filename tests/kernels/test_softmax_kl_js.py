@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import triton
+from triton.runtime.interpreter import InterpreterBuilder
 
 from kd_core.kernels import softmax_kl as module
 from kd_core.kernels import vocab_parallel
@@ -83,10 +85,9 @@ def test_ends_of_the_mix(direction, impl) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("mix", [None, 0.37])
-def test_equal_models_have_exactly_zero(mix, direction, impl) -> None:  # noqa: F811
-    student = make(5, 1000)[0].to(torch.bfloat16)
-    options = {"temperature": 3.3, "direction": direction, "impl": impl, "mix": mix}
+def test_equal_models_have_exactly_zero_with_a_mix(direction, impl) -> None:  # noqa: F811
+    student = make(4, 1000)[0].to(torch.bfloat16)
+    options = {"temperature": 3.3, "direction": direction, "impl": impl, "mix": 0.37}
     kd, _, gradient = value_and_gradient(softmax_kl, student, student.clone(), None, **options)
     assert (kd == 0).all() and gradient.abs().max() <= 1e-6
 
@@ -168,6 +169,34 @@ def test_columns_in_parts(impl) -> None:  # noqa: F811
     kd, _ = values(rows._replace(difference=of_mixture[0], teacher_difference=of_mixture[1]), None, True, options)
     want, _ = softmax_kl_reference(student.double(), teacher, temperature=2.0, direction="js", beta=0.9, mix=0.3)
     torch.testing.assert_close(kd.double(), want, rtol=3e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("impl", "function", "reads"),
+    [
+        ("resident", softmax_kl, {"forward": 2, "reverse": 2, "js": 2}),
+        ("resident", softmax_kl_sum, {"forward": 1, "reverse": 1, "js": 1}),
+        ("streaming", softmax_kl, {"forward": 2, "reverse": 2, "js": 3}),
+        ("streaming", softmax_kl_sum, {"forward": 2, "reverse": 2, "js": 3}),
+    ],
+    indirect=["impl"],
+)
+def test_how_often_logits_are_read(function, reads, impl, monkeypatch) -> None:  # noqa: F811
+    """With their gradient: elements of both sides that Triton's interpreter loads, in multiples of what there is."""
+    student, teacher = (logits.bfloat16() for logits in make(3, 1000)[:2])
+    loaded = []
+    load = InterpreterBuilder.create_masked_load
+
+    def counted(builder, pointers, mask, *rest):
+        loaded.append(mask.data.sum() if pointers.get_element_ty() == triton.language.bfloat16 else 0)
+        return load(builder, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
+    for direction, times in reads.items():
+        loaded.clear()
+        value_N = function(student.requires_grad_(), teacher, direction=direction, mix=0.3, impl=impl)[0]
+        torch.autograd.grad(value_N.sum(), student)
+        assert sum(loaded) == times * (student.numel() + teacher.numel()), direction
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,52 +1,50 @@
 """The C code of softmax_kl: compilers that fail, damaged caches, forks. Its numbers: the other files, variant "native"."""
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from kd_core.kernels import softmax_kl_native
+from kd_core.kernels.softmax_kl import softmax_kl
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(softmax_kl_native.library() is None, reason="no C compiler here")
 
-# Prints whether the C code serves, and that its result is the reference's.
-CHECK = """
-import torch
-from kd_core.kernels import softmax_kl_native
-from kd_core.kernels.softmax_kl import softmax_kl
-torch.manual_seed(0)
-torch.set_num_threads(2)
-logits = torch.randn(64, 5000), torch.randn(64, 5000)
-kd, _ = softmax_kl(*logits)
-assert torch.allclose(kd, softmax_kl(*logits, impl="reference")[0], rtol=1e-5)
-print(softmax_kl_native.library() is not None)
-"""
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """The C functions, looked for in a cache of the test's own, as each new process does."""
+    monkeypatch.setenv("KD_CACHE", str(tmp_path))
+    monkeypatch.setattr(softmax_kl_native, "library", functools.cache(softmax_kl_native.library.__wrapped__))
+
+    def again() -> Any:
+        softmax_kl_native.library.cache_clear()
+        return softmax_kl_native.library()
+
+    return again
 
 
-def run(cache: Path, script: str = CHECK, **environment: str) -> tuple[str, str]:
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "KD_CACHE": str(cache), "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip(), done.stderr
+def is_right() -> bool:
+    logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(0)).chunk(2)
+    return torch.allclose(softmax_kl(*logits)[0], softmax_kl(*logits, impl="reference")[0], rtol=1e-5)
 
 
-def test_compiled_once_and_kept(tmp_path: Path) -> None:
-    assert run(tmp_path)[0] == "True"
-    (library,) = (tmp_path / "kernels").iterdir()
-    made = library.stat().st_mtime_ns
-    assert run(tmp_path)[0] == "True" and library.stat().st_mtime_ns == made
-    library.write_bytes(b"")  # damaged: made anew
-    assert run(tmp_path) == ("True", "")
-    assert library.stat().st_size > 1000
+def test_compiled_once_and_kept(library: Callable[[], Any], tmp_path: Path) -> None:
+    assert library() and is_right()
+    (file,) = (tmp_path / "kernels").iterdir()
+    made = file.stat().st_mtime_ns
+    assert library() and is_right() and file.stat().st_mtime_ns == made
+    file.unlink()  # what this process has loaded stays
+    file.write_bytes(b"")  # damaged: made anew
+    assert library() and is_right() and file.stat().st_size > 1000
 
 
 @pytest.mark.parametrize("planted", ["another's", "writable by others", "other bytes", "a link", "another's first"])
@@ -84,21 +82,32 @@ def test_code_that_somebody_else_put_into_the_cache_does_not_run(
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "cc --no-such-flag"])
-def test_a_compiler_that_fails_is_named_and_pytorch_serves(compiler: str, tmp_path: Path) -> None:
-    served, told = run(tmp_path, CC=compiler)
-    assert served == "False"
-    assert told.count("softmax_kl runs in PyTorch, slower") == 1 and f"compiled by {compiler.split()[0]}" in told
+def test_a_compiler_that_fails_is_named_and_pytorch_serves(
+    compiler: str, library: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    with pytest.warns(UserWarning, match=f"runs in PyTorch, slower.* compiled by {compiler.split()[0]}") as told:
+        assert library() is None and is_right()
+    assert len(told) == 1
 
 
-def test_without_a_compiler_pytorch_serves(tmp_path: Path) -> None:
-    assert run(tmp_path, PATH=str(tmp_path)) == ("False", "")
+@pytest.mark.filterwarnings("error")
+def test_without_a_compiler_pytorch_serves(
+    library: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert library() is None and is_right()
 
 
-def test_a_fork_has_threads_of_its_own(tmp_path: Path) -> None:
-    script = (
-        CHECK
-        + """
+FORK = """
 import os
+import torch
+from kd_core.kernels import softmax_kl_native
+from kd_core.kernels.softmax_kl import softmax_kl
+torch.set_num_threads(2)
+logits = torch.randn(64, 5000), torch.randn(64, 5000)
+assert softmax_kl_native.library()
+kd, _ = softmax_kl(*logits)
 child = os.fork()
 again, _ = softmax_kl(*logits)
 assert torch.equal(again, kd)
@@ -106,5 +115,9 @@ if child == 0:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 """
-    )
-    assert run(tmp_path, script)[0] == "True"
+
+
+def test_a_fork_has_threads_of_its_own() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", FORK], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
