@@ -17,7 +17,7 @@ from kd_core.system.ranks import rank
 from kd_core.text.batches import RowBatches, Step, ahead, validation_shares
 from kd_core.text.causal_tokenizer import load_causal_tokenizer, train_byte_bpe
 from kd_core.text.corpus import IGNORE_INDEX, Corpus, open_c4, open_local, open_source, trained_tokenizer
-from kd_core.text.dialogue import DIALOGUE, KIND, DialoguePacker, contents
+from kd_core.text.dialogue import KIND, DialoguePacker, contents, dialogue_fields
 from kd_core.text.documents import TEXT, Documents
 from kd_core.text.flags import CausalTextFlags
 from kd_core.text.packing import BEGINS, LABEL, PADDING, CausalPacker
@@ -44,9 +44,10 @@ def build(cfg: CausalTextFlags) -> Corpus:
     if cfg.data == "c4":
         tokenizer = load_causal_tokenizer(cfg.tokenizer or C4_TOKENIZER, cfg.chat_template)
         return open_c4(tokenizer, CausalPacker.of(tokenizer, cfg.seq_len, **options), progress)
-    texts = open_source(cfg.data, progress, KIND)
-    dialogue = _kind(texts) == "dialogue"
-    texts = open_source(cfg.data, progress, DIALOGUE if dialogue else TEXT)
+    dialogue = bool(cfg.fields) or _kind(open_source(cfg.data, progress, KIND)) == "dialogue"
+    texts = open_source(cfg.data, progress, dialogue_fields(cfg.fields) if dialogue else TEXT)
+    if cfg.fields:
+        texts = replace(texts, key=cache_key(texts.key, *cfg.fields))
     train = lambda sample, size: train_byte_bpe(map(contents, sample) if dialogue else sample, size)
     tokenizer = load_causal_tokenizer(
         cfg.tokenizer or trained_tokenizer(texts, train, cfg.vocab_size, progress, kind="bytes-tokenizer"),

@@ -63,7 +63,22 @@ def record_dialogue(record: Any, place: str) -> str:
 
 
 COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output")
-DIALOGUE = Fields(COLUMNS, record_dialogue)
+
+
+def dialogue_fields(pair: tuple[str, str] | None = None) -> Fields:
+    """The known fields of a record or, by other names, an instruction and its output."""
+
+    def record_pair(record: Any, place: str) -> str:
+        given = record if isinstance(record, dict) else {}
+        texts = [given.get(name) for name in pair or ()]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"--fields {' '.join(pair or ())}: {place} has no text in {' and '.join(map(repr, pair or ()))}; its texts are in "
+                f"{sorted(name for name, text in given.items() if isinstance(text, str))}"
+            )
+        return record_dialogue(dict(zip(("instruction", "output"), texts, strict=True)), place)
+
+    return Fields(pair, record_pair) if pair else Fields(COLUMNS, record_dialogue)
 
 
 def record_kind(record: Any, place: str) -> str:

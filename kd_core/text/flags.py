@@ -55,12 +55,18 @@ class CausalTextFlags(TextFlags):
     """Hub name, folder, tokenizer.json, SentencePiece .model, or bytes; default: byte-level BPE trained on the data."""
     vocab_size: int = 8192
     """Size of the byte-level BPE vocabulary when it is trained on the data."""
+    fields: tuple[str, str] | None = None
+    """Names of a record's prompt and response, as `question answer`; default: text, or the names that are known."""
     packing: bool = True
     """Fill a row with documents, none of which sees another; without, one a row, padded."""
     on_too_long: Literal["drop", "cut"] = "drop"
     """What becomes of a document that has to stand in one row and is longer than --seq-len: nothing, or its beginning."""
     chat_template: str | None = None
     """File with the Jinja template that messages are rendered by; default: the tokenizer's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("fields", not self.fields or self.data != "c4", "left out for c4, whose records are texts")
 
 
 def check_mask_fraction(mask_fraction: float, seq_len: int) -> None:

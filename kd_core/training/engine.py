@@ -175,12 +175,12 @@ def backward(engine: Engine, loss_sum: Tensor, rows: Tensor) -> None:
 
     Args:
         loss_sum: scalar, the *sum* of the loss over this micro-batch's supervised rows.
-        rows: scalar, their number over all ranks and micro-batches of the optimizer step.
+        rows: scalar, their number over all ranks and micro-batches of the optimizer step; without any, the loss is 0.
 
     Engines average gradients over ranks, hence the factor world size. A mean per micro-batch would be wrong as soon as rows
     are ragged: on 2 ranks x 2 micro-batches its cosine to the true gradient was 0.68.
     """
-    loss = loss_sum * (world_size() / rows.to(loss_sum.dtype))
+    loss = loss_sum * (world_size() / rows.clamp(min=1).to(loss_sum.dtype))
     if isinstance(engine, PlainEngine):
         engine.backward(loss)
         return

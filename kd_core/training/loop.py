@@ -532,10 +532,10 @@ class Step:
 
     def update(self, engine: Engine, *, lr: float) -> dict[str, float]:
         """Takes the engine's optimizer step. Returns its loss and the terms since its last update, means over all ranks, the
-        counts, and the `rows` that were supervised.
+        counts, and the `rows` that were supervised. Without any the gradient is 0, and the rate is taken to be: no weight moves.
 
         Raises:
-            LoopError: a number of backward passes that the engine does not count on, or terms that ranks do not share.
+            LoopError: a loss of no rows, a number of backward passes that the engine does not count on, or terms that ranks do not share.
             NonFiniteStepError: the loss or the gradient is not finite. In none of these cases anything has moved.
         """
         name = self._run.name_of(engine)
@@ -568,11 +568,14 @@ class Step:
                 f"other parameters of {name!r} have a gradient on this rank than elsewhere, so reductions would mix them up; "
                 "use the same ones on every rank, or take Run.plain_engine"
             )
-        if not rows > 0:
-            raise LoopError(f"the step has {rows} supervised rows over all ranks; there must be some")
+        values = {term: one if term in counts else one / max(rows, 1) for term, one in zip(sums, read, strict=False)}
+        if not rows:
+            if values["loss"]:
+                raise LoopError(f"a loss of {values['loss']} in a step whose ranks have no supervised row")
+            self._run.say(f"step {self.number + 1} has no supervised row on any rank, so it leaves the weights alone")
+            lr = 0.0
         stop.count(votes)
         self._agreed = True
-        values = {term: one if term in counts else one / rows for term, one in zip(sums, read, strict=False)}
         try:
             if not math.isfinite(values["loss"]):
                 raise NonFiniteStepError(f"the loss is {values['loss']}")

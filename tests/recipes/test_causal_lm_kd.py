@@ -211,10 +211,14 @@ def test_a_model_that_leaks_when_packed_is_taken_padded(tokenizer: Any, words: l
     assert metrics(train(words, tmp_path, "run", *flags))[-1]["kd_loss"] > 0
 
 
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
 def test_dialogues_train_their_answers_and_the_export_has_the_template(words: list[str], tmp_path: Path) -> None:
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
-    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
-    (tmp_path / "chat.jinja").write_text(template)
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
     turns = [("user", "Say {}."), ("assistant", "It is {}."), ("user", "And then?"), ("assistant", "Then {}.")]
     records = [
         {"messages": [{"role": role, "content": said.format(number)} for role, said in turns]} for number in range(300)
@@ -224,10 +228,33 @@ def test_dialogues_train_their_answers_and_the_export_has_the_template(words: li
     folder = train(flags, tmp_path, "run", "--seq-len", 128, "--vocab-size", 300, "--steps", 2)
     last = metrics(folder)[-1]
     assert 0 < last["supervised_tokens"] < 8 * 128 / 2, "prompts are supervised"
-    assert AutoTokenizer.from_pretrained(folder / "hf").chat_template == template
+    assert AutoTokenizer.from_pretrained(folder / "hf").chat_template == TEMPLATE
     asked = [{"role": "user", "content": "Say 3."}]
     (answer,) = pipeline("text-generation", model=str(folder / "hf"))(asked, max_new_tokens=2, do_sample=False)
     assert answer["generated_text"][-1]["role"] == "assistant"
+
+
+@pytest.mark.slow
+def test_steps_without_a_label_leave_the_weights_alone_on_any_number_of_ranks(words: list[str], tmp_path: Path) -> None:
+    """Of two rows a step, each a dialogue of which most have no answer: on two ranks, one is often without a label, or both."""
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    answer = {"role": "assistant", "content": "It is said."}
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        records = [
+            {"messages": [{"role": "user", "content": f"{split} {n}"}, *[answer] * (n % 3 == 0)]} for n in range(40)
+        ]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    flags = ["--data", "data", "--chat-template", "chat.jinja", "--no-packing", "--tokenizer", "bytes", "--seq-len", 64]
+    flags += ["--global-batch-size", 2, "--micro-batch-size", 1, "--steps", 6, "--eval-every", 1]
+    one, two = (metrics(train([*words, *map(str, flags)], tmp_path, f"of{ranks}", ranks=ranks)) for ranks in (1, 2))
+    empty = [index for index, line in enumerate(one) if not line["supervised_tokens"]]
+    assert len({line["supervised_tokens"] for line in one}) == 3, "no step in which one of two ranks has no label"
+    for index in empty:
+        assert one[index]["loss"] == one[index]["lr"] == one[index]["grad_norm"] == 0
+        assert not index or one[index]["eval/loss"] == one[index - 1]["eval/loss"]
+    assert [line["eval/loss"] for line in two] == pytest.approx([line["eval/loss"] for line in one], rel=1e-4)
+    assert [line["supervised_tokens"] for line in two] == [line["supervised_tokens"] for line in one]
 
 
 @pytest.mark.slow

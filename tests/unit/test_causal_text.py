@@ -793,6 +793,24 @@ def test_a_tokenizer_is_trained_on_what_dialogues_say(tmp_path):
     assert {text for texts in found for text in texts} <= {f"answer {n * n}<|endoftext|>" for n in range(300)}
 
 
+def test_fields_of_other_names(tmp_path):
+    """The same rows as those of the known names; those of other fields of the file stand beside them in the cache."""
+    pairs = [(f"How much is {n} + {n}?", f"{2 * n}.") for n in range(200)]
+    known = write_jsonl_of(tmp_path / "known.jsonl", [{"instruction": a, "output": b} for a, b in pairs])
+    other = write_jsonl_of(tmp_path / "other.jsonl", [{"q": a, "a": b, "b": f"no {b}", "text": "no"} for a, b in pairs])
+    built = lambda path, **flags: causal.build(CausalTextFlags(data=str(path), tokenizer="bytes", seq_len=256, **flags))
+    corpus = built(other, fields=("q", "a"))
+    assert corpus.fingerprint == built(known).fingerprint
+    assert built(other, fields=("q", "b")).fingerprint != corpus.fingerprint
+    write_jsonl_of(other, [{"q": "x", "a": 4}])
+    with pytest.raises(
+        ValueError, match=r"--fields q a: .*line 1 has no text in 'q' and 'a'; its texts are in \['q'\]"
+    ):
+        built(other, fields=("q", "a"))
+    with pytest.raises(ValueError, match="--fields must be left out for c4"):
+        CausalTextFlags(data="c4", fields=("q", "a"))
+
+
 def test_named_validation_files_and_equal_records(tmp_path):
     (tmp_path / "data").mkdir()
     write_jsonl_of(tmp_path / "data" / "train.jsonl", dialogues(100))
