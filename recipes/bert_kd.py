@@ -11,7 +11,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,6 +23,7 @@ from kd_core.teachers import pool, sources, window
 from kd_core.teachers.flags import DistillFlags
 from kd_core.text import bert, corpus, masking, tokenizer
 from kd_core.text.flags import MaskingFlags
+from kd_core.text.pretrained import check_int8
 from kd_core.training.flags import TrainFlags
 from kd_core.training.loop import Step, start
 from kd_core.training.processes import end_process
@@ -79,10 +79,7 @@ class Config(DistillFlags, TrainFlags, MaskingFlags):
             "--teacher-placement, --teacher-ahead"
         )
         self.check("fused_head", not (self.fused_head and self.distils and with_logits), needs)
-        available = self.teacher_dtype != "int8" or bool(find_spec("torchao"))
-        self.check("teacher_dtype", available, "bf16 or fp32 without torchao, pip install torchao")
-        fixed = self.teacher_dtype == "int8" and self.teacher_placement in ("host", "zero3")
-        self.check("teacher_placement", not fixed, "device or sharded for teachers in int8")
+        check_int8(self)
         self.check("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         self.check("weight_decay", 0 <= self.weight_decay < 1, "in [0, 1)")
 

@@ -28,6 +28,7 @@ from kd_core.text import causal, causal_lm
 from kd_core.text.causal_tokenizer import align
 from kd_core.text.corpus import Corpus
 from kd_core.text.flags import CausalTextFlags
+from kd_core.text.pretrained import check_int8
 from kd_core.training.flags import TrainFlags
 from kd_core.training.loop import Step, start
 from kd_core.training.optimizers import decay_groups
@@ -41,8 +42,8 @@ class Config(DistillFlags, TrainFlags, CausalTextFlags):
 
     student: str = "135M"
     """135M, 360M, 1B, 3B, 8B or LAYERSxWIDTH, as 6x256 (Llama-shaped, random), or a checkpoint (./6x256)."""
-    teacher_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Weights and activations of the teachers."""
+    teacher_dtype: Literal["bf16", "fp32", "int8"] = "bf16"
+    """Weights and activations of the teachers; int8: weights of 8 bits below the head, bf16 otherwise (torchao)."""
     beta: float = 0.5
     """In (0, 1): the teacher's share of the mixture, of jensen_shannon and skew_kl (DistiLLM: 0.1)."""
     logits_mib: float = 256
@@ -76,6 +77,7 @@ class Config(DistillFlags, TrainFlags, CausalTextFlags):
         self.check("beta", 0 < self.beta < 1, "in (0, 1); at its ends the divergence is 0 or a KL")
         self.check("logits_mib", 0 <= self.logits_mib < math.inf, "a finite number, at least 0")
         self.check("weight_decay", 0 <= self.weight_decay < 1, "in [0, 1)")
+        check_int8(self)
         self.check("teachers", not self.cached, "models; this recipe reads no caches of answers")
 
     @property

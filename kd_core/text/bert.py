@@ -18,7 +18,7 @@ from kd_core.system.files import replace_folder
 from kd_core.system.ranks import device, rank, to_device, total, world_size
 from kd_core.text.corpus import IGNORE_INDEX, Corpus
 from kd_core.text.masking import validation_batches
-from kd_core.text.pretrained import int8_weights, load_pretrained
+from kd_core.text.pretrained import load_pretrained, teacher_settings
 from kd_core.training.engine import Engine, gathered_state_dict
 from kd_core.training.stop import interruptible
 
@@ -83,9 +83,7 @@ def build(
 
 def load_teacher(path: str, vocab_size: int, *, seq_len: int, dtype: str) -> nn.Module:
     """A frozen BERT; dtype int8: weights of linear layers below the head in 8 bits."""
-    settings: dict[str, Any] = {"dtype": torch.float32 if dtype == "fp32" else torch.bfloat16}
-    if dtype == "int8":
-        settings["quantization_config"] = int8_weights(keep=["cls"])
+    settings = teacher_settings(dtype, keep=["cls"])
     model: nn.Module = load_pretrained(MaskedBert, path, vocab_size, seq_len=seq_len, **settings)
     return model
 

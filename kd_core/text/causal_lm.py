@@ -24,8 +24,9 @@ from kd_core.losses.distillation import Ensemble, mean_teacher_logits
 from kd_core.losses.divergences import total_variation
 from kd_core.system.files import replace_folder
 from kd_core.system.ranks import device, rank, total
+from kd_core.text import varlen
 from kd_core.text.causal_tokenizer import token_bytes, vocabulary_size
-from kd_core.text.pretrained import load_pretrained
+from kd_core.text.pretrained import load_pretrained, teacher_settings
 from kd_core.text.probes import require_head, require_isolation
 from kd_core.training.engine import Engine, gathered_state_dict
 from kd_core.training.stop import interruptible
@@ -94,8 +95,9 @@ class CausalLM(nn.Module):
             attention_mask: [B, T], 1 for a token, of padded rows; None of packed ones.
             teacher_and_labels: a `Side` or None, and labels [N]; with `method`, of `linear_distillation_sum`.
         """
+        bounds = varlen.documents(position_ids) if self.lm.config._attn_implementation == varlen.NAME else {}
         hidden = self.lm.base_model(
-            input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+            input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **bounds
         ).last_hidden_state
         hidden_ND = hidden.flatten(0, 1)[positions]
         if not head:
@@ -148,7 +150,10 @@ def build(cfg: Any, tokenizer: Any) -> CausalLM:
         settings = {"flag": "--student", "seq_len": cfg.seq_len, "dtype": torch.float32}
         lm = load_pretrained(AutoModelForCausalLM, cfg.student, vocabulary_size(tokenizer), **settings)
         lm.resize_token_embeddings(padded, mean_resizing=False)
-    model = _tried(CausalLM(lm), f"--student {cfg.student}", cfg.packing)
+    model = _tried(CausalLM(lm), f"--student {cfg.student}", cfg)
+    if cfg.attention == varlen.NAME:  # refuses what a model has in training alone before a run begins
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        model.train()(token, token, None, token[0], head=False)
     model.head.__class__ = linear.LossHead  # the same linear layer, able to give losses
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -161,14 +166,15 @@ def load_teacher(cfg: Any, columns: int, path: str) -> CausalLM:
     Args:
         cfg: `CausalTextFlags` with `teacher_dtype`.
     """
-    dtype = torch.float32 if cfg.teacher_dtype == "fp32" else torch.bfloat16
-    lm = load_pretrained(AutoModelForCausalLM, path, columns, seq_len=cfg.seq_len, dtype=dtype)
-    return _tried(CausalLM(lm), f"--teachers {path}", cfg.packing)
+    settings = teacher_settings(cfg.teacher_dtype)
+    lm = load_pretrained(AutoModelForCausalLM, path, columns, seq_len=cfg.seq_len, **settings)
+    return _tried(CausalLM(lm), f"--teachers {path}", cfg)
 
 
-def _tried(model: CausalLM, what: str, packing: bool) -> CausalLM:
+def _tried(model: CausalLM, what: str, cfg: Any) -> CausalLM:
     require_head(model, what)
-    if packing:
+    model.lm.set_attn_implementation(cfg.attention)
+    if cfg.packing:
         require_isolation(model, what)
     return model
 

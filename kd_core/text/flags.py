@@ -59,6 +59,8 @@ class CausalTextFlags(TextFlags):
     """Names of a record's prompt and response, as `question answer`; default: text, or the names that are known."""
     packing: bool = True
     """Fill a row with documents, none of which sees another; without, one a row, padded."""
+    attention: Literal["sdpa", "varlen"] = "sdpa"
+    """sdpa: with a mask where a row has several documents; varlen: each by itself, on a GPU by flash attention, in bf16."""
     on_too_long: Literal["drop", "cut"] = "drop"
     """What becomes of a document that has to stand in one row and is longer than --seq-len: nothing, or its beginning."""
     chat_template: str | None = None

@@ -1,10 +1,11 @@
 """Pretrained models of transformers, loaded whole or not at all."""
 
 import re
-from collections.abc import Sequence
+from importlib.util import find_spec
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import TorchAoConfig
@@ -86,8 +87,22 @@ def require_all_weights(
         )
 
 
-def int8_weights(*, keep: Sequence[str]) -> TorchAoConfig:
-    """For `load_pretrained`'s `quantization_config`: weights of linear layers in 8 bits, but for the modules `keep`."""
-    from torchao.quantization import Int8WeightOnlyConfig  # here, because only int8 teachers need it
+def check_int8(cfg: Any) -> None:
+    """Refuses teachers in int8 where they cannot be, of a Config with `teacher_dtype` and `TeacherFlags`."""
+    if cfg.teacher_dtype == "int8":
+        cfg.check("teacher_dtype", bool(find_spec("torchao")), "bf16 or fp32 without torchao, pip install torchao")
+        movable = cfg.teacher_placement in ("device", "sharded")
+        cfg.check("teacher_placement", movable, "device or sharded for teachers in int8")
 
-    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(keep))
+
+def teacher_settings(dtype: str, *, keep: list[str] | None = None) -> dict[str, Any]:
+    """For `load_pretrained`, of a --teacher-dtype; int8: weights of linear layers in 8 bits, but for the modules `keep`, by
+    default the head's."""
+    settings: dict[str, Any] = {"dtype": torch.float32 if dtype == "fp32" else torch.bfloat16}
+    if dtype == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig  # here, because only int8 teachers need it
+
+        settings["quantization_config"] = TorchAoConfig(
+            Int8WeightOnlyConfig(), modules_to_not_convert=keep and list(keep)
+        )
+    return settings

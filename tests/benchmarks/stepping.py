@@ -38,7 +38,9 @@ class Stepper:
         self._steps = run.steps(iter(lambda: self._batch, None))
         self._train = lambda step: train_step(cfg, student, held, step)
 
-    def step(self, batch: Any) -> None:
-        """The rest of the step before, then this one."""
+    def step(self, batch: Any) -> float:
+        """The rest of the step before, then this one; returns its loss."""
         self._batch = batch
-        self._train(next(self._steps))
+        step = next(self._steps)
+        self._train(step)
+        return float(step.line["loss"])

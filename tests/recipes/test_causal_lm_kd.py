@@ -86,12 +86,14 @@ def test_the_export_has_the_same_loss_and_writes_text(taught: Path, words: list[
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", pytest.param("jensen_shannon", marks=pytest.mark.slow)])
-def test_losses_in_chunks_are_those_of_the_logits(
+def test_losses_in_chunks_and_attention_within_documents_change_nothing(
     divergence: str, taught: Path, words: list[str], tmp_path: Path
 ) -> None:
     flags = ["--teachers", taught / "teacher", "--teacher-dtype", "fp32", "--kd-ratio", 0.9, "--divergence", divergence]
     whole = taught / "run" if divergence == "forward_kl" else train(words, tmp_path, "whole", *flags)
-    chunks = train(words, tmp_path, "chunks", *flags, "--logits-mib", 0, "--gradient-checkpointing")
+    chunks = train(
+        words, tmp_path, "chunks", *flags, "--logits-mib", 0, "--gradient-checkpointing", "--attention", "varlen"
+    )
     assert values(chunks) == pytest.approx(values(whole), rel=1e-4)
 
 
@@ -183,6 +185,9 @@ def test_bad_flags(attempt: Attempt) -> None:
     assert "--logits-mib must be a finite number, at least 0, got -1.0" in attempt("--logits-mib", -1)
     assert "--weight-decay must be in [0, 1), got 1.0" in attempt("--weight-decay", 1)
     assert "--teachers must be models; this recipe reads no caches" in attempt("--teachers", "cache:x", "--kd-ratio", 1)
+    assert "device or sharded for teachers in int8" in attempt(
+        "--teacher-dtype", "int8", "--teacher-placement", "zero3"
+    )
     assert "--teachers nowhere/x/y" in attempt("--teachers", "nowhere/x/y", "--kd-ratio", 1)
 
 
@@ -196,6 +201,7 @@ def test_models_that_do_not_fit(attempt: Attempt, taught: Path, tokenizer: Any, 
     assert f"--student {refused}" in attempt("--student", opt)
     short = checkpoint(tmp_path / "short", tokenizer, "gpt2")
     assert "fewer than --seq-len 128" in attempt(*kd, short, "--seq-len", 128)
+    assert "varlen has no dropout of attention" in attempt("--student", short, "--attention", "varlen")
     other = tmp_path / "other"
     checkpoint(other, tokenizer, "gpt2")
     fields = json.loads((other / "tokenizer.json").read_text())
@@ -232,6 +238,20 @@ def test_dialogues_train_their_answers_and_the_export_has_the_template(words: li
     asked = [{"role": "user", "content": "Say 3."}]
     (answer,) = pipeline("text-generation", model=str(folder / "hf"))(asked, max_new_tokens=2, do_sample=False)
     assert answer["generated_text"][-1]["role"] == "assistant"
+
+
+@pytest.mark.slow
+def test_where_weights_lie_and_in_how_many_bits_changes_little(taught: Path, words: list[str], tmp_path: Path) -> None:
+    """On two ranks: ZeRO-3 with its weights and optimizer in CPU memory, a teacher split by ZeRO-3, one in 8 bits."""
+    flags = ["--teachers", taught / "teacher", "--kd-ratio", 0.9, "--deepspeed-config"]
+    one = train(words, tmp_path, "one", *flags, "zero1_bf16.json", ranks=2)
+    for name, *changed in (
+        ("offload", "zero3_bf16_offload.json"),
+        ("chunks", "zero3_bf16_offload.json", "--logits-mib", 0, "--gradient-checkpointing"),
+        ("split", "zero3_bf16.json", "--teacher-placement", "zero3"),
+        ("int8", "zero3_bf16.json", "--teacher-dtype", "int8", "--logits-mib", 0),
+    ):
+        assert values(train(words, tmp_path, name, *flags, *changed, ranks=2)) == pytest.approx(values(one), rel=0.01)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kd_core.kernels import linear_softmax_kl
 from kd_core.losses import linear
 from kd_core.losses.linear import LossHead
-from kd_core.text import causal, causal_lm
+from kd_core.text import causal, causal_lm, varlen
 from kd_core.text.causal_lm import CausalLM
 from kd_core.text.packing import BEGINS, LABEL, PADDING
 from kd_core.text.probes import require_head, require_isolation
@@ -69,6 +71,63 @@ def test_documents_of_a_row_are_alone_or_the_model_is_refused(kind: str) -> None
     for start, end in ((0, 9), (9, 10), (10, 24)):
         alone = lm(input_ids[:, start:end], position_ids[:, start:end], None, torch.arange(end - start))
         torch.testing.assert_close(whole[start:end], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (*LEAKING, "gemma2")])
+def test_attention_within_documents_is_that_with_a_mask(kind: str) -> None:
+    """In rows of several documents and of one, with a sliding window shorter than some."""
+    lm = model(kind, **{"sliding_window": 5} if kind == "gemma3_text" else {})
+    (long, once), (ids, restarted) = packed(24), packed(9, 1, 14)
+    inputs = torch.cat([ids, long]), torch.cat([restarted, once]), None, torch.arange(48)
+    masked = lm(*inputs)
+    gradients = torch.autograd.grad(masked.square().sum(), list(lm.parameters()))
+    lm.lm.set_attn_implementation("varlen")
+    require_isolation(lm, "--student s")
+    within = lm(*inputs)
+    torch.testing.assert_close(within, masked)
+    of_within = torch.autograd.grad(within.square().sum(), list(lm.parameters()))
+    torch.testing.assert_close(of_within, gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_within_documents_refuses_what_it_is_not() -> None:
+    for kind, lacks in (("gemma2", "soft cap"), ("gpt2", "dropout")):
+        lm = model(kind).train()
+        lm.lm.set_attn_implementation("varlen")
+        with pytest.raises(
+            ValueError, match=f"--attention varlen has no {lacks} of attention, which G.*Attention asks for; leave"
+        ):
+            lm(*packed(8), None, torch.arange(8))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_a_teacher_in_8_bits_keeps_its_head(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    model(kind).lm.save_pretrained(tmp_path)
+    cfg = {"seq_len": 24, "packing": True, "attention": "sdpa"}
+    bf16, int8 = (
+        causal_lm.load_teacher(SimpleNamespace(teacher_dtype=dtype, **cfg), VOCABULARY, str(tmp_path)).eval()
+        for dtype in ("bf16", "int8")
+    )
+    assert type(int8.head.weight) is torch.nn.Parameter and torch.equal(int8.head.weight, bf16.head.weight)
+    ours, theirs = (one(*packed(9, 15), None, torch.arange(24)).float() for one in (int8, bf16))
+    assert 0 < (ours - theirs).norm() < 0.03 * theirs.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [-1, 4])
+def test_attention_within_documents_by_the_kernel(window: int) -> None:
+    draw = torch.Generator("cuda").manual_seed(0)
+    shape = dict(generator=draw, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    query, key, value = (torch.randn(2, heads, 300, 64, **shape) for heads in (4, 2, 2))
+    positions = torch.cat([torch.arange(length) for length in (300, 7, 1, 292)]).view(2, 300).cuda()
+    settings = {"scaling": 0.2, "sliding_window": None if window < 0 else window + 1, **varlen.documents(positions)}
+    made = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [each.detach().to(dtype).requires_grad_() for each in (query, key, value)]
+        out, _ = varlen.attention(None, *inputs, None, **settings)
+        made.append([out.float(), *(g.float() for g in torch.autograd.grad(out.float().square().sum(), inputs))])
+    for ours, exact in zip(*made, strict=True):
+        assert (ours - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
