@@ -26,6 +26,7 @@ DATA_FIELDS = (
     "tokenizer",
     "vocab_size",
     "seq_len",
+    "fields",
     "decoded_gib",
     "max_corrupt",
     "on_too_long",
@@ -104,8 +105,9 @@ def _train_once(folder: Path, main: Callable[..., int], flags: str, cfg: Any) ->
         _say(f"the small preset's teacher is not there yet: training it into {folder} (minutes, once)")
         words = [sys.executable, str(sys.modules[main.__module__].__file__), *shlex.split(flags, comments=True)]
         for field in DATA_FIELDS:
-            if getattr(cfg, field, None) is not None:
-                words += ["--" + field.replace("_", "-"), str(getattr(cfg, field))]
+            if (value := getattr(cfg, field, None)) is not None:
+                texts = value if isinstance(value, tuple) else (value,)
+                words += ["--" + field.replace("_", "-"), *map(str, texts)]
         for switch in DATA_SWITCHES:
             if getattr(cfg, switch, True) is False:
                 words += ["--no-" + switch]

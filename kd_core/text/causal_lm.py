@@ -95,7 +95,7 @@ class CausalLM(nn.Module):
             attention_mask: [B, T], 1 for a token, of padded rows; None of packed ones.
             teacher_and_labels: a `Side` or None, and labels [N]; with `method`, of `linear_distillation_sum`.
         """
-        bounds = varlen.documents(position_ids) if self.lm.config._attn_implementation == varlen.NAME else {}
+        bounds = varlen.documents(position_ids) if varlen.has(self.lm) else {}
         hidden = self.lm.base_model(
             input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, **bounds
         ).last_hidden_state
@@ -173,7 +173,8 @@ def load_teacher(cfg: Any, columns: int, path: str) -> CausalLM:
 
 def _tried(model: CausalLM, what: str, cfg: Any) -> CausalLM:
     require_head(model, what)
-    model.lm.set_attn_implementation(cfg.attention)
+    if cfg.attention == varlen.NAME:
+        varlen.give(model.lm, what)
     if cfg.packing:
         require_isolation(model, what)
     return model

@@ -65,20 +65,22 @@ def record_dialogue(record: Any, place: str) -> str:
 COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output")
 
 
-def dialogue_fields(pair: tuple[str, str] | None = None) -> Fields:
+def dialogue_fields(pair: tuple[str, str] | None) -> Fields:
     """The known fields of a record or, by other names, an instruction and its output."""
+    if pair is None:
+        return Fields(COLUMNS, record_dialogue)
 
     def record_pair(record: Any, place: str) -> str:
         given = record if isinstance(record, dict) else {}
-        texts = [given.get(name) for name in pair or ()]
-        if not all(isinstance(text, str) for text in texts):
+        texts = {name: text for name, text in given.items() if isinstance(text, str)}
+        if not texts.keys() >= set(pair):
             raise ValueError(
-                f"--fields {' '.join(pair or ())}: {place} has no text in {' and '.join(map(repr, pair or ()))}; its texts are in "
-                f"{sorted(name for name, text in given.items() if isinstance(text, str))}"
+                f"--fields {' '.join(pair)}: {place} has no text in {' and '.join(map(repr, pair))}; its texts are in "
+                f"{sorted(texts)}"
             )
-        return record_dialogue(dict(zip(("instruction", "output"), texts, strict=True)), place)
+        return record_dialogue({"instruction": texts[pair[0]], "output": texts[pair[1]]}, place)
 
-    return Fields(pair, record_pair) if pair else Fields(COLUMNS, record_dialogue)
+    return Fields(pair, record_pair)
 
 
 def record_kind(record: Any, place: str) -> str:

@@ -102,7 +102,5 @@ def teacher_settings(dtype: str, *, keep: list[str] | None = None) -> dict[str, 
     if dtype == "int8":
         from torchao.quantization import Int8WeightOnlyConfig  # here, because only int8 teachers need it
 
-        settings["quantization_config"] = TorchAoConfig(
-            Int8WeightOnlyConfig(), modules_to_not_convert=keep and list(keep)
-        )
+        settings["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=keep)
     return settings

@@ -19,6 +19,21 @@ from transformers import AttentionInterface
 NAME = "varlen"
 
 
+def give(lm: Any, what: str) -> None:
+    """Has a model of transformers attend so.
+
+    Raises:
+        ValueError: its layers do not ask which attention they shall have.
+    """
+    lm.set_attn_implementation(NAME)
+    if not has(lm):
+        raise ValueError(f"{what} ({type(lm).__name__}) has an attention of its own; leave --attention varlen out")
+
+
+def has(lm: Any) -> bool:
+    return bool(lm.config._attn_implementation == NAME)
+
+
 def documents(position_ids_BT: Tensor) -> dict[str, Any]:
     """What a model of transformers hands on to its attention: where documents begin in N, and N; the longest there can be.
 

@@ -110,7 +110,8 @@ class Trl:
             activation_checkpointing=False, report_to=[], per_device_train_batch_size=cfg.micro_batch_size,
         )  # fmt: skip
         self.trainer = GKDTrainer(
-            model, teacher.lm, args, data_collator=lambda rows: rows, train_dataset=datasets.Dataset.from_list([{"messages": []}]), processing_class=load_causal_tokenizer("bytes"),
+            model, teacher.lm, args, data_collator=lambda rows: rows, processing_class=load_causal_tokenizer("bytes"),
+            train_dataset=datasets.Dataset.from_list([{"messages": []}]),
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
         )  # fmt: skip
         self.model, self.optimizer = self.trainer.accelerator.prepare(model, optimizer)

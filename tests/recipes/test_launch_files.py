@@ -82,7 +82,7 @@ def test_the_resnet_files_train_on_two_ranks_and_without_a_teacher(
 @pytest.mark.slow
 def test_the_causal_files_train_their_teacher_on_the_same_rows(tmp_path: Path, cache: Path) -> None:
     """On prompts and responses, padded: the small preset's teacher reads them as the student does."""
-    records = [{"prompt": f"Say {number}: ", "completion": f"it is {number}."} for number in range(200)]
+    records = [{"asked": f"Say {number}: ", "said": f"it is {number}."} for number in range(200)]
     (tmp_path / "said.jsonl").write_text("\n".join(map(json.dumps, records)))
     script = tmp_path / "small.py"
     script.write_text(
@@ -94,7 +94,20 @@ def test_the_causal_files_train_their_teacher_on_the_same_rows(tmp_path: Path, c
         "    launch(names['main'], names['Config'], names['build_data'], node='', small=names['SMALL'] + short,\n"
         "           teacher=names['SMALL_TEACHER'] + short)\n"
     )
-    flags = ["--preset", "small", "--data", "said.jsonl", "--vocab-size", 300, "--no-packing", "--seq-len", 32]
+    flags = [
+        "--preset",
+        "small",
+        "--data",
+        "said.jsonl",
+        "--fields",
+        "asked",
+        "said",
+        "--vocab-size",
+        300,
+        "--no-packing",
+        "--seq-len",
+        256,
+    ]
     done = run(sys.executable, script, *flags, "--kd-ratio", 0.5, cwd=tmp_path, cache=cache)
     assert done.returncode == 0, done.stderr[-3000:]
     (teacher,) = (tmp_path / "runs" / "small_teacher").glob("*/run.json")

@@ -81,7 +81,7 @@ def test_attention_within_documents_is_that_with_a_mask(kind: str) -> None:
     inputs = torch.cat([ids, long]), torch.cat([restarted, once]), None, torch.arange(48)
     masked = lm(*inputs)
     gradients = torch.autograd.grad(masked.square().sum(), list(lm.parameters()))
-    lm.lm.set_attn_implementation("varlen")
+    varlen.give(lm.lm, "--student s")
     require_isolation(lm, "--student s")
     within = lm(*inputs)
     torch.testing.assert_close(within, masked)
@@ -89,14 +89,17 @@ def test_attention_within_documents_is_that_with_a_mask(kind: str) -> None:
     torch.testing.assert_close(of_within, gradients, rtol=1e-4, atol=1e-4)
 
 
-def test_attention_within_documents_refuses_what_it_is_not() -> None:
+def test_attention_within_documents_refuses_what_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, lacks in (("gemma2", "soft cap"), ("gpt2", "dropout")):
         lm = model(kind).train()
-        lm.lm.set_attn_implementation("varlen")
+        varlen.give(lm.lm, "--student s")
         with pytest.raises(
             ValueError, match=f"--attention varlen has no {lacks} of attention, which G.*Attention asks for; leave"
         ):
             lm(*packed(8), None, torch.arange(8))
+    monkeypatch.setattr(type(lm.lm), "_can_set_attn_implementation", lambda _: False)
+    with pytest.raises(ValueError, match=r"--student s \(GPT2LMHeadModel\) has an attention of its own"):
+        varlen.give(model("gpt2").lm, "--student s")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The data of the methods' studies, into runs/data/; each is left out where its variable is not set:
-#     CIFAR100=cifar100 WIKI=wikipedia_en bash recipes/results/methods/prepare.sh
-# CIFAR100 is a folder with train.parquet and test.parquet, WIKI one with train.jsonl.xz and validation.jsonl.xz.
-# Settings are tuned on NAME_tuning: a tenth of the training images is held out there, and the test images are not.
+#     CIFAR100=cifar100 WIKI=wikipedia_en GSM8K=gsm8k bash recipes/results/methods/prepare.sh
+# CIFAR100 is a folder with train.parquet and test.parquet, WIKI one with train.jsonl.xz and validation.jsonl.xz, GSM8K one
+# with train.jsonl.gz, of which a fiftieth is held out. Settings are tuned on NAME_tuning: on a tenth of the training images,
+# or a fiftieth of the training texts, held out there; what is held out otherwise is not read.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
@@ -23,6 +24,11 @@ END
 }
 [ -z "${CIFAR100:-}" ] || data cifar100 "$CIFAR100"
 if [ -n "${WIKI:-}" ]; then
-    mkdir -p runs/data
+    mkdir -p runs/data/wikipedia_tuning
     ln -sfn "$(realpath "$WIKI")" runs/data/wikipedia
+    ln -sfn "$(realpath "$WIKI/train.jsonl.xz")" runs/data/wikipedia_tuning/train.jsonl.xz
+fi
+if [ -n "${GSM8K:-}" ]; then
+    mkdir -p runs/data
+    ln -sfn "$(realpath "$GSM8K")" runs/data/gsm8k
 fi
