@@ -532,10 +532,11 @@ class Step:
 
     def update(self, engine: Engine, *, lr: float) -> dict[str, float]:
         """Takes the engine's optimizer step. Returns its loss and the terms since its last update, means over all ranks, the
-        counts, and the `rows` that were supervised. Without any the gradient is 0, and the rate is taken to be: no weight moves.
+        counts, and the `rows` that were supervised. Without any, gradient and rate are 0: no weight moves.
 
         Raises:
-            LoopError: a loss of no rows, a number of backward passes that the engine does not count on, or terms that ranks do not share.
+            LoopError: a number of backward passes that the engine does not count on, terms that ranks do not share, a loss
+                without rows.
             NonFiniteStepError: the loss or the gradient is not finite. In none of these cases anything has moved.
         """
         name = self._run.name_of(engine)

@@ -8,9 +8,9 @@ have the same model, packed rows of noise, optimizer and clipping; their losses 
 distilling one's KL by `F.kl_div`. A round times `--steps` steps of each variant; the table gives medians over rounds, and ratios
 within each round.
 
-Where trl is installed, its GKD trainer takes part: same models, optimizer, clipping and loss, KL to the teacher alone. It knows no
-packing, so the recipe's variants that stand beside it take the same rows of one document. Of a trainer's step only `training_step`,
-clipping and the optimizer are timed, not its callbacks and log; before that, the losses of both are compared.
+Where trl is installed, its GKD trainer takes part: same models, optimizer, clipping and loss, KL to the teacher alone. It
+packs nothing, so beside it the recipe takes its rows of one document. Of a trainer's step `training_step`, clipping and the
+optimizer are timed, not its callbacks and log. The losses of the first step are printed.
 """
 
 import argparse
