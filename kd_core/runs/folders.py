@@ -55,7 +55,8 @@ def check_folder(cfg: RunFlags) -> dict[str, Any]:
 
 def foreign(folder: Path) -> list[str]:
     """What lies in a folder without run.json, and is not of a run that was killed before it had written that."""
-    return sorted({str(path.relative_to(folder)) for path in folder.rglob("*")} - BEFORE_RUN_JSON)
+    paths = [*folder.glob("*"), *(folder / "checkpoints").glob("*")]  # no deeper: it may be the root of a disk
+    return sorted({str(path.relative_to(folder)) for path in paths} - BEFORE_RUN_JSON)
 
 
 def says_finished(cfg: RunFlags) -> bool:
