@@ -615,6 +615,12 @@ def test_text_that_the_tokenizer_does_not_know(tmp_path, capsys, first):
 
 
 def no_network(monkeypatch):
+    """A hub that cannot be reached; waiting for it to come back, as its client does for a minute, fails the test."""
+
+    def wait(seconds):
+        pytest.fail(f"waits {seconds} s for a hub that is not there")
+
+    monkeypatch.setattr(time, "sleep", wait)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub_constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
@@ -641,11 +647,9 @@ def test_tokenizer_errors(tmp_path, monkeypatch, case):
     (tmp_path / "broken.json").write_text('{"model": ')
     (tmp_path / "other.json").write_text('{"model": {"type": "Strange"}}')
     (tmp_path / "broken.model").write_bytes(b"\xff\xff\xff")
-    start = time.monotonic()
     with pytest.raises(kind) as error:
         load_tokenizer(name)
     assert f"--tokenizer {name}" in error_line(error) and words in error_line(error)
-    assert time.monotonic() - start < 8, "no minute of retries"
 
 
 def test_a_vocabulary_too_small_for_the_alphabet_is_refused(tmp_path):
@@ -737,11 +741,9 @@ def test_sequence_lengths(tmp_path, seq_len):
 def test_hub_data_without_network_fails_fast(tmp_path, monkeypatch):
     no_network(monkeypatch)
     make_corpus(tmp_path).tokenizer.save_pretrained(tmp_path / "hf")
-    start = time.monotonic()
     assert "--data nobody/nothing" in prepare_error("nobody/nothing")
     assert "--tokenizer google-bert/bert-base-uncased" in prepare_error("c4")
     assert "c4-validation" in prepare_error("c4", tokenizer=str(tmp_path / "hf"))
-    assert time.monotonic() - start < 8
 
 
 def test_hub_data(tmp_path, monkeypatch):
