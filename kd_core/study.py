@@ -22,7 +22,7 @@ STUDY is a study file, or a folder that holds one as study.json. Its entries, of
 
 An arm is the flags that it adds to `flags`, or {"flags": ..., "recipe": ..., "seeds": [...]} where it has a recipe or seeds of
 its own; `lengths` are --steps; `teacher`, flags over `flags` too, is trained first and named {teacher} in the arms; `prepare`
-are commands of Python that run after it, in their order, each with --out added and its folder named {cache} likewise: a
+are commands of Python that run after it, in their order, beside those runs that do not name them, each with --out added and its folder named {cache} likewise: a
 recipe's, or one that ends with a manifest.json beside a build.json and a header.json, as caches do. `metric`, `lower_is_better` (for a metric that the report does not know) and
 `may_differ` are the report's flags; `ranks` is the number of processes (GPUs) of one run.
 
@@ -44,7 +44,7 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +105,19 @@ def design(study: Study, out: Path) -> list[Run]:
     before: list[str] = []  # what has been prepared
 
     def job(name: str, recipe: str, words: list[str], own: Sequence[object] = ()) -> Run:
+        named = []
         for word in words:
             if word.split("=")[0] in ("--out", "--resume", *own):
                 raise ValueError(f"the study itself sets {word}; remove it")
             for other in re.findall(r"{([\w.+-]+)}", word):
+                named.append(other)
                 if other not in before:
                     raise ValueError(
                         f'{{{other}}} needs the entry "{other}", the flags that train it, or one of "prepare"'
                     )
         words = [re.sub(r"{([\w.+-]+)}", lambda found: str(out / found[1]), word) for word in words]
         words += [str(word) for word in (*own, "--out", out / name)]
-        needs = tuple(before)
+        needs = tuple(named if "/" in name else before)
         if not recipe:
             return Run(name, out / name, [sys.executable, *words], 0, needs, False, product="manifest.json")
         file, config_type = recipes(recipe)
@@ -201,6 +203,15 @@ def write_reports(study: Study, runs: Path, out: Path) -> None:
             )  # fmt: skip
 
 
+def still_to_make(runs: Sequence[Run], done: Collection[str]) -> set[str]:
+    """Names of the `runs` of arms that are not `done`, and of what was to be prepared for just these."""
+    names: set[str] = set()
+    for run in reversed(runs):  # what is needed stands before what needs it
+        if run.name not in done and ("/" in run.name or run.name in names):
+            names |= {run.name, *run.needs}
+    return names - set(done)
+
+
 def restore(runs: Sequence[Run], there: Mapping[str, lean.Lean], out: Path, ranks: int) -> None:
     """The folders of those runs of an arm that stand `there`, as far as lines go: they count as finished.
 
@@ -248,7 +259,8 @@ def main() -> None:
                 jobs.check_unchanged(
                     run, run.fields, recipe=Path(run.recipe).stem, ranks=study.ranks, defaults=run.defaults
                 )
-        missing = [run for run in runs if run.name not in there and not jobs.finished(run)]
+        done = {run.name for run in runs if jobs.finished(run) or ("/" in run.name and run.name in there)}
+        missing = [run for run in runs if run.name in still_to_make(runs, done)]
         say(
             f"{len(runs)} runs of {len(study.arms)} arms into {out}; {len(missing)} to make, "
             f"{sum(run.steps for run in missing)} steps"
@@ -269,8 +281,7 @@ def main() -> None:
                 collect()
                 return summary(run, study.metric)
 
-            of_arms = [run for run in runs if "/" in run.name]
-            jobs.run_all(of_arms if all(map(jobs.finished, of_arms)) else runs, at_once, lock, told, out)
+            jobs.run_all([run for run in runs if "/" in run.name or run in missing], at_once, lock, told, out)
             collect()
             there = lean.read(lines)
             if study.claim is None:

@@ -273,8 +273,8 @@ def _run_all(jobs: Sequence[Job], at_once: Sequence[dict[str, str]], lock: int, 
                         raise SystemExit(failed)
                     continue
                 note = f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)}: {summary(job)}"
-                if waiting and all(job.name in other.needs for other in waiting):
-                    # What all others waited for says nothing about the pace of the jobs to come.
+                if any(job.name in other.needs for other in waiting):
+                    # What others waited for says nothing about their pace.
                     first, began = sum(taken.values()), time.monotonic()
                     bar.initial, bar.start_t = first, time.time()
                 else:

@@ -328,7 +328,13 @@ def test_a_study_of_a_method_goes_on_in_a_later_clone(folder: Folder) -> None:
     shutil.rmtree(folder.out)
     (lines / "study.json").write_text(folder.write(**entries, seeds=[1, 2, 4]).read_text())
     _, events = run()
-    assert [event[2] for event in events if event[0] == "begun"] == ["teacher", "plain/20/4"]
+    assert [event[2] for event in events if event[0] == "begun"] == ["plain/20/4"], "a teacher that nobody needs"
+
+    shutil.rmtree(folder.out)
+    kd["seeds"] = [1, 2, 3, 4]
+    (lines / "study.json").write_text(folder.write(**entries, seeds=[1, 2, 4]).read_text())
+    _, events = run()
+    assert [event[2] for event in events if event[0] == "begun"] == ["teacher", "kd/20/4"]
 
     shutil.rmtree(folder.out)
     (lines / "study.json").write_text(folder.write(**entries, flags="--lr 0.5").read_text())
@@ -337,6 +343,19 @@ def test_a_study_of_a_method_goes_on_in_a_later_clone(folder: Folder) -> None:
     assert errors[-1].startswith(
         "error: plain/20/1 in runs.json was made with lr 0.0005, now it is 0.5; undo the change"
     )
+
+
+def test_a_run_waits_for_what_it_names_alone(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.folder)
+    (folder.folder / "caches.py").write_text(PRODUCT)
+    arms = {"plain": "", "kd": "--teachers cache:{cache} --kd-ratio 0.5"}
+    file = folder.write(arms=arms, prepare={"cache": "-m caches --teacher {teacher}"}, lengths=[20], seeds=[1])
+    runs = study.design(study.read_study(file), folder.out)
+    assert {run.name: run.needs for run in runs} == {
+        "teacher": (), "cache": ("teacher",), "plain/20/1": (), "kd/20/1": ("cache",)
+    }  # fmt: skip
+    assert study.still_to_make(runs, ["kd/20/1"]) == {"plain/20/1"}
+    assert study.still_to_make(runs, ["teacher", "plain/20/1"]) == {"cache", "kd/20/1"}
 
 
 @pytest.mark.parametrize(
