@@ -7,7 +7,10 @@ Source:  Hinton et al. 2015, arXiv 1503.02531; window and draw: Blakeney et al. 
 Command: deepspeed recipes/causal_lm_kd.py --data c4 --tokenizer HuggingFaceTB/SmolLM2-135M --student 135M --teachers HuggingFaceTB/SmolLM2-360M HuggingFaceTB/SmolLM2-1.7B --kd-ratio 0.9 --kd-stop 0.35
 Teacher: --student 2x64 --kd-ratio 0
 Smoke:   python recipes/causal_lm_kd.py --student 1x64 --teachers {teacher} --kd-ratio 0.9 --kd-stop 0.5 --vocab-size 512 --seq-len 32 --steps 4 --global-batch-size 8 --micro-batch-size 4 --deepspeed-config zero0_fp32_cpu.json
-Found:   not yet run (results/methods/causal_lm)
+Found:   bits per byte of 2 layers of width 128, from 4 of 256 that had twice as long; 3 seeds, equal steps. Wikipedia, 400 steps: labels 2.841,
+         KL to the end 2.548, in the window 2.614, reverse 2.762. GSM8K's answers, 250 steps: 2.213, 2.095, 2.133, reverse 2.391.
+         Window less labels -0.228 (-0.366 to -0.089) and -0.080 (-0.134 to -0.026). Time to equal quality has not been measured
+         (results/methods/causal_lm, causal_lm_responses)
 """
 
 import functools
