@@ -4,9 +4,11 @@ recipes/logits/dkd.py shows its use. A method that needs more (two students, tea
 the parts of kd_core/images and kd_core/cache/images.py that stand behind it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from kd_core.cache import images as cached
 from kd_core.images import batches, classifiers, evaluation
@@ -41,9 +43,9 @@ class Task:
         self.data, self._views = run.prepare(cached.prepare)
         self.teachers = cached.gather(run, self.data, self.score)
 
-    def score(self, model: Any) -> dict[str, float]:
-        """Loss, accuracy and calibration of `model` on the validation images."""
-        return evaluation.evaluate(self._cfg, self.data, model)
+    def score(self, model: Any, shaped: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """Loss, accuracy and calibration of `model` on the validation images; `shaped` as of `evaluation.evaluate`."""
+        return evaluation.evaluate(self._cfg, self.data, model, shaped=shaped)
 
     def student(self, name: str = "", engine: str = "student") -> Engine:
         """The engine of --student, a classifier of the data's classes, with the flags' SGD.

@@ -10,7 +10,9 @@ is the models' own, on the device.
 Shapes: B images, S the side of a view.
 """
 
+import contextlib
 import functools
+import hashlib
 import itertools
 import math
 import multiprocessing
@@ -18,7 +20,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,7 +54,7 @@ class MicroBatch:
     counted: torch.Tensor  # bool [B]; False for an image that only fills a batch of the validation
     corrupt: torch.Tensor  # float scalar, images that could not be decoded; in training they were replaced
     jpegs: tuple["JpegView", ...] = ()  # instead of pixels, of which there are then none: what the GPU decodes
-    mixing: tuple[float, float, int | None] | None = None  # what `to` mixes with: as `mix`
+    mixing: Mapping[str, Any] | None = None  # what `to` mixes by: as `mix`
 
     @property
     def inputs(self) -> tuple[torch.Tensor]:
@@ -64,16 +66,18 @@ class MicroBatch:
         """What says which images these are, and which views of them."""
         return self.sample_ids, self.patterns
 
-    def mixed(self, mixup: float, cutmix: float, num_classes: int | None) -> "MicroBatch":
-        """The same, to be mixed (`mix`) once it is on the device; as it is when both alphas are 0."""
-        return replace(self, mixing=(mixup, cutmix, num_classes)) if mixup or cutmix else self
+    def mixed(
+        self, mixup: float, cutmix: float, num_classes: int | None, *, share: float | None = None
+    ) -> "MicroBatch":
+        """The same, to be mixed (`mix`) once it is on the device."""
+        return replace(self, mixing=dict(mixup=mixup, cutmix=cutmix, num_classes=num_classes, share=share))
 
     def to(self, device: torch.device) -> "MicroBatch":
         """With what models take on `device`: decoded, and mixed as asked for, for teacher and student alike."""
         pixels, labels = on_device(self, device), self.labels.to(device, non_blocking=True)
         if self.mixing:
-            mixup, cutmix, num_classes = self.mixing
-            pixels, labels = mix(pixels, labels, mixup, cutmix, num_classes=num_classes)
+            with _drawn_for(*self.keys):
+                pixels, labels = mix(pixels, labels, **self.mixing)
         return replace(self, pixels=pixels, labels=labels, jpegs=(), mixing=None)
 
     def pin_memory(self) -> "MicroBatch":
@@ -84,6 +88,15 @@ class MicroBatch:
             sample_ids=self.sample_ids.pin_memory(),
             counted=self.counted.pin_memory(),
         )
+
+
+@contextlib.contextmanager
+def _drawn_for(*keys_B: torch.Tensor) -> Iterator[None]:
+    """Has torch's generator on the CPU draw as these images and views say, whichever rank has them, and then go on as before."""
+    digest = hashlib.blake2b(b"".join(keys.numpy().tobytes() for keys in keys_B), digest_size=8).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int.from_bytes(digest, "little"))
+        yield
 
 
 @dataclass(frozen=True, eq=False)

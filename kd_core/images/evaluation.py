@@ -1,5 +1,6 @@
 """Metrics of image classification. Shape letters: B images, C classes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,19 +51,23 @@ def validation_sums(model: Any, batches: ValidationBatches, *, workers: int) -> 
 
 
 @torch.no_grad()
-def evaluate(cfg: Any, data: ImageSet, model: Any, *, prefix: str = "eval/") -> dict[str, float]:
+def evaluate(
+    cfg: Any, data: ImageSet, model: Any, *, shaped: Callable[[Tensor], Tensor] | None = None, prefix: str = "eval/"
+) -> dict[str, float]:
     """Loss (nats), top-1, top-5 and expected calibration error on the validation images, over all ranks.
 
     Args:
         cfg: `ImageFlags` and `TrainFlags`.
         model: what gives logits [B, C] for pixels; it is left in evaluation.
+        shaped: of its logits, what a method takes the softmax of; None: the logits.
         prefix: of the metrics' names, where a run evaluates several models.
     """
     model.eval()
     batches = ValidationBatches(
         data.validation, cfg.eval_resize, cfg.eval_size, cfg.micro_batch_size, ranks.rank(), ranks.world_size()
     )
-    sums = validation_sums(model, batches, workers=num_workers(cfg.workers, data.validation))
+    judged = model if shaped is None else lambda pixels: shaped(model(pixels))
+    sums = validation_sums(judged, batches, workers=num_workers(cfg.workers, data.validation))
     scores = classification_metrics(ranks.total(sums))
     return {prefix + name.removeprefix("eval/"): value for name, value in scores.items()}
 

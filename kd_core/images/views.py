@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import one_hot
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -161,14 +162,37 @@ def validation_view(image: Image.Image | np.ndarray, resize: int, size: int) -> 
 
 
 def mix(
-    pixels: torch.Tensor, labels: torch.Tensor, mixup: float, cutmix: float, *, num_classes: int | None
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    mixup: float,
+    cutmix: float,
+    *,
+    num_classes: int | None,
+    share: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each image of a batch mixed with its neighbour, and the shares of its classes, float [B, C]; torch's generator draws.
 
     Args:
         mixup, cutmix: alpha of MixUp (Zhang et al. 2017) and CutMix (Yun et al. 2019), 0 for none; of both, one is drawn.
             Without either, pixels and labels are returned as they are.
+        share: None: all images of a batch are mixed by one draw. Else MixUp alone: this share of them, each by its own draw,
+            and the others stay (partial mixup, arXiv 2211.03946); 0 returns pixels and labels as they are.
     """
+    if share is not None:
+        return _mix_some(pixels, labels, mixup, share, num_classes) if mixup and share else (pixels, labels)
     kinds: list[v2.Transform] = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
     kinds += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
     return v2.RandomChoice(kinds)(pixels.float(), labels) if kinds else (pixels, labels)
+
+
+def _mix_some(
+    pixels: torch.Tensor, labels: torch.Tensor, mixup: float, share: float, num_classes: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    drawn_B = torch.distributions.Beta(mixup, mixup).sample((len(labels),))
+    own_B = drawn_B.where(torch.rand(len(labels)) < share, 1.0).to(pixels.device)
+
+    def mixed(values: torch.Tensor) -> torch.Tensor:
+        own = own_B.view(-1, *[1] * (values.ndim - 1))
+        return own * values + (1 - own) * values.roll(1, 0)
+
+    return mixed(pixels.float()), mixed(one_hot(labels, num_classes or -1).float())

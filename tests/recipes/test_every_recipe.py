@@ -123,6 +123,7 @@ def test_the_full_size_networks_of_the_command_can_be_built(recipe: Path, tmp_pa
         "bert_kd": {"student": 110e6, "google-bert/bert-large-uncased": 335e6},
         "dkd": {"student": 11.7e6, "resnet34": 21.8e6},
         "bd_kd": {"student": 11.7e6, "teacher": 21.8e6},
+        "mix_kd": {"student": 11.7e6, "resnet34": 21.8e6},
         "pld": {"student": 11.7e6, "resnet152": 60.2e6},
     }
     published["causal_lm_kd"] = {

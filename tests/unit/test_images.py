@@ -21,7 +21,7 @@ from kd_core.images import batches as images
 from kd_core.images import evaluation as classification
 from kd_core.images import sources as image_sources
 from kd_core.images.sources import prepare
-from kd_core.images.views import View, resized_box, shift, training_view, validation_view
+from kd_core.images.views import View, mix, resized_box, shift, training_view, validation_view
 from kd_core.system.hashing import uniforms
 from tests.conftest import DATA, photo, photo_folder
 
@@ -335,6 +335,44 @@ def test_patterns_repeat_the_views_of_their_own_seed_in_other_orders(folder: Pat
         views = by_key(shared, two_epochs)
         assert views.keys() == expected.keys()
         assert all(torch.equal(view, expected[key]) for key, view in views.items())
+
+
+def test_partial_mixup_is_a_function_of_the_images_on_any_rank_and_leaves_the_others(folder: Path) -> None:
+    data = prepare(str(folder), decoded_gib=1, max_corrupt=0)
+    plain = batches(data)[3]
+    torch.manual_seed(1)
+    given = plain.mixed(1.0, 0.0, 2, share=0.5).to(torch.device("cpu"))
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), drawn), "the generator was left elsewhere"
+    again = plain.mixed(1.0, 0.0, 2, share=0.5).to(torch.device("cpu"))
+    assert torch.equal(given.pixels, again.pixels) and torch.equal(given.labels, again.labels)
+    later = batches(data)[4].mixed(1.0, 0.0, 2, share=0.5).to(torch.device("cpu"))
+    stays, also = ((one.labels.amax(1) == 1) for one in (given, later))
+    assert 0 < stays.sum() < 8 and not torch.equal(stays, also)
+    halves = [batches(data, rank=rank, world_size=2, micro=4)[3] for rank in range(2)]  # each mixed by its own images
+    assert all(half.mixed(1.0, 0.0, 2, share=0.0).to(torch.device("cpu")).pixels is half.pixels for half in halves)
+
+
+def test_mixing_takes_a_share_of_the_pairs_each_by_a_draw_of_its_own() -> None:
+    torch.manual_seed(0)
+    count = 4000
+    pixels = torch.arange(count).float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    labels = torch.arange(count) % 5
+    mixed, shares = mix(pixels, labels, 1.0, 0.0, num_classes=5, share=0.1)
+    own = shares[torch.arange(count), labels]
+    chosen = own < 1
+    assert chosen.float().mean() == pytest.approx(0.1, abs=0.02)
+    assert (
+        own[chosen].mean() == pytest.approx(0.5, abs=0.06) and own[chosen].unique().numel() > 300
+    )  # uniform: Beta(1, 1)
+    torch.testing.assert_close(shares.sum(1), torch.ones(count))
+    neighbour = shares[torch.arange(count), labels.roll(1)]
+    torch.testing.assert_close(own + neighbour, torch.ones(count))
+    wanted = own.view(-1, 1, 1, 1) * pixels + neighbour.view(-1, 1, 1, 1) * pixels.roll(1, 0)
+    torch.testing.assert_close(mixed, wanted)
+    everywhere = mix(pixels, labels, 1.0, 0.0, num_classes=5, share=1.0)[1]
+    assert (everywhere.amax(1) < 1).all()
 
 
 def test_every_epoch_visits_every_image_once(folder: Path) -> None:
