@@ -92,12 +92,7 @@ def build(flags: BuildFlags) -> None:
         FileNotFoundError, ValueError: as `sources.prepare`, `classifiers.load_classifier` and `records.build`.
     """
     classifiers.check_source(flags.teacher, "--teacher")
-    progress = ranks.local_rank() == 0
-    data = join(
-        lambda: sources.prepare(
-            flags.data, decoded_gib=flags.decoded_gib, max_corrupt=flags.max_corrupt, progress=progress
-        )
-    )
+    data = join(lambda: build_data(flags))
     columns = len(data.classes)
     flags.check("top_k", flags.top_k < columns, f"below the number of classes, {columns}")
     model = classifiers.load_teacher(

@@ -29,6 +29,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
+from kd_core.images import altered
 from kd_core.images.flags import ImageFlags
 from kd_core.images.sources import DAMAGE, ImageSet, Split, decode, prepare, say_corrupt
 from kd_core.images.views import JpegView, View, jpeg_view, mix, training_view, uncropped, validation_view
@@ -391,8 +392,11 @@ def steps(batches: TrainBatches, first: int, *, workers: int) -> Iterator[Step]:
 
 
 def build(cfg: ImageFlags) -> ImageSet:
-    """The images of a run, as its flags say; errors as `sources.prepare`."""
-    return prepare(cfg.data, decoded_gib=cfg.decoded_gib, max_corrupt=cfg.max_corrupt, progress=local_rank() == 0)
+    """The images of a run, as its flags say; errors as `sources.prepare` and `altered.hold_out`."""
+    data = prepare(cfg.data, decoded_gib=cfg.decoded_gib, max_corrupt=cfg.max_corrupt, progress=local_rank() == 0)
+    if cfg.held_out:
+        data = altered.hold_out(data, cfg.held_out)
+    return altered.with_label_noise(data, cfg.label_noise) if cfg.label_noise else data
 
 
 def corrupt_limit(run: Run[Any], images: int) -> Callable[[loop.Step], None]:

@@ -39,6 +39,10 @@ class ImageFlags(Flags):
     """nvjpeg: the GPU decodes and resizes the training images (torchvision's nvJPEG), workers only read."""
     max_corrupt: float = 0.001
     """Share of the training images that may be unreadable before the run stops."""
+    held_out: float = 0.0
+    """Share of the training images that is not trained on, the same ones in every run; for methods that choose by them."""
+    label_noise: float = 0.0
+    """Share of the training images with a wrong label, the same in every run; validation and held-out labels stay."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +50,8 @@ class ImageFlags(Flags):
             self.check(name, getattr(self, name) >= MIN_SIZE, f"at least {MIN_SIZE}")
         self.check("eval_size", self.eval_size <= self.eval_resize, f"at most --eval-resize, {self.eval_resize}")
         self.check("max_corrupt", 0 <= self.max_corrupt < 1, "in [0, 1)")
+        for name in ("held_out", "label_noise"):
+            self.check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self.check("min_scale", 0 < self.min_scale <= 1, "in (0, 1]")
         self.check("decoded_gib", 0 <= self.decoded_gib < math.inf, "a finite number, at least 0")
         self.check("randaugment", 0 <= self.randaugment <= 30, "in 0 to 30")

@@ -127,6 +127,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def part(self, rows: np.ndarray) -> "Split":
+        """The images `rows`; of those held decoded a copy."""
+        encoded = None if self.encoded is None else Subset(self.encoded, rows)
+        return Split(self.labels[rows], encoded, None if self.pixels is None else self.pixels[rows])
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -137,6 +142,7 @@ class ImageSet:
     classes: tuple[str, ...]
     train: Split
     validation: Split
+    held_out: Split | None = None  # training images that are not trained on
 
     def check_batch(self, global_batch_size: int) -> None:
         """Raises ValueError when there are fewer training images than one global batch."""
@@ -438,8 +444,7 @@ def _with_validation(opened: Opened, source: str) -> Opened:
         shared = os.path.commonpath(names)  # which a tar made one folder higher adds
         digests = (hashlib.sha256(os.fsencode(os.path.relpath(name, shared))).digest() for name in names)
         chosen = np.array([int.from_bytes(digest[:8], "little") % VALIDATION_ONE_IN == 0 for digest in digests])
-        parts = (np.flatnonzero(chosen), np.flatnonzero(~chosen))
-        *rest, train = (Split(train.labels[rows], Subset(train.encoded, rows)) for rows in parts)
+        *rest, train = (train.part(np.flatnonzero(rows)) for rows in (chosen, ~chosen))
     if not len(rest[0]) or not len(train):
         raise ValueError(
             f"--data {source} has too few images to keep one in {VALIDATION_ONE_IN} for validation; add val/"

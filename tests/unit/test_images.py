@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 from kd_core.images import batches as images
 from kd_core.images import evaluation as classification
 from kd_core.images import sources as image_sources
+from kd_core.images.flags import ImageFlags
 from kd_core.images.sources import prepare
 from kd_core.images.views import View, mix, resized_box, shift, training_view, validation_view
 from kd_core.system.hashing import uniforms
@@ -335,6 +336,44 @@ def test_patterns_repeat_the_views_of_their_own_seed_in_other_orders(folder: Pat
         views = by_key(shared, two_epochs)
         assert views.keys() == expected.keys()
         assert all(torch.equal(view, expected[key]) for key, view in views.items())
+
+
+def flags(folder: Path, **own: Any) -> ImageFlags:
+    return ImageFlags(data=str(folder), max_corrupt=0, **own)
+
+
+@pytest.mark.parametrize("decoded_gib", [0, 1])
+def test_what_is_held_out_is_not_trained_on_and_the_same_in_every_run(folder: Path, decoded_gib: float) -> None:
+    whole, data = (images.build(flags(folder, decoded_gib=decoded_gib, held_out=share)) for share in (0, 0.25))
+    assert whole.held_out is None and data.held_out is not None
+    assert (len(data.train), len(data.held_out), len(data.validation)) == (12, 4, 6)
+    seen = [views(split) for split in (data.train, data.held_out)]
+    assert sorted(seen[0] + seen[1]) == sorted(views(whole.train)), "an image in both, or in neither"
+    assert views(images.build(flags(folder, decoded_gib=decoded_gib, held_out=0.25)).held_out) == seen[1]
+    assert data.fingerprint != whole.fingerprint
+    with pytest.raises(ValueError, match=r"--held-out 0.01 of the 16 training images is none; give more"):
+        images.build(flags(folder, held_out=0.01))
+
+
+def views(split: Any) -> list[tuple[int, bytes]]:
+    """Label and pixels of each image."""
+    made = classification.ValidationBatches(split, 32, 32, len(split), 0, 1)[0]
+    return [(int(label), one.numpy().tobytes()) for label, one in zip(made.labels, made.pixels, strict=True)]
+
+
+def test_label_noise_gives_a_share_of_the_training_images_another_class_and_leaves_the_rest_clean() -> None:
+    clean, noisy = (images.build(ImageFlags(data="digits", held_out=0.2, label_noise=share)) for share in (0, 0.25))
+    assert clean.held_out is not None and noisy.held_out is not None
+    wrong = clean.train.labels != noisy.train.labels
+    assert wrong.mean() == pytest.approx(0.25, abs=0.03)
+    assert np.array_equal(clean.train.pixels, noisy.train.pixels)
+    for one, other in ((clean.held_out, noisy.held_out), (clean.validation, noisy.validation)):
+        assert np.array_equal(one.labels, other.labels)
+    moved = (noisy.train.labels - clean.train.labels)[wrong] % 10
+    assert set(moved) == set(range(1, 10)) and np.bincount(moved).max() < 2 * np.bincount(moved)[1:].min()
+    again = images.build(ImageFlags(data="digits", held_out=0.2, label_noise=0.25))
+    assert np.array_equal(again.train.labels, noisy.train.labels) and again.fingerprint == noisy.fingerprint
+    assert noisy.fingerprint != clean.fingerprint
 
 
 def test_partial_mixup_is_a_function_of_the_images_on_any_rank_and_leaves_the_others(folder: Path) -> None:
