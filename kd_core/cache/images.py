@@ -26,7 +26,7 @@ from kd_core.cli import Preset
 from kd_core.images import classifiers, sources
 from kd_core.images.batches import MicroBatch, ValidationBatches, load, num_workers, on_device, training_batch
 from kd_core.images.batches import build as build_data
-from kd_core.images.evaluation import classification_metrics, validation_sums
+from kd_core.images.evaluation import classification_metrics, seen, validation_sums
 from kd_core.images.flags import ImageFlags, TeacherViewFlags
 from kd_core.images.resnets import NAMES
 from kd_core.images.sources import ImageSet
@@ -161,7 +161,7 @@ def _score(flags: BuildFlags, data: ImageSet, model: Any) -> dict[str, float]:
         data.validation, flags.eval_resize, flags.eval_size, flags.micro_batch_size, rank=0, world_size=1
     )
     workers = num_workers(flags.workers, data.validation)
-    return classification_metrics(validation_sums(model, batches, workers=workers))
+    return classification_metrics(validation_sums(model, seen(batches, workers=workers)))
 
 
 # --- using ------------------------------------------------------------------------------------------------------------

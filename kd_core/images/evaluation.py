@@ -1,6 +1,6 @@
 """Metrics of image classification. Shape letters: B images, C classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_core.images.batches import ValidationBatches, load, num_workers
-from kd_core.images.sources import ImageSet
+from kd_core.images.sources import ImageSet, Split
 from kd_core.losses import calibration
 from kd_core.system import ranks
 from kd_core.system.terminal import say
@@ -37,17 +37,39 @@ def classification_sums(logits_BC: Tensor, labels_B: Tensor, counted_B: Tensor) 
     return torch.cat([rows @ weight_B, bins])
 
 
+Seen = Iterator[tuple[Tensor, Tensor, Tensor]]  # pixels, labels and `counted` of batches on the device
+
+
 @torch.no_grad()
-def validation_sums(model: Any, batches: ValidationBatches, *, workers: int) -> Tensor:
-    """`classification_sums` of this rank's share of the validation images, by a model in evaluation."""
-    sums, left_out = torch.zeros(NUM_SUMS, device=ranks.device()), 0
+def validation_sums(model: Any, images: Seen) -> Tensor:
+    """`classification_sums` of images by a model in evaluation."""
+    sums = torch.zeros(NUM_SUMS, device=ranks.device())
+    for pixels, labels, counted in images:
+        sums += classification_sums(model(pixels), labels, counted)
+    return sums
+
+
+def seen(batches: ValidationBatches, *, workers: int) -> Seen:
+    """The batches one after the other; says how many images are corrupt."""
+    left_out = 0
     for micro in interruptible(load(batches, range(len(batches)), workers=workers)):
         pixels, labels, counted = ranks.to_device(micro.pixels, micro.labels, micro.counted)
-        sums += classification_sums(model(pixels), labels, counted)
+        yield pixels, labels, counted
         left_out += int(micro.corrupt)
     if left_out:
         say(f"rank {ranks.rank()}: {left_out} of {len(batches.split)} validation images are corrupt and left out")
-    return sums
+
+
+def share(cfg: Any, split: Split) -> Seen:
+    """This rank's share of a split, each image once over all ranks, in the view that is evaluated.
+
+    Args:
+        cfg: `ImageFlags` and `TrainFlags`.
+    """
+    batches = ValidationBatches(
+        split, cfg.eval_resize, cfg.eval_size, cfg.micro_batch_size, ranks.rank(), ranks.world_size()
+    )
+    return seen(batches, workers=num_workers(cfg.workers, split))
 
 
 @torch.no_grad()
@@ -63,12 +85,8 @@ def evaluate(
         prefix: of the metrics' names, where a run evaluates several models.
     """
     model.eval()
-    batches = ValidationBatches(
-        data.validation, cfg.eval_resize, cfg.eval_size, cfg.micro_batch_size, ranks.rank(), ranks.world_size()
-    )
     judged = model if shaped is None else lambda pixels: shaped(model(pixels))
-    sums = validation_sums(judged, batches, workers=num_workers(cfg.workers, data.validation))
-    scores = classification_metrics(ranks.total(sums))
+    scores = classification_metrics(ranks.total(validation_sums(judged, share(cfg, data.validation))))
     return {prefix + name.removeprefix("eval/"): value for name, value in scores.items()}
 
 

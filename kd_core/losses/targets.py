@@ -22,3 +22,30 @@ def standardise(logits_NV: Tensor) -> Tensor:
     # By the logits themselves: rounding gives equal ones a variance, and so small a one no finite gradient.
     varied_N1 = (logits_NV.amax(1, keepdim=True) > logits_NV.amin(1, keepdim=True)) & (variance_N1 > 0)
     return logits_NV / torch.where(varied_N1, variance_N1, 1.0).sqrt()
+
+
+def alpha_terms(labelled_NV: Tensor, imitated_NV: Tensor, truth_NV: Tensor) -> Tensor:
+    """What `alpha_star` needs of some rows: <y - v, u - v> and |u - v|^2, float64 [2], which add up over batches and ranks.
+
+    Args:
+        labelled_NV: u, probabilities that a fit to the labels gives.
+        imitated_NV: v, those that a fit to another fit gives.
+        truth_NV: y, of rows that neither was fitted to.
+    """
+    u, v, y = (each.double().flatten() for each in (labelled_NV, imitated_NV, truth_NV))
+    return torch.stack([(y - v) @ (u - v), (u - v).square().sum()])
+
+
+def alpha_star(terms: Tensor) -> float:
+    """The share alpha of the labels, in [0, 1], at which alpha u + (1 - alpha) v is nearest to y in squares; 1 where u is v.
+
+    A fit that is linear in its target, as kernel ridge regression is, predicts just that from alpha * labels + (1 - alpha) * other
+    fit: two fits tell which of all alpha is best, without a grid.
+
+    Args:
+        terms: summed `alpha_terms`.
+
+    Source: our reading of arXiv 2102.13088, which promises a cheap estimate; for networks an approximation.
+    """
+    product, square = terms.tolist()
+    return min(1.0, max(0.0, product / square)) if square else 1.0

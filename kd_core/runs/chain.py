@@ -4,22 +4,28 @@
 
 Each stage lies in <out>/<stage> as a complete run folder: it has its own log, checkpoints, exact resume and cost, and its
 result is a source for --student and --teachers of any other run. What has finished is kept; what was stopped, or killed,
-continues by the same call. A stage that only changes weights of terms is no stage but a schedule of `Step.number`.
+continues by the same call. In the end <out> itself is a run folder, the last stage's with the seconds of all: so a chain is a
+teacher, and an arm of a study, like any run. A stage that only changes weights of terms is no stage but a schedule of `Step.number`.
 """
 
 import dataclasses
+import json
 import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kd_core import cli
+from kd_core.runs import folders
 from kd_core.runs.flags import RunFlags
 from kd_core.runs.folders import next_free, read_record, remove_if_empty
 from kd_core.runs.jobs import Job, check_unchanged, locked, places, run_all
+from kd_core.system.checked import digests
+from kd_core.system.files import write_atomic
 
 
 def run(
@@ -28,7 +34,8 @@ def run(
     """Runs the recipe `file` for each of `stages`: with a launch file's flags `preset`, over them those `typed`, then the stage's.
 
     A stage is started on all GPUs of the machine, or without one on NUM_GPUS ranks (default 1), so the chain itself is
-    started without a launcher. --out names the folder of all stages; --resume is understood by itself.
+    started without a launcher. --out names the folder of all stages; --resume is understood by itself, and given it takes the
+    flags from there.
 
     Args:
         stages: flags by name; {name} in them is the run folder of an earlier stage.
@@ -46,11 +53,14 @@ def run(
                 f"{Path(file).name} starts each of its stages on all GPUs itself; without a launcher: "
                 f"python {file} {shlex.join(word for word in words if not word.startswith('--local'))}"
             )
+        resume = "--resume" in words
         words = [word for word in words if word != "--resume" and not word.startswith("--local")]
         words = [*shlex.split(preset, comments=True), *words]
         out, words = cli.take(words, "--out")
         folder = Path(out) if out else next_free(Path("runs") / Path(file).stem)
         undo.callback(remove_if_empty, folder)
+        if resume and (folder / "run.json").exists():
+            words = ["--load", str(folder / "run.json"), *words]
         count = torch.cuda.device_count()
         ranks = count or int(os.environ.get("NUM_GPUS", "1"))
         made: dict[str, Job] = {}
@@ -62,12 +72,37 @@ def run(
             start = [file] if ranks == 1 else ["-m", "kd_core.launch", file]
             command = [sys.executable, *start, *own]
             made[name] = Job(name, folder / name, command, configs[-1].steps, tuple(made), True)
+        whole = cli.parse(config, [*words, "--out", str(folder)])
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder) as lock:
-            for job, cfg in zip(made.values(), configs, strict=True):
+            for job, cfg in zip([Job("", folder, (), 0, (), True), *made.values()], [whole, *configs], strict=True):
                 check_unchanged(job, dataclasses.asdict(cfg), recipe=Path(file).stem, ranks=ranks)
+            record = folders.describe(Path(file).stem, whole) | {"world_size": ranks}
+            folders.write_record(folder, record)
             run_all(list(made.values()), places(1, ranks), lock, summary, folder, "stages")
+            conclude(folder, record, list(made.values()))
     return 0
+
+
+def conclude(folder: Path, record: Mapping[str, Any], stages: Sequence[Job]) -> None:
+    """Makes `folder` the run that its last stage is, described by `record`, with the seconds and the memory of all."""
+    *before, (last, lines) = [folders.read_run(job.folder) for job in stages]
+    results = [earlier["result"] for earlier, _ in before]
+    for line in lines:
+        line |= {
+            name: value + sum(one.get(name, 0) for one in results)
+            for name, value in line.items()
+            if name.endswith("_s")
+        }
+    write_atomic(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    for part in folders.EXPORTS:
+        if (stages[-1].folder / part).exists() and not (folder / part).exists():
+            (folder / part).symlink_to(Path(stages[-1].name, part))
+    seconds = {name: value for name, value in lines[-1].items() if name.endswith("_s")}
+    memory = max(one["peak_memory_gib"] for one in [*results, last["result"]])
+    result = last["result"] | seconds | {"peak_memory_gib": memory}
+    files = last["files"] | digests(folder, ["metrics.jsonl"])
+    folders.write_record(folder, {**last, **record, "result": result, "files": files})
 
 
 def summary(job: Job) -> str:

@@ -7,8 +7,10 @@ Prints a line of JSON: of each network that is trained, and of each teacher, par
 
 import json
 import runpy
+import shlex
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -17,6 +19,7 @@ import torch
 import torchvision
 from transformers import AutoConfig
 
+from kd_core.runs import chain
 from kd_core.teachers import pool
 from kd_core.text import pretrained, probes
 from kd_core.training.loop import Run
@@ -81,6 +84,9 @@ def build(recipe: Path) -> dict[str, list[dict[str, Any]]]:
     def steps(*_: Any, **__: Any) -> Any:
         raise Built
 
+    def first_stage(_: str, __: Any, typed: Sequence[str], stages: Mapping[str, str], preset: str = "") -> int:
+        return main([*typed, *shlex.split(next(iter(stages.values())))], preset)
+
     def of_torchvision(name: str, weights: Any = None, **settings: Any) -> Any:
         return made(name, weights=None, **settings)
 
@@ -93,6 +99,7 @@ def build(recipe: Path) -> dict[str, list[dict[str, Any]]]:
     Run.prepare, Run.engine, Run.plain_engine, Run.steps = prepared, engine, engine, steps  # type: ignore[method-assign, assignment]
     Run.keep, Run.position, Run.first, Run.complete, pool.gather = MagicMock(), None, 0, 0, gather  # type: ignore[method-assign, misc]
     pretrained.load_pretrained = of_the_hub  # before a recipe's parts are imported, which take it from there
+    chain.run = first_stage
     probes.require_head = probes.require_isolation = MagicMock()  # which read what a model computes
     main = runpy.run_path(str(recipe))["main"]
     try:

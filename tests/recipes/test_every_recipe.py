@@ -28,6 +28,15 @@ KILL = "--steps 8 --save-every 3 --eval-every 4 --log-every 1"
 Smoke = Callable[[Path], list[str]]
 
 
+def has_stages(recipe: Path) -> bool:
+    return "chain.run(" in recipe.read_text()
+
+
+def slow_if_chain(recipe: Path) -> Any:
+    """A chain's stages are processes that import everything themselves."""
+    return pytest.param(recipe, marks=pytest.mark.slow) if has_stages(recipe) else recipe
+
+
 def begin(words: list[str], ranks: int, folder: Path, *, chain: bool = False) -> list[warm.Popen]:
     """The ranks of a run; a chain starts the ranks of its stages itself."""
     own = {"PYTHONPATH": str(ROOT)}
@@ -44,12 +53,8 @@ def run(words: list[str], ranks: int, folder: Path, *, chain: bool = False) -> N
 
 def stages(folder: Path) -> list[Path]:
     """The run folder itself, or those of a chain's stages in the order in which they began."""
-    if (folder / "run.json").exists():
-        return [folder]
-    return sorted(
-        (file.parent for file in folder.glob("*/run.json")),
-        key=lambda stage: stage.with_suffix(".log").stat().st_ctime_ns,
-    )
+    found = [file.parent for file in folder.glob("*/run.json")]
+    return sorted(found, key=lambda stage: stage.with_suffix(".log").stat().st_ctime_ns) or [folder]
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -93,11 +98,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
     return words
 
 
-def has_stages(recipe: Path) -> bool:
-    return "chain.run(" in recipe.read_text()
-
-
-@pytest.mark.parametrize("recipe", [*RECIPES, *TOYS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", [*map(slow_if_chain, RECIPES), *TOYS], ids=lambda path: path.stem)
 def test_the_smoke_command_of_the_header_runs(recipe: Path, smoke: Smoke, tmp_path: Path) -> None:
     run(smoke(recipe), 1, tmp_path, chain=has_stages(recipe))
     (folder,) = (tmp_path / "runs" / recipe.stem).iterdir()
@@ -123,6 +124,7 @@ def test_the_full_size_networks_of_the_command_can_be_built(recipe: Path, tmp_pa
         "bert_kd": {"student": 110e6, "google-bert/bert-large-uncased": 335e6},
         "dkd": {"student": 11.7e6, "resnet34": 21.8e6},
         "bd_kd": {"student": 11.7e6, "teacher": 21.8e6},
+        "born_again": {"student": 25.6e6},
         "mix_kd": {"student": 11.7e6, "resnet34": 21.8e6},
         "pld": {"student": 11.7e6, "resnet152": 60.2e6},
     }

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from kd_core.runs.folders import read_run
 from kd_core.system.files import file_digest
 from tests import warm
 from tests.conftest import ROOT, cpu_environment, free_port
@@ -127,11 +128,19 @@ def test_a_chain_killed_in_its_second_stage_continues_there(tmp_path: Path) -> N
     first = (tmp_path / "out" / "one" / "run.json").stat().st_mtime_ns
     assert json.loads((tmp_path / "out" / "one" / "run.json").read_text())["result"]["stopped"] == "finished"
     assert "result" not in json.loads((tmp_path / "out" / "two" / "run.json").read_text())
+    assert "result" not in json.loads((tmp_path / "out" / "run.json").read_text())
     done = warm.run(command, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "one" / "run.json").stat().st_mtime_ns == first, "the first stage ran again"
     assert "from step" in (tmp_path / "out" / "two.log").read_text().rpartition("--- resumed")[2]
     assert json.loads((tmp_path / "out" / "two" / "run.json").read_text())["result"]["step"] == 3000
+    whole, (one, two) = read_run(tmp_path / "out"), (read_run(tmp_path / "out" / name) for name in ("one", "two"))
+    assert whole[0]["config"]["stage"] == "all" and whole[0]["result"]["stopped"] == "finished"
+    assert [line["step"] for line in whole[1]] == [line["step"] for line in two[1]]
+    spent = one[0]["result"]["train_s"] + two[0]["result"]["train_s"]
+    assert whole[0]["result"]["train_s"] == whole[1][-1]["train_s"] == pytest.approx(spent)
+    again = warm.run([*command[:2], "--out", "out", "--resume"], cwd=tmp_path, env=env)
+    assert again.returncode == 0, again.stderr
     changed = warm.run([*command, "--lr", "0.2"], cwd=tmp_path, env=env)
     assert changed.returncode == 2 and "was begun with lr 0.1, now it is 0.2" in changed.stderr
     launched = cpu_environment(PYTHONPATH=str(ROOT), WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")

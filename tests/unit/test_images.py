@@ -240,7 +240,8 @@ def test_an_evaluation_says_how_many_images_it_leaves_out(folder: Path, capsys: 
     for number in (0, 2):
         (folder / "val" / "dog" / f"{number}.jpg").write_bytes(photo(0)[:300])
     share = images.ValidationBatches(prepare(str(folder), decoded_gib=0, max_corrupt=1).validation, 32, 24, 4, 0, 1)
-    sums = classification.validation_sums(lambda pixels: torch.zeros(len(pixels), 2), share, workers=0)
+    given = classification.seen(share, workers=0)
+    sums = classification.validation_sums(lambda pixels: torch.zeros(len(pixels), 2), given)
     assert sums[3] == 4
     assert "rank 0: 2 of 6 validation images are corrupt and left out" in capsys.readouterr().err
 

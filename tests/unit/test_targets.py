@@ -1,4 +1,4 @@
-"""Targets: logits in units of their deviation."""
+"""Targets: logits in units of their deviation; labels and a generation before, and the share of each."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from kd_core.losses.divergences import forward_kl
 from kd_core.losses.labels import label_loss
-from kd_core.losses.targets import standardise
+from kd_core.losses.targets import alpha_star, alpha_terms, standardise
 
 N, V = 6, 9
 
@@ -57,3 +57,71 @@ def test_it_is_computed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(value.std(1), torch.ones(N))
     most = standardise(F.one_hot(torch.tensor([0]), 10)).softmax(1).max()
     assert most == pytest.approx(0.7242, abs=1e-4)
+
+
+# --- born again -------------------------------------------------------------------------------------------------------
+
+LAM = 1.0
+
+
+@pytest.fixture
+def ridge() -> tuple[torch.Tensor, ...]:
+    """Kernel ridge regression on a noisy sine, in float64: the kernel, what fits predict there and elsewhere, and the targets."""
+    draw = torch.Generator().manual_seed(6)
+    x, other = torch.rand(40, generator=draw).double().sort().values, torch.rand(200, generator=draw).double()
+    y, y_other = ((6.28 * at).sin() + 0.4 * torch.randn(len(at), generator=draw).double() for at in (x, other))
+
+    def kernel(a: torch.Tensor) -> torch.Tensor:
+        return (-80 * (a[:, None] - x) ** 2).exp()
+
+    weights = torch.linalg.inv(kernel(x) + LAM * torch.eye(40).double())
+    return kernel(x), kernel(x) @ weights, kernel(other) @ weights, y, y_other
+
+
+def test_generations_with_a_constant_alpha_end_as_ridge_with_lam_over_alpha_and_without_labels_at_zero(
+    ridge: tuple[torch.Tensor, ...],
+) -> None:
+    kernel, smooth, _, y, _ = ridge
+
+    def generations(alpha: float, count: int) -> torch.Tensor:
+        fitted = smooth @ y
+        for _ in range(count):
+            fitted = smooth @ (alpha * y + (1 - alpha) * fitted)
+        return fitted
+
+    for alpha in (0.25, 0.6):
+        limit = kernel @ torch.linalg.solve(kernel + LAM / alpha * torch.eye(40).double(), y)
+        torch.testing.assert_close(generations(alpha, 400), limit, rtol=0, atol=1e-12)
+    assert generations(0, 4000).abs().max() < 1e-3 * generations(0, 1).abs().max()
+    assert torch.equal(generations(1, 5), smooth @ y)
+
+
+def test_alpha_star_of_two_fits_is_the_best_of_a_grid_of_fits(ridge: tuple[torch.Tensor, ...]) -> None:
+    _, smooth, predict, y, y_other = ridge
+    previous = smooth @ y
+    grid = torch.linspace(0, 1, 2001).double()
+    fits = torch.stack([predict @ (alpha * y + (1 - alpha) * previous) for alpha in grid], 1)
+    best = grid[(fits - y_other[:, None]).square().sum(0).argmin()]
+    u, v = predict @ y, predict @ previous
+    halves = sum(alpha_terms(u[part], v[part], y_other[part]) for part in (slice(90), slice(90, None)))
+    assert 0.02 < best < 0.98
+    assert alpha_star(halves) == pytest.approx(float(best), abs=3e-4)
+    assert alpha_star(alpha_terms(u, v, 3 * u - 2 * v)) == 1 and alpha_star(alpha_terms(u, v, 3 * v - 2 * u)) == 0
+    assert alpha_star(alpha_terms(u, u, y_other)) == 1
+
+
+def test_two_squared_errors_have_the_gradient_of_one_to_the_mixed_target() -> None:
+    """So a generation is a fit to alpha * truth + (1 - alpha) * previous."""
+    student, previous = logits(7).requires_grad_(), logits(8).softmax(1)
+    labels, alpha = torch.arange(N) % V, 0.3
+    truth = F.one_hot(labels, V).float()
+    own, other = (label_loss(student, target, kind="brier") for target in (labels, previous))
+    p = student.double().softmax(1)
+    torch.testing.assert_close(own.double(), (p - truth).square().sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        other.double(), V * F.mse_loss(p, previous.double(), reduction="none").mean(1), rtol=1e-5, atol=1e-6
+    )
+    (ours,) = torch.autograd.grad((alpha * own + (1 - alpha) * other).sum(), student)
+    mixed = label_loss(student, alpha * truth + (1 - alpha) * previous, kind="brier")
+    (theirs,) = torch.autograd.grad(mixed.sum(), student)
+    torch.testing.assert_close(ours, theirs)
