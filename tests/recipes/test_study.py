@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kd_core.runs import lean
+from tests import warm
 from tests.conftest import ROOT, cpu_environment
 from tests.recipes.conftest import SMALL, metrics
 
@@ -63,3 +65,37 @@ def test_two_arms_two_lengths_two_seeds(corpus_file: Path, cache: Path, tmp_path
     assert {target["method"] for target in report["targets"]} == {"tradeoff", "learning"}
     assert report["against"]["teacher_seconds"] > 0
     assert sum(file.suffix in (".png", ".svg") for file in (out / "report" / "kd").iterdir()) >= 4
+
+
+@pytest.mark.slow
+def test_a_chain_is_an_arm_that_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    study = {
+        "recipe": str(ROOT / "tests" / "recipes" / "toys" / "stages.py"),
+        "flags": "--save-every 100 --log-every 1000 --eval-every 2000",
+        "arms": {"slow": "", "fast": "--lr 0.2"},
+        "baseline": "slow",
+        "lengths": [2000],
+        "seeds": [1],
+        "claim": {"arm": "fast", "against": "slow", "setting": "a line", "criterion": "below", "paper": "-"},
+    }
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    command = [sys.executable, "-m", "kd_core.study", "study.json", "--out", "out"]
+    env = cpu_environment(PYTHONPATH=str(ROOT))
+    with (tmp_path / "log").open("w") as log:
+        killed = warm.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
+    first, second = (tmp_path / "out" / "slow" / "2000" / "1" / name for name in ("one", "two"))
+    deadline = time.monotonic() + 240
+    while not list(second.glob("checkpoints/step*")):
+        assert time.monotonic() < deadline and killed.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    warm.kill([killed])
+    before = (first / "run.json").stat().st_mtime_ns
+    done = warm.run(command, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (first / "run.json").stat().st_mtime_ns == before, "a finished stage ran again"
+    assert "from step" in second.with_suffix(".log").read_text().rpartition("--- resumed")[2]
+    runs = lean.read(tmp_path / "out")
+    assert list(runs) == ["slow/2000/1", "fast/2000/1"]
+    for name, run in runs.items():
+        spent = [json.loads((tmp_path / "out" / name / stage / "run.json").read_text()) for stage in ("one", "two")]
+        assert run.end["train_s"] == pytest.approx(sum(one["result"]["train_s"] for one in spent), rel=1e-5)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The data of the methods' studies, into runs/data/; each is left out where its variable is not set:
-#     CIFAR100=cifar100 WIKI=wikipedia_en GSM8K=gsm8k bash recipes/results/methods/prepare.sh
-# CIFAR100 is a folder with train.parquet and test.parquet, WIKI one with train.jsonl.xz and validation.jsonl.xz, GSM8K one
+#     CIFAR10=cifar10 CIFAR100=cifar100 WIKI=wikipedia_en GSM8K=gsm8k bash recipes/results/methods/prepare.sh
+# CIFAR10 and CIFAR100 are folders with train.parquet and test.parquet, WIKI one with train.jsonl.xz and validation.jsonl.xz, GSM8K one
 # with train.jsonl.gz, of which a fiftieth is held out. Settings are tuned on NAME_tuning: on a tenth of the training images,
 # or a fiftieth of the training texts, held out there; what is held out otherwise is not read.
 set -euo pipefail
@@ -22,6 +22,7 @@ for split, rows in (("train", order[held_out:]), ("validation", order[:held_out]
     pq.write_table(images.take(np.sort(rows)), f"{sys.argv[2]}/{split}.parquet")
 END
 }
+[ -z "${CIFAR10:-}" ] || data cifar10 "$CIFAR10"
 [ -z "${CIFAR100:-}" ] || data cifar100 "$CIFAR100"
 if [ -n "${WIKI:-}" ]; then
     mkdir -p runs/data/wikipedia_tuning
