@@ -26,10 +26,11 @@ are commands of Python that run after it, in their order, beside those runs that
 recipe's, or one that ends with a manifest.json beside a build.json and a header.json, as caches do. `metric`, `lower_is_better` (for a metric that the report does not know) and
 `may_differ` are the report's flags; `ranks` is the number of processes (GPUs) of one run.
 
-Runs lie in DIR/<arm>/<steps>/<seed>, their output beside them in <seed>.log; a chain of stages is one run, of the seconds of all. What they said stands in two small files as well,
-runs.json and runs.csv (kd_core/runs/lean.py), in DIR or, where STUDY is a folder, in that: a run that stands there is not run
-again, so a study goes on in a later clone. At the end come the time-to-quality reports of each arm against `baseline`, in
-DIR/report/<arm>; of a study with a `claim`, which is about a method, kd_core.compare's tables in their place.
+Runs lie in DIR/<arm>/<steps>/<seed>, their output beside them in <seed>.log; a chain of stages is one run there, of the
+seconds of all. What they said stands in two small files as well, runs.json and runs.csv (kd_core/runs/lean.py), in DIR or, where
+STUDY is a folder, in that: a run that stands there is not run again, so a study goes on in a later clone. At the end come the
+time-to-quality reports of each arm against `baseline`, in DIR/report/<arm>; of a study with a `claim`, which is about a method,
+kd_core.compare's tables in their place.
 
 The same call continues a study that was stopped or killed. What has finished is kept, so arms, lengths and seeds can be
 added; a flag that would alter a run already begun is refused.
