@@ -1,9 +1,10 @@
-"""Guided self-distillation: generations of one network, each on labels and the one before; the labels' share from two trainings, not a grid.
+"""Guided self-distillation: generations of one network, each on labels and the one before; alpha from two trainings, not from a grid.
 
-Method:  loss = alpha * |p - y|^2 + (1 - alpha) * |p - p_before|^2, p = softmax(z), y the label, p_before the generation before; the first one has
-         alpha 1. auto: alpha = <y - v, u - v> / |u - v|^2 in [0, 1], u the first generation's and v its --alpha 0 imitation's p of held-out images
-Source:  Borup and Andersen 2021, arXiv 2102.13088, and their code: alpha .6, 5 generations of ResNet-50 on CIFAR-10, Adam. Our reading: errors are
-         summed over classes (theirs is the mean, which Adam does not see), SGD, and the estimate of alpha, exact for kernel ridge regression
+Method:  loss = alpha |p - y|^2 + (1 - alpha) |p - p_before|^2, p = softmax(z), y the label, p_before of the generation before; the first
+         has alpha 1. auto: alpha = <y - v, u - v> / |u - v|^2, clipped to [0, 1], over --held-out images: u of the first generation, v of
+         one that learned from it with alpha 0; the images are of the training set, and never trained on, those evaluated play no part
+Source:  Borup and Andersen 2021, arXiv 2102.13088, and their code: alpha .6, 5 generations, ResNet-50, CIFAR-10, Adam. Our reading:
+         SGD, errors summed over classes (theirs are means, which Adam does not see); the estimate, exact for kernel ridge regression
 Found:   not yet run
 Command: python recipes/logits/born_again.py --preset imagenet --student resnet50
 Smoke:   python recipes/logits/born_again.py --generations 2 --steps 4 --global-batch-size 16 --micro-batch-size 8

@@ -1,9 +1,9 @@
 """MIX-KD: few pairs of images are mixed, and the deviation of an image's logits is the temperature, of student and teacher alike.
 
-Method:  loss = (1 - r) * CE(z_S / sigma_S, y) + r * KL(softmax(z_T / sigma_T) || softmax(z_S / sigma_S)), r = kd_ratio, sigma the deviation
-         of an image's logits over classes; a --mix-share of the images is mixed with a neighbour each, lambda ~ Beta(mixup, mixup)
-Source:  2022, arXiv 2211.03946, and the authors' code for CIFAR-100: no tau^2, the gradient flows through sigma_S. That code draws the pairs
-         that stay with replacement, so that 41 % are mixed where it says 10 %; here the share is meant. Without --teachers: the CE
+Method:  loss = (1 - r) CE(z_S / sigma_S, y) + r KL(softmax(z_T / sigma_T) || softmax(z_S / sigma_S)), r = kd_ratio, sigma the deviation of
+         an image's logits; a --mix-share of the images is mixed with a neighbour each, lambda ~ Beta(mixup, mixup). Evaluated: z / sigma
+Source:  2022, arXiv 2211.03946, and the authors' code for CIFAR-100: no tau^2, the gradient flows through sigma_S. That code draws what
+         is not mixed with replacement, so that 41 % are mixed where it says 10 %; here the share is meant. Without --teachers: CE alone
 Found:   not yet run
 Command: deepspeed recipes/logits/mix_kd.py --preset imagenet --teachers resnet34
 Teacher: python recipes/resnet_kd.py --preset cifar --steps 4 --global-batch-size 16 --micro-batch-size 8

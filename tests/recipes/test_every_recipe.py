@@ -157,5 +157,6 @@ def test_kill_9_on_two_ranks_then_resume_gives_the_same_lines_and_bytes(
     run(words if chain else [*words, "--resume"], 2, tmp_path, chain=chain)
     for stage in whole:
         other = tmp_path / "killed" / stage.relative_to(tmp_path / "whole")
-        assert lines(other) == lines(stage)
+        named = json.dumps(lines(other)).replace("killed/", "whole/")  # a stage's teacher is a stage
+        assert json.loads(named) == lines(stage)
         assert exported(other) == exported(stage)
