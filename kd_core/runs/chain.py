@@ -87,20 +87,18 @@ def run(
 def conclude(folder: Path, record: Mapping[str, Any], stages: Sequence[Job]) -> None:
     """Makes `folder` the run that its last stage is, described by `record`, with the seconds and the memory of all."""
     *before, (last, lines) = [folders.read_run(job.folder) for job in stages]
-    results = [earlier["result"] for earlier, _ in before]
-    for line in lines:
-        line |= {
-            name: value + sum(one.get(name, 0) for one in results)
-            for name, value in line.items()
-            if name.endswith("_s")
-        }
-    write_atomic(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    earlier = [one["result"] for one, _ in before]
+
+    def of_all(values: dict[str, Any]) -> dict[str, Any]:
+        seconds = [name for name in values if name.endswith("_s")]
+        return values | {name: values[name] + sum(one.get(name, 0) for one in earlier) for name in seconds}
+
+    write_atomic(folder / "metrics.jsonl", "".join(json.dumps(of_all(line)) + "\n" for line in lines))
     for part in folders.EXPORTS:
         if (stages[-1].folder / part).exists() and not (folder / part).exists():
             (folder / part).symlink_to(Path(stages[-1].name, part))
-    seconds = {name: value for name, value in lines[-1].items() if name.endswith("_s")}
-    memory = max(one["peak_memory_gib"] for one in [*results, last["result"]])
-    result = last["result"] | seconds | {"peak_memory_gib": memory}
+    memory = max(one["peak_memory_gib"] for one in [*earlier, last["result"]])
+    result = of_all(last["result"]) | {"peak_memory_gib": memory}
     files = last["files"] | digests(folder, ["metrics.jsonl"])
     folders.write_record(folder, {**last, **record, "result": result, "files": files})
 

@@ -29,12 +29,8 @@ from kd_core.system.files import InUse, Unwritable, hold, write_atomic
 from kd_core.system.terminal import say
 
 EXPORTS = ("hf", "best")
-BEFORE_RUN_JSON = {
-    "checkpoints",
-    "checkpoints/.lock",
-    ".lock",
-    ".run.json.tmp",
-}  # all that a run makes before that file
+# All that a run, or a chain of them, makes before that file.
+BEFORE_RUN_JSON = {"checkpoints", "checkpoints/.lock", ".lock", ".run.json.tmp"}
 # Flags that name what may have been moved, and the field of run.json that says whether it is the same.
 MAY_MOVE = {"data": "data", "tokenizer": "data", "teachers": "teachers", "deepspeed_config": "deepspeed"}
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers", "torchvision")
