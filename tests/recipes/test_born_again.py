@@ -26,14 +26,14 @@ def generation(folder: Path, *words: object, ranks: int = 1) -> tuple[list[dict[
     return metrics(folder), json.loads((folder / "run.json").read_text())
 
 
-def guess(folder: Path, seed: int) -> Path:
+def guess(folder: Path, seed: int, classes: int = 10) -> Path:
     """A network of random weights that is sure of its guesses: of two, neither is the best alone."""
     torch.manual_seed(seed)
-    net = build_net("resnet8", 10)
+    net = build_net("resnet8", classes)
     net.fc.weight.data *= 20
     folder.mkdir()
     whole = Classifier(net, mean=[0.5] * 3, std=[0.5] * 3)
-    classifiers.save(folder, whole, net.state_dict(), list(map(str, range(10))), image_size=32)
+    classifiers.save(folder, whole, net.state_dict(), list(map(str, range(classes))), image_size=32)
     return folder
 
 
@@ -97,7 +97,16 @@ def test_the_stages_of_a_chain() -> None:
         ("--held-out 0", "--held-out must be above 0 for --alpha auto, got 0.0"),
         ("--generations 1 --global-batch-size 2048", "has 1843 training images, fewer than one batch"),
         ("--generations 1 --teachers nowhere/x/y --alpha 0", "--teachers nowhere/x/y is no folder and no model"),
+        (
+            "--generations 1 --teachers of_10 --alpha-from of_10 of_4",
+            "--alpha-from of_4 was trained on 4 classes (0, ...)",
+        ),
     ],
 )
-def test_bad_input_is_one_line(words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for classes in (4, 10):
+        guess(tmp_path / f"of_{classes}", 1, classes)
     assert message in Attempt(main, [*SMALL], tmp_path, capsys)(*words.split())
