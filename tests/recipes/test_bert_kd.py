@@ -15,6 +15,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from kd_core.kernels.softmax_kl import softmax_kl
+from kd_core.runs.folders import read_record, write_record
 from kd_core.text import masking as text
 from kd_core.text.bert import MaskedBert
 from kd_core.text.corpus import IGNORE_INDEX, prepare
@@ -204,9 +205,9 @@ def test_offloading_on_a_cpu_changes_no_loss_and_resumes(stage: int, train: Trai
     whole = trace(runs["offloaded"])
     assert [line[:2] for line in whole] == [line[:2] for line in trace(runs["here"])], "steps and losses"
     shutil.rmtree(runs["offloaded"] / "checkpoints" / "step00000006")
-    record = json.loads((runs["offloaded"] / "run.json").read_text())
+    record = read_record(runs["offloaded"])
     del record["result"]
-    (runs["offloaded"] / "run.json").write_text(json.dumps(record))
+    write_record(runs["offloaded"], record)
     assert (
         ", from step 3"
         in train("--out", runs["offloaded"], "--resume", "--steps", 6, "--deepspeed-config", config).stderr
