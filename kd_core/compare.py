@@ -36,8 +36,8 @@ from typing import Any
 import numpy as np
 
 from kd_core import cli
-from kd_core.runs import lean
-from kd_core.runs.design import Study, read_study
+from kd_core.runs import code, lean
+from kd_core.runs.design import Study, interleaved, read_study
 from kd_core.system.terminal import aligned
 from kd_core.time_to_quality.comparison import direction
 from kd_core.time_to_quality.curves import CONFIDENCE, quantile
@@ -198,12 +198,13 @@ class Saved:
 
 def saved(study: Study, runs: Mapping[str, lean.Lean], arm: str, metric: str | None = None) -> Saved | None:
     """None where no length of the arm is as good in every seed."""
-    at = {steps: compare(study, runs, steps, metric) for steps in sorted(study.lengths)}
-    longest, baseline = at[max(at)], study.baseline
+    baseline = study.baseline
+    longest = compare(study, runs, max(study.arm(study.baseline).lengths), metric)
+    at = {steps: compare(study, runs, steps, metric) for steps in sorted(study.arm(arm).lengths)}
     costs = [
         own.seconds[arm][seed] / own.seconds[baseline][seed]
         for own in at.values()
-        for seed in own.seconds[arm].keys() & own.seconds[baseline].keys()
+        for seed in own.seconds[arm].keys() & own.seconds.get(baseline, {}).keys()
     ]
     cost = (math.exp(float(np.mean(np.log(costs)))), min(costs), max(costs))
     theirs = longest.values[baseline]
@@ -219,7 +220,7 @@ def told_saved(study: Study, runs: Mapping[str, lean.Lean], metric: str | None =
     """What every arm saves, as a table, and a sentence on each."""
     metric = metric or study.metric
     unit, _, digits = shown_as(metric)
-    longest = compare(study, runs, max(study.lengths), metric)
+    longest = compare(study, runs, max(study.arm(study.baseline).lengths), metric)
     goal = f"{study.baseline} after {longest.steps} steps, {unit} {longest.mean(study.baseline):.{digits - 1}f}, in every seed"
     rows = [["arm", f"{unit} then", "as good after", "a step costs, times", "seconds, times", "verdict"]]
     sentences = []
@@ -227,11 +228,12 @@ def told_saved(study: Study, runs: Mapping[str, lean.Lean], metric: str | None =
         if arm == study.baseline:
             continue
         own = saved(study, runs, arm, metric)
+        then = f"{longest.mean(arm):.{digits - 1}f}" if arm in longest.values else ""
         if own is None:
-            rows.append([arm, f"{longest.mean(arm):.{digits - 1}f}", "not reached", "", "", ""])
+            rows.append([arm, then, "not reached", "", "", ""])
             continue
         cost, share = (f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in (own.cost, own.share))
-        rows.append([arm, f"{longest.mean(arm):.{digits - 1}f}", f"{own.steps[0]} steps", cost, share, own.verdict])
+        rows.append([arm, then, f"{own.steps[0]} steps", cost, share, own.verdict])
         told = f"{arm}: {own.steps[0]} steps in place of {own.steps[1]}, each {own.cost[0]:.2f} times as long"
         if own.verdict == "not decided":
             told += "; whether that is sooner, these runs cannot tell, or the machine was too busy"
@@ -241,25 +243,25 @@ def told_saved(study: Study, runs: Mapping[str, lean.Lean], metric: str | None =
             pays = f"paid back after {own.students} students" if own.students else "not paid back"
             told += f". The teacher and its answers took {own.once:.0f} s, once: {pays}"
         sentences.append(told + ".")
-    return "\n".join([f"to be as good as {goal}:", *aligned(rows), *sentences])
+    return "\n".join([f"to be as good as {goal}:", *aligned(rows), *sentences, *mixed(study, runs)])
 
 
 def compare(study: Study, runs: Mapping[str, lean.Lean], steps: int, metric: str | None = None) -> Compared:
-    """The runs of `steps` steps.
+    """The runs of `steps` steps, of the arms that have such.
 
     Raises:
-        ValueError: an arm without a run of that length or without a seed of the baseline's, a run without the metric.
+        ValueError: an arm of these without a run of that length or without a seed of the baseline's, a run without the metric.
     """
     metric = metric or study.metric
     better = -1 if direction(metric, study.lower_is_better) else 1
     scale = shown_as(metric)[1]
-    own = {arm: _of(runs, arm, steps) for arm in study.arms}
+    own = {arm: _of(runs, arm, steps) for arm in study.arms if steps in study.arm(arm).lengths}
     for arm, by_seed in own.items():
         if not by_seed:
             raise ValueError(
                 f'arm "{arm}" has no run of {steps} steps yet; python -m kd_core.study runs what is missing'
             )
-        if not by_seed.keys() & own[study.baseline].keys():
+        if study.baseline in own and not by_seed.keys() & own[study.baseline].keys():
             raise ValueError(f'arm "{arm}" and the baseline "{study.baseline}" share no seed; only pairs are compared')
         for seed, run in by_seed.items():
             if math.isnan(run.end.get(metric, 0)):
@@ -291,8 +293,16 @@ def _of(runs: Mapping[str, lean.Lean], arm: str, steps: int) -> dict[int, lean.L
 
 def told(study: Study, runs: Mapping[str, lean.Lean], metric: str | None = None) -> str:
     """All lengths, and what follows for the claim, for the terminal."""
-    lengths = [_told(compare(study, runs, steps, metric)) for steps in sorted(study.lengths)]
-    return "\n\n".join([*lengths, told_saved(study, runs, metric)] if len(lengths) > 1 else lengths)
+    lengths = [_told(compare(study, runs, steps, metric)) for steps in study.shared_lengths]
+    return "\n\n".join(
+        [*lengths, *([told_saved(study, runs, metric)] if len(study.all_lengths) > 1 else mixed(study, runs))]
+    )
+
+
+def mixed(study: Study, runs: Mapping[str, lean.Lean]) -> list[str]:
+    """`code.mixed` of the study's runs among `runs`."""
+    names = [f"{arm}/{steps}/{seed}" for arm, steps, seed in interleaved(study)]
+    return code.mixed({name: runs[name].record for name in names if name in runs}, study.same_code)
 
 
 def _told(at: Compared) -> str:
@@ -319,7 +329,7 @@ def _told(at: Compared) -> str:
         lines.append(
             "before the runs: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in at.prepared.items())
         )
-    if claim and at.steps == max(at.study.lengths):
+    if claim and at.steps == max(at.study.shared_lengths):
         difference = at.difference(claim["arm"], claim["against"])
         lines += [
             f"verdict: {at.verdict}; {claim['arm']} less {claim['against']} {difference.told(digits)}"
@@ -400,9 +410,9 @@ def main() -> None:
 def plot(study: Study, runs: Mapping[str, lean.Lean], metric: str | None = None) -> Any:
     """Every arm against the baseline, a group a length."""
     groups = {}
-    for steps in sorted(study.lengths):
+    for steps in study.shared_lengths:
         at = compare(study, runs, steps, metric)
-        arms = [arm for arm in study.arms if arm != study.baseline]
+        arms = [arm for arm in at.values if arm != study.baseline]
         pairs = [(arm, at.difference(arm, study.baseline)) for arm in arms]
         groups[f"after {steps} steps"] = [(arm, interval, at.side(interval)) for arm, interval in pairs]
     return forest(

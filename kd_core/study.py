@@ -17,12 +17,13 @@ STUDY is a study file, or a folder that holds one as study.json. Its entries, of
       "lower_is_better": true,
       "may_differ": [],
       "ranks": 1,
-      "claim": {"arm": "dkd", "against": "kd", "criterion": "...", "paper": "..."}
+      "claim": {"arm": "dkd", "against": "kd", "criterion": "...", "paper": "..."},
+      "same_code": [["<commit>", "<digest>", "<digest of losses>"]]
     }
 
-An arm is the flags that it adds to `flags`, or {"flags": ..., "recipe": ..., "seeds": [...]} where it has a recipe or seeds of
-its own; `lengths` are --steps; `teacher`, flags over `flags` too, is trained first and named {teacher} in the arms; `prepare`
-are commands of Python that run after it, in their order, beside those runs that do not name them, each with --out added and its folder named {cache} likewise: a
+An arm is the flags that it adds to `flags`, or {"flags": ..., "recipe": ..., "seeds": [...], "lengths": [...]} where it has a recipe,
+seeds or lengths of its own; `lengths` are --steps, run in their order; `teacher`, flags over `flags` too, is trained first and named
+{teacher} in the arms; `prepare` are commands of Python that run after it, in their order, beside those runs that do not name them, each with --out added and its folder named {cache} likewise: a
 recipe's, or one that ends with a manifest.json beside a build.json and a header.json, as caches do. `metric`, `lower_is_better` (for a metric that the report does not know) and
 `may_differ` are the report's flags; `ranks` is the number of processes (GPUs) of one run.
 
@@ -32,6 +33,12 @@ STUDY is a folder, in that: a run that stands there is not run again, so a study
 time-to-quality reports of each arm against `baseline`, in DIR/report/<arm>; of a study with a `claim`, which is about a method,
 kd_core.compare's tables in their place.
 
+Runs of different code are not mixed: where runs stand there that were made by another kd_core/ or recipe, no new one is added, and no
+report told, unless `--check COMMIT` has found that both compute the same: it runs 20 steps of every arm in that commit and here,
+compares losses to the last digit, and adds to the study file's `same_code`. A report of older runs, which do not say more than
+their commit, says in a note that they are mixed. kd_core/runs/code.py has the rule. It is about losses: seconds compare on one machine,
+so reports refuse runs of different hardware, checked or not.
+
 The same call continues a study that was stopped or killed. What has finished is kept, so arms, lengths and seeds can be
 added; a flag that would alter a run already begun is refused.
 """
@@ -39,26 +46,33 @@ added; a flag that would alter a run already begun is refused.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kd_core import cli, compare
-from kd_core.runs import folders, jobs, lean
-from kd_core.runs.design import REPORT, TEACHER, Study, interleaved, read_study, study_file
+from kd_core.runs import code, folders, jobs, lean
+from kd_core.runs.design import REPORT, TEACHER, Study, interleaved, read_study, study_file, write_study
 from kd_core.system import files
 from kd_core.system.terminal import say
 from kd_core.time_to_quality import comparison as time_to_quality
 from kd_core.time_to_quality import curves
 from kd_core.training.processes import end_process
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKED = 20  # steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +81,7 @@ class Run(jobs.Job):
 
     recipe: str = ""
     config: Any = None
+    start: str = ""  # the recipe's file
 
     @property
     def arm(self) -> str:
@@ -83,8 +98,7 @@ class Run(jobs.Job):
 
 def _recipe(name: str) -> tuple[str, Any]:
     """The file of the recipe `name`, here or in the project, and its Config."""
-    root = Path(__file__).resolve().parents[1]
-    file = next((path for path in (Path(name), root / name) if path.is_file()), None)
+    file = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
     if file is None:
         raise FileNotFoundError(f'"recipe" {name} does not exist; give a file such as recipes/bert_kd.py')
     config_type = runpy.run_path(str(file)).get("Config")
@@ -124,7 +138,7 @@ def design(study: Study, out: Path) -> list[Run]:
         file, config_type = recipes(recipe)
         start = [file] if study.ranks == 1 else ["-m", "kd_core.launch", file]
         config = cli.parse(config_type, words)
-        return Run(name, out / name, [sys.executable, *start, *words], config.steps, needs, True, recipe, config)
+        return Run(name, out / name, [sys.executable, *start, *words], config.steps, needs, True, recipe, config, file)
 
     def prepared(name: str, recipe: str, words: list[str]) -> Run:
         made = job(name, recipe, words)
@@ -200,7 +214,7 @@ def write_reports(study: Study, runs: Path, out: Path) -> None:
         if arm != study.baseline:
             time_to_quality.report(
                 folders(study.baseline), folders(arm), metric=study.metric, lower_is_better=study.lower_is_better,
-                may_differ=study.may_differ, out=out / arm,
+                may_differ=study.may_differ, same_code=study.same_code, out=out / arm,
             )  # fmt: skip
 
 
@@ -230,6 +244,84 @@ def restore(runs: Sequence[Run], there: Mapping[str, lean.Lean], out: Path, rank
         lean.restore(there[run.name], run.folder, out)
 
 
+def refuse_other_code(
+    study: Study, missing: Sequence[Run], there: Mapping[str, lean.Lean], runs: Sequence[Run]
+) -> None:
+    """Raises ValueError where a run of an arm that is missing would join some that other code has made."""
+    records: dict[str, Mapping[str, Any]] = {run.name: there[run.name].record for run in runs if run.name in there}
+    records |= {run.name: folders.read_record(run.folder) for run in runs if run.config and jobs.finished(run)}
+    made_by = functools.cache(lambda recipe: code.digests(Path(recipe)))
+    records |= {
+        run.name: {"recipe": Path(run.recipe).stem, "code": made_by(run.start), "commit": "this one"}
+        for run in missing
+        if run.config
+    }
+    code.mixed({name: record for name, record in records.items() if "/" in name}, study.same_code)
+
+
+def check(study: Study, file: Path, runs: Sequence[Run], commit: str) -> None:
+    """Runs CHECKED steps of every arm by `commit` and by this code; adds to the study file where all losses are equal.
+
+    Raises:
+        ValueError: no such commit, a run that fails, or losses that differ.
+    """
+    first = {run.arm: run for run in reversed(runs) if "/" in run.name}
+    for run in first.values():
+        if not Path(run.start).resolve().is_relative_to(ROOT):
+            raise ValueError(f"--check: {run.recipe} is no file of this project, so its commits are not known")
+    with tempfile.TemporaryDirectory() as place, _checkout(commit, Path(place, "code")) as (there, commit):
+        names, losses = [commit], {}
+        for arm, run in first.items():
+            recipe = Path(run.start).resolve().relative_to(ROOT)
+            for root in (there, ROOT):
+                names += code.digests(root / recipe, root / "kd_core").values()
+            theirs, ours = (
+                _checked(run, study, root, root / recipe, Path(place, name, arm))
+                for name, root in (("there", there), ("here", ROOT))
+            )
+            for step, (was, now) in enumerate(zip(theirs, ours, strict=True), 1):
+                if was != now:
+                    raise ValueError(
+                        f'--check {commit}, arm "{arm}": step {step} has {was} there and {now} here; runs of the two are not mixed'
+                    )
+            losses[arm] = ours
+            say(f"{arm}: {CHECKED} steps are equal to the last digit")
+    digest = hashlib.sha256(json.dumps(losses).encode()).hexdigest()[:16]
+    entries = json.loads(file.read_text())
+    same = [*entries.get("same_code", []), [*dict.fromkeys(names), digest]]
+    write_study(file, entries | {"same_code": same})
+    say(f"{commit} computes what this code does: added to {file}")
+
+
+def _checked(run: Run, study: Study, root: Path, recipe: Path, out: Path) -> list[dict[str, Any]]:
+    """The losses of `run`'s first steps by the code in `root`."""
+    words = [str(recipe) if word == run.start else word for word in run.command]
+    words += f"--steps {CHECKED} --log-every 1 --eval-every {CHECKED} --out".split() + [str(out)]
+    environment = os.environ | {"PYTHONPATH": str(root), "NUM_GPUS": str(study.ranks)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"--check: {run.arm} by {recipe}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+    return [{name: line[name] for name in ("loss", study.metric) if name in line} for line in folders.read_run(out)[1]]
+
+
+@contextlib.contextmanager
+def _checkout(commit: str, folder: Path) -> Iterator[tuple[Path, str]]:
+    """The project as it was at `commit`, in `folder`; and that commit's whole name."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"--check {commit}: {(done.stderr.strip().splitlines() or ['git failed'])[-1]}")
+        return done.stdout.strip()
+
+    whole = git("rev-parse", "--verify", f"{commit}^{{commit}}")
+    git("worktree", "add", "--detach", str(folder), whole)
+    try:
+        yield folder, whole
+    finally:
+        git("worktree", "remove", "--force", str(folder))
+
+
 def main() -> None:
     parser = cli.OneLineParser(prog="python -m kd_core.study", description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -242,6 +334,9 @@ def main() -> None:
         "--out", type=cli.path, help="folder of the runs; default runs/study/<name of the file, or folder>"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, or why it is refused, and end")
+    parser.add_argument(
+        "--check", metavar="COMMIT", help=f"compare {CHECKED} steps of every arm with those of that commit, and end"
+    )
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, or one without a GPU")
     with cli.one_line_errors():
         args = parser.parse_args()
@@ -266,6 +361,9 @@ def main() -> None:
             f"{len(runs)} runs of {len(study.arms)} arms into {out}; {len(missing)} to make, "
             f"{sum(run.steps for run in missing)} steps"
         )
+        if args.check:
+            return check(study, file, runs, args.check)
+        refuse_other_code(study, missing, there, runs)
         if args.dry_run:
             return
         out.mkdir(parents=True, exist_ok=True)
@@ -288,7 +386,7 @@ def main() -> None:
             if study.claim is None:
                 with contextlib.redirect_stdout(None):
                     write_reports(study, out, out / REPORT)
-                print(compare.told_saved(study, there) if len(study.lengths) > 1 else compare.told(study, there))
+                print(compare.told_saved(study, there) if len(study.all_lengths) > 1 else compare.told(study, there))
                 print(f"times to equal quality, and pictures: {out / REPORT}")
             else:
                 print(compare.told(study, there))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_core.system.files import write_atomic
+
 TEACHER, REPORT = "teacher", "report"  # folders of the study beside those of the arms
 NO_ARM = (TEACHER, f"{TEACHER}.log", REPORT, "study.json", "runs.json", "runs.csv")
 NAME = re.compile(r"\w[\w.+-]*")
@@ -17,11 +19,12 @@ CLAIM = {"arm", "against", "setting", "criterion", "paper"}
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """Flags over the study's, the recipe they are for, and the seeds of its runs."""
+    """Flags over the study's, the recipe they are for, and the seeds and lengths of its runs."""
 
     flags: str
     recipe: str
     seeds: list[int]
+    lengths: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +44,23 @@ class Study:
     may_differ: Sequence[str] = ()
     ranks: int = 1
     claim: dict[str, str] | None = None
+    same_code: Sequence[Sequence[str]] = ()
 
     def arm(self, name: str) -> Arm:
         own = self.arms[name] if isinstance(self.arms[name], dict) else {"flags": self.arms[name]}
-        return Arm(**{"flags": "", "recipe": self.recipe, "seeds": self.seeds} | own)
+        return Arm(**{"flags": "", "recipe": self.recipe, "seeds": self.seeds, "lengths": self.lengths} | own)
+
+    @property
+    def all_lengths(self) -> list[int]:
+        """Of any arm, in the order of running."""
+        own = (self.arm(arm).lengths for arm in self.arms)
+        return list(dict.fromkeys(itertools.chain(self.lengths, *own)))
+
+    @property
+    def shared_lengths(self) -> list[int]:
+        """Those of the baseline at which another arm has runs, ascending."""
+        others = {steps for arm in self.arms if arm != self.baseline for steps in self.arm(arm).lengths}
+        return sorted(others.intersection(self.arm(self.baseline).lengths))
 
     def __post_init__(self) -> None:
         def different(values: Any, least: int) -> bool:
@@ -61,8 +77,8 @@ class Study:
             if not isinstance(entry, dict):
                 return are_flags(entry)
             wrong = set(entry) - {field.name for field in dataclasses.fields(Arm)}
-            recipe, seeds = entry.get("recipe", ""), entry.get("seeds", [0])
-            return not wrong and are_flags(entry.get("flags", "")) and isinstance(recipe, str) and different(seeds, 0)
+            runs = different(entry.get("seeds", [0]), 0) and different(entry.get("lengths", [1]), 1)
+            return not wrong and are_flags(entry.get("flags", "")) and isinstance(entry.get("recipe", ""), str) and runs
 
         def named(entries: Any, least: int, ok: Callable[[Any], bool]) -> bool:
             known = isinstance(entries, dict) and all(NAME.fullmatch(name) and name not in NO_ARM for name in entries)
@@ -89,12 +105,22 @@ class Study:
             "metric": (isinstance(self.metric, str), "the name of an evaluation metric, such as eval/loss"),
             "lower_is_better": (isinstance(self.lower_is_better, bool | None), "true or false"),
             "may_differ": (not isinstance(self.may_differ, str) and fields_ok, "a list of fields of the runs' config"),
+            "same_code": (
+                isinstance(self.same_code, Sequence)
+                and all(isinstance(names, list) and len(names) > 2 for names in self.same_code),
+                "a list of what `--check` has found",
+            ),
             "claim": (self.claim is None or claim_ok, f"an object of the texts {', '.join(sorted(CLAIM))}"),
             "ranks": (type(self.ranks) is int and self.ranks > 0, "a number of processes, at least 1"),
         }
         for name, (ok, allowed) in checks.items():
             if not ok:
                 raise ValueError(f'"{name}" must be {allowed}, got {json.dumps(getattr(self, name))}')
+        for arm in arms:
+            if not set(self.arm(arm).lengths) & set(self.arm(self.baseline).lengths):
+                raise ValueError(
+                    f'"arms": "{arm}" has no length that the baseline has, {self.arm(self.baseline).lengths}'
+                )
         for entry in ("arm", "against") if claim else ():
             if claim[entry] not in arms:
                 raise ValueError(f'"claim": "{entry}" must be one of the arms {list(arms)}, got "{claim[entry]}"')
@@ -128,6 +154,22 @@ def read_study(file: Path) -> Study:
         raise ValueError(f"{file}: {error}") from None
 
 
+def write_study(file: Path, entries: dict[str, Any]) -> None:
+    """A study file with an entry, or an arm, a line."""
+
+    def told(value: Any) -> str:
+        if not isinstance(value, dict):
+            return json.dumps(value, ensure_ascii=False)
+        return (
+            "{\n"
+            + ",\n".join(f"    {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in value.items())
+            + "\n  }"
+        )
+
+    lines = ",\n".join(f"  {json.dumps(name)}: {told(value)}" for name, value in entries.items())
+    write_atomic(file, "{\n" + lines + "\n}\n")
+
+
 def interleaved(study: Study) -> Iterator[tuple[str, int, int]]:
     """(arm, steps, seed) in the order of running: arms innermost, their order rotated from block to block.
 
@@ -136,7 +178,7 @@ def interleaved(study: Study) -> Iterator[tuple[str, int, int]]:
     arms = list(study.arms)
     seeds = dict.fromkeys(itertools.chain(study.seeds, *(study.arm(arm).seeds for arm in arms)))
     for i, seed in enumerate(seeds):
-        for j, steps in enumerate(study.lengths):
+        for j, steps in enumerate(study.all_lengths):
             first = (i + j) % len(arms)
-            turn = arms[first:] + arms[:first]
-            yield from ((arm, steps, seed) for arm in turn if seed in study.arm(arm).seeds)
+            turn = [(arm, study.arm(arm)) for arm in arms[first:] + arms[:first]]
+            yield from ((arm, steps, seed) for arm, own in turn if seed in own.seeds and steps in own.lengths)

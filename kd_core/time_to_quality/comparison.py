@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from kd_core import cli
+from kd_core.runs import code
 from kd_core.runs.flags import RunFlags
 from kd_core.runs.folders import read_run
 from kd_core.system.checked import read_json
 from kd_core.teachers.flags import DistillFlags
-from kd_core.teachers.sources import CACHE_PREFIX
+from kd_core.teachers.sources import CACHE_PREFIX, counted
 from kd_core.time_to_quality import report as time_to_quality_report
 from kd_core.time_to_quality.curves import (
     CONFIDENCE,
@@ -46,7 +47,7 @@ ARMS = ("baseline", "against")
 # compared without being listed here.
 BOOKKEEPING = cli.FREE_ON_RESUME | {"seed", "steps"}
 OF_A_RUN = BOOKKEEPING | {"teachers"}
-OPTIMIZER = {"lr", "warmup_fraction", "clip", "weight_decay", "momentum", "dropout"}
+OPTIMIZER = {"lr", "warmup_fraction", "decay_fraction", "clip", "weight_decay", "momentum", "adam_beta2", "dropout"}
 COMPUTING = {
     "micro_batch_size",
     "deepspeed_config",
@@ -117,6 +118,7 @@ def _evaluated(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]
         spent,
         lines[closes]["train_s"] if closes < len(lines) else None,
         distils=config.get("kd_ratio", 0) > 0 or any(inside) if told else bool(config.get("teachers")),
+        made_by={name: record[name] for name in ("recipe", "code", "commit") if name in record},
     )
 
 
@@ -169,7 +171,7 @@ def _differences(one: Run, other: Run) -> dict[str, list[Any]]:
 def teacher_costs(runs: Sequence[Run]) -> tuple[dict[str, float | None], list[str]]:
     """Training seconds of each distinct teacher that distils, None where unknown, and remarks on them."""
     folders: dict[Path, str] = {}
-    for path in (path for run in runs if run.distils for path in run.fields.get("teachers", ())):
+    for path in (path for run in runs if run.distils for path in run.fields.get("teachers", ()) if not counted(path)):
         folder = Path(path).resolve()
         folders.setdefault(folder.parent if folder.name == "hf" else folder, path)
     seconds: dict[str, float | None] = {}
@@ -250,6 +252,7 @@ def compared(
     targets: Sequence[float] = (),
     lower_is_better: bool | None = None,
     may_differ: Sequence[str] = (),
+    same_code: code.Same = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What finished runs spend to equal quality.
 
@@ -260,6 +263,7 @@ def compared(
         targets: qualities to reach; five spread over what both arms reach when empty.
         lower_is_better: needed for a metric that this file does not know.
         may_differ: fields of `config`, besides those known, in which runs may differ.
+        same_code: of a study, which code was found to compute the same.
 
     Returns:
         What report.json holds, and what the figures show. Seconds are training seconds, without evaluation.
@@ -273,6 +277,7 @@ def compared(
     lower = direction(metric, lower_is_better)
     arms = [[load(folder, metric, lower_is_better=lower) for folder in arm] for arm in (baseline, against)]
     refuse_unlike(arms[0], arms[1], may_differ)
+    of_code = code.mixed({str(run.folder): run.made_by for arm in arms for run in arm}, same_code)
 
     sign = 1 if lower else -1
     curves, notes = _curves(arms)
@@ -294,7 +299,7 @@ def compared(
     computing = [f"{name} ({pair[0]}, {pair[1]})" for name, pair in apart.items() if name in COMPUTING]
     if computing:
         notes.append(f"The arms differ in {', '.join(computing)}: part of the speed-up may be due to that.")
-    notes += _gaps(rows, sign)
+    notes += [*_gaps(rows, sign), *of_code, *_crowded(arms)]
     study["observed"] = [pair | {"quality": sign * pair["quality"]} for pair in observed(*arms)]
     longest = max(run.length for run in arms[0])
     if all(pair["baseline_steps"] < longest for pair in study["observed"]):
@@ -407,6 +412,18 @@ def _gaps(rows: Sequence[dict[str, Any]], sign: int) -> list[str]:
         f"{', '.join(f'{target:.6g}' for target in targets)} lie there. Their intervals hold the cubic and straight lines; runs in between would tell."
         for (arm, short, long), targets in within.items()
     ]
+
+
+def _crowded(arms: Sequence[Sequence[Run]]) -> list[str]:
+    """A sentence where runs had fewer cores than threads: each process computes in some, and makes batches in one more."""
+    for run in (run for arm in arms for run in arm):
+        machine, ranks = run.fields.get("hardware", {}), run.fields.get("world_size", 1)
+        if machine.get("device") == "cpu" and (machine.get("count") or math.inf) <= ranks:
+            return [
+                f"{run.folder} had {machine['count']} core(s) for {ranks} process(es), each with a thread that makes batches: that "
+                "thread's work is counted in what runs first in a step, the teacher's part if there is one, else the student's."
+            ]
+    return []
 
 
 def observed(baseline: Sequence[Run], against: Sequence[Run]) -> list[dict[str, Any]]:

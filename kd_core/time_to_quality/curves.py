@@ -24,8 +24,8 @@ Source: tradeoff curves with rescaled schedules as in MosaicML's Composer (arXiv
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Run:
             where the run does not say.
         window_s: training seconds when the distillation window closed; None when it did not.
         distils: whether a teacher took part.
+        made_by: of its run.json, what says by which code (kd_core/runs/code.py).
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class Run:
     spent: np.ndarray
     window_s: float | None
     distils: bool = False
+    made_by: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def length(self) -> int:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_core import cli
-from kd_core.runs import folders
+from kd_core.runs import code, folders
 from kd_core.runs.flags import RunFlags
 from kd_core.runs.record import Record
 from kd_core.system.clock import Stopwatch
@@ -94,7 +94,7 @@ def start(file: str, config: type[C], typed: Sequence[str] | None = None, preset
         cfg = cli.parse(config, typed, preset)
         if folders.says_finished(cfg):
             raise SystemExit(0)
-        run = Run(Path(file).stem, cfg, undo, set_up)
+        run = Run(Path(file), cfg, undo, set_up)
         try:
             yield run
             if not run.went_to_its_end:
@@ -130,8 +130,8 @@ class Run(Generic[C]):
     clock: Stopwatch
     code = 0
 
-    def __init__(self, recipe: str, cfg: C, undo: contextlib.ExitStack, set_up: contextlib.ExitStack) -> None:
-        self.recipe, self.cfg, self._undo, self._set_up = recipe, cfg, undo, set_up
+    def __init__(self, file: Path, cfg: C, undo: contextlib.ExitStack, set_up: contextlib.ExitStack) -> None:
+        self.recipe, self._file, self.cfg, self._undo, self._set_up = file.stem, file, cfg, undo, set_up
         self._engines: dict[str, Engine] = {}
         self.after: dict[str, Callable[[nn.Module], Any]] = {}
         self._kept: dict[str, Stateful] = {}
@@ -181,7 +181,8 @@ class Run(Generic[C]):
         self.clock = Stopwatch(*clock, compiling=getattr(self.cfg, "compile", False))
         self.record = Record(self.folder, self.cfg)
         self._require_own_checkpoint()
-        self.record.update(**self._fields)
+        made_by, before = code.digests(self._file), self.record.fields
+        self.record.update(**self._fields, code=code.resumed(before, made_by) if self.cfg.resume else made_by)
         self._began = time.monotonic()
         limit_collectives()
         torch.manual_seed(self.cfg.seed)  # of what the recipe builds itself

@@ -450,7 +450,7 @@ def methods() -> str:
     rows = []
     for folder in sorted(file.parent for file in HERE.glob("methods/*/runs.json")):
         study = read_study(folder / "study.json")
-        rows.append(compare.row(compare.compare(study, lean.read(folder), max(study.lengths))))
+        rows.append(compare.row(compare.compare(study, lean.read(folder), max(study.shared_lengths))))
     return table(compare.HEAD, rows)
 
 

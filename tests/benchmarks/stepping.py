@@ -30,7 +30,7 @@ class Stepper:
         **pool: Any,
     ) -> None:
         cfg = dataclasses.replace(cfg, out=str(folder))
-        run = Run("bench", cfg, contextlib.ExitStack(), contextlib.ExitStack())
+        run = Run(Path(__file__), cfg, contextlib.ExitStack(), contextlib.ExitStack())
         run.prepare(lambda _: None)
         self._batch: Any = None
         student = run.engine(model, optimizer, after=after)

@@ -1,5 +1,6 @@
 """What is said of a study's arms at equal steps, on runs whose numbers are known."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ import scipy.stats
 
 from kd_core import compare
 from kd_core.runs import lean
-from kd_core.runs.design import Study
+from kd_core.runs.design import Study, interleaved
 
 CLAIM = {"arm": "new", "against": "kd", "setting": "numbers", "criterion": "above zero", "paper": "+0.5"}
 LABELS, KD = [0.50, 0.52, 0.51, 0.49, 0.50], [0.53, 0.56, 0.55, 0.52, 0.54]
@@ -139,6 +140,34 @@ def test_a_single_seed_that_is_worse_is_not_as_good() -> None:
 def test_the_seconds_are_not_decided_where_the_cost_of_a_step_varies_past_one(cost: list[float], verdict: str) -> None:
     saved = compare.saved(TWO, of_lengths({10: [2.0, 2.0], 20: [2.0, 2.0]}, cost), "kd")
     assert saved is not None and saved.verdict == verdict and (saved.students is None) == (verdict != "faster")
+
+
+def test_an_arm_may_have_lengths_of_its_own() -> None:
+    study = Study(
+        recipe="recipes/bert_kd.py", baseline="alone", lengths=[10], seeds=[1], metric="eval/loss",
+        arms={"alone": {"lengths": [10, 15, 20]}, "kd": {"lengths": [10, 12]}},
+    )  # fmt: skip
+    assert study.shared_lengths == [10] and study.all_lengths == [10, 15, 20, 12]
+    assert list(interleaved(study)) == [
+        ("alone", 10, 1),
+        ("kd", 10, 1),
+        ("alone", 15, 1),
+        ("alone", 20, 1),
+        ("kd", 12, 1),
+    ]
+    made = {
+        f"{arm}/{steps}/1": lean.Lean(
+            {"config": {}, "result": {"stopped": "finished"}}, [{"step": steps, "train_s": factor * steps, "eval/loss": loss}]
+        )
+        for arm, steps, factor, loss in [
+            ("alone", 10, 1, 5.0), ("alone", 15, 1, 4.5), ("alone", 20, 1, 4.0), ("kd", 10, 2, 4.6), ("kd", 12, 2, 3.9),
+        ]
+    }  # fmt: skip
+    found = compare.saved(study, made, "kd")
+    assert found is not None and found.steps == (12, 20) and found.share[0] == pytest.approx(1.2)
+    assert "kd: 12 steps in place of 20" in compare.told(study, made)
+    with pytest.raises(ValueError, match="has no length that the baseline has"):
+        dataclasses.replace(study, arms={"alone": "", "kd": {"lengths": [12]}})
 
 
 def test_what_cannot_be_compared_is_one_line() -> None:

@@ -20,13 +20,14 @@ import torch
 
 from kd_core import study
 from kd_core.runs import jobs
-from tests.conftest import cpu_environment
+from tests.conftest import ROOT, cpu_environment
 
 # A step is a pause, a checkpoint a file with its number. `begun` and `ended` lines go to events in the working folder.
 RECIPE = """
 import dataclasses, json, os, signal, sys, time
 from pathlib import Path
 from kd_core import cli
+from kd_core.runs import code
 from kd_core.training.flags import TrainFlags
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ if __name__ == "__main__":
         out.mkdir(parents=True, exist_ok=True)
         first = int((out / "step").read_text()) if (out / "step").exists() else 0
         run = dict(recipe=Path(__file__).stem, config=dataclasses.asdict(cfg), world_size=1)
-        run |= dict(hardware=dict(device="cpu", name="none", count=1))
+        run |= dict(hardware=dict(device="cpu", name="none", count=1), code=code.digests(Path(__file__)))
         write(out / "run.json", json.dumps(run))
         note(f"begun {first}")
         lines = (out / "metrics.jsonl").read_text().splitlines()[:first] if first else []
@@ -307,7 +308,7 @@ def test_a_study_of_a_method_goes_on_in_a_later_clone(folder: Folder) -> None:
     def run() -> tuple[str, list[list[str]]]:
         before = len(folder.events())
         command = [sys.executable, "-m", "kd_core.study", "lines", "--out", "my out"]
-        env = cpu_environment(PYTHONPATH=str(folder.folder))
+        env = cpu_environment(PYTHONPATH=f"{folder.folder}:{ROOT}")
         done = subprocess.run(command, cwd=folder.folder, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout, folder.events()[before:]

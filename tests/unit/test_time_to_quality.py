@@ -427,6 +427,25 @@ def test_the_terminal_says_where_the_arms_compute_otherwise(tmp_path: Path, caps
     assert "The arms differ in compile (False, True)" in capsys.readouterr().out
 
 
+def test_runs_of_other_code_are_refused_and_older_ones_told_with_a_note(tmp_path: Path) -> None:
+    def notes(**record: Any) -> list[str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        arms = make_arm(folder / "a", record={"commit": "1" * 40}), make_arm(folder / "b", speed=2, record=record)
+        return list(times(*arms)["notes"])
+
+    assert "Runs of 2 commits are mixed, and were not checked to compute the same." in notes(commit="2" * 40)
+    assert not [note for note in notes(commit="1" * 40) if "commits" in note]
+    with pytest.raises(ValueError, match="made by code that differs in kd_core"):
+        notes(commit="2" * 40, code={"kd_core": "a", "recipe": "b"})
+
+
+@pytest.mark.parametrize(("count", "told"), [(1, True), (2, True), (3, False)])
+def test_runs_on_fewer_cores_than_processes_and_their_loaders_say_so(tmp_path: Path, count: int, told: bool) -> None:
+    record = {"world_size": 2, "hardware": {"device": "cpu", "name": "x", "count": count}}
+    study = times(make_arm(tmp_path / "a", record=record), make_arm(tmp_path / "b", record=record, kd_ratio=0.5))
+    assert sum("with a thread that makes batches" in note for note in study["notes"]) == told
+
+
 def test_the_command_writes_the_whole_report(tmp_path: Path) -> None:
     baseline = make_arm(tmp_path / "baseline")
     against = make_arm(tmp_path / "kd", speed=2, kd_ratio=0.9)
