@@ -42,6 +42,10 @@ class Config(DistillFlags, TrainFlags, MaskingFlags):
     """sequence: the teacher term's softmax runs over all positions of a sequence, as in the authors' released code."""
     weight_decay: float = 1e-5
     """Decoupled: the share of a weight that is lost per step at the peak learning rate."""
+    adam_beta2: float = 0.98
+    """Of AdamW, for the mean of squared gradients; beta 1 is 0.9."""
+    initializer_range: float = 0.02
+    """Standard deviation of a random student's weights."""
     dropout: float = 0.1
     """On hidden states and attention."""
     gradient_checkpointing: bool = False
@@ -73,14 +77,23 @@ class Config(DistillFlags, TrainFlags, MaskingFlags):
             "class beside cached teachers, and for other divergences than a KL",
         )
         with_logits = by_class or self.softmax_axis == "sequence" or self.sampler == "all" or self.draws > 1
-        with_logits |= self.teacher_placement != "device" or self.teacher_ahead
+        with_logits |= (
+            any(map(sources.counted, self.teachers)) or self.teacher_placement != "device" or self.teacher_ahead
+        )
         needs = (
-            "off for ensembles, divergences other than a KL, a softmax over the sequence, cached teachers, "
+            "off for ensembles, divergences other than a KL, a softmax over the sequence, cached and counted teachers, "
             "--teacher-placement, --teacher-ahead"
         )
         self.check("fused_head", not (self.fused_head and self.distils and with_logits), needs)
         check_int8(self)
         self.check("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        self.check("adam_beta2", 0 < self.adam_beta2 < 1, "in (0, 1)")
+        random = size is not None or self.initializer_range == Config.initializer_range
+        self.check(
+            "initializer_range",
+            random and 0 < self.initializer_range < math.inf,
+            "above 0, and given to a random --student",
+        )
         self.check("weight_decay", 0 <= self.weight_decay < 1, "in [0, 1)")
 
 
@@ -94,9 +107,7 @@ def checked_data(cfg: Config) -> tuple[corpus.Corpus, dict[str, int]]:
         the data, and the masks of the caches of --teachers.
     """
     models = [("--student", cfg.student)] * (bert.size_of(cfg.student) is None)
-    models += [
-        ("--teachers", path) for path in cfg.teachers if window.still_needed(cfg) and not sources.cache_folder(path)
-    ]
+    models += [("--teachers", path) for path in cfg.teachers if window.still_needed(cfg) and sources.is_model(path)]
     found = [(flag, model_source(path, flag)) for flag, path in models]
     data = build_data(cfg)
     data.check_batch(cfg.global_batch_size)
@@ -124,8 +135,10 @@ def train_step(cfg: Config, student: Any, teachers: pool.TeacherPool, step: Step
             student_logits = student(*micro.inputs)
             loss_sum, kd_loss, label_loss = distillation_sum(student_logits, answer(), micro.labels, **method)
         step.backward(student, loss_sum, label_loss=label_loss, kd_loss=kd_loss)
-    lr = cfg.lr * linear_warmup_decay(step.number, cfg.steps, warmup_fraction=cfg.warmup_fraction, floor=0.02)
-    terms = step.update(student, lr=lr)
+    factor = linear_warmup_decay(
+        step.number, cfg.steps, warmup_fraction=cfg.warmup_fraction, decay_fraction=cfg.decay_fraction, floor=0.02
+    )
+    terms = step.update(student, lr=cfg.lr * factor)
     step.log(
         **now._asdict(),
         loss=now.loss(terms),
@@ -144,17 +157,17 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
             return bert.evaluate(model, data, micro_batch_size=cfg.micro_batch_size)
 
         teachers = pool.gather(
-            run, functools.partial(mlm.load_teacher, cfg, vocab_size), evaluate, columns=vocab_size, chance_loss=math.log(vocab_size),
+            run, functools.partial(mlm.load_teacher, cfg, data), evaluate, columns=vocab_size, chance_loss=math.log(vocab_size),
             ask=bert.head_and_input if cfg.fused_head else None,
         )  # fmt: skip
         model = bert.build(
             cfg.student, vocab_size, seed=cfg.seed, seq_len=cfg.seq_len, dropout=cfg.dropout,
-            gradient_checkpointing=cfg.gradient_checkpointing,
+            gradient_checkpointing=cfg.gradient_checkpointing, initializer_range=cfg.initializer_range,
         )  # fmt: skip
         # torch multiplies the decay by the learning rate, the authors' decoupled AdamW only by its share of the peak.
         decay = cfg.weight_decay / cfg.lr
         adamw = torch.optim.AdamW(
-            model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay, fused=True
+            model.parameters(), lr=cfg.lr, betas=(0.9, cfg.adam_beta2), eps=1e-6, weight_decay=decay, fused=True
         )
         student = run.engine(model, adamw)
         for step in run.steps(masking.batches(run, data, **masks), lambda: evaluate(student)):

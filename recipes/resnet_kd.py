@@ -34,7 +34,7 @@ from kd_core.training.kept import Best, Ema
 from kd_core.training.loop import Step, start
 from kd_core.training.optimizers import DecoupledSGD, decay_groups
 from kd_core.training.processes import end_process
-from kd_core.training.schedules import linear_warmup_cosine
+from kd_core.training.schedules import cosine
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def train_step(cfg: Config, student: Any, teachers: TeacherPool, step: Step) -> 
             )
             loss_sum = loss_sum + weighted
         step.backward(student, loss_sum, label_loss=label_sum, kd_loss=kd_sum)
-    lr = cfg.peak_lr * linear_warmup_cosine(step.number, cfg.steps, warmup_fraction=cfg.warmup_fraction)
+    lr = cfg.peak_lr * cosine(cfg, step.number)
     terms = step.update(student, lr=lr)
     step.log(**now._asdict(), loss=now.loss(terms), image_size=cfg.view.size_at(step.number, cfg.steps))
 

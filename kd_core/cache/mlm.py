@@ -30,8 +30,8 @@ from kd_core.system import ranks
 from kd_core.system.checked import DamagedError
 from kd_core.system.digests import weights_digest
 from kd_core.system.terminal import one_line
-from kd_core.teachers.sources import cache_folder
-from kd_core.text import bert
+from kd_core.teachers.sources import cache_folder, counted
+from kd_core.text import bert, counts
 from kd_core.text.corpus import IGNORE_INDEX, Corpus, prepare
 from kd_core.text.flags import MaskingFlags
 from kd_core.text.masking import MicroBatch, masked_micro_batches, validation_batches
@@ -147,17 +147,19 @@ def _score(flags: BuildFlags, corpus: Corpus, model: Any) -> dict[str, float]:
 
 
 def masking(cfg: Any, corpus: Corpus) -> dict[str, int]:
-    """Checks the caches of `--teachers` against the run, as `logits.check`.
+    """Checks what of `--teachers` is no model against the run, as `logits.check` and `counts.check`.
 
     Returns:
         `mask_seed` and `mask_patterns` of `masking.MaskedBatches`, which the caches share; empty without one.
     """
+    for name in filter(None, map(counted, cfg.teachers)):
+        counts.check(name, corpus)
     source = {"tokenizer": tokenizer_digest(corpus.tokenizer), "data": corpus.fingerprint}
     return logits.check(cfg, BuildFlags, {"kind": "mlm", **source})
 
 
-def load_teacher(cfg: Any, vocab_size: int, path: str) -> nn.Module:
-    """What answers for `path` of --teachers, on the CPU: records that `masking` has checked, or a BERT.
+def load_teacher(cfg: Any, corpus: Corpus, path: str) -> nn.Module:
+    """What answers for `path` of --teachers, on the CPU: records or counts that `masking` has checked, or a BERT.
 
     Args:
         cfg: `MaskingFlags` with `teacher_dtype`.
@@ -166,8 +168,10 @@ def load_teacher(cfg: Any, vocab_size: int, path: str) -> nn.Module:
         ValueError: as `pretrained.load_pretrained`.
     """
     if folder := cache_folder(path):
-        return CachedBert(folder, vocab_size)
-    return bert.load_teacher(path, vocab_size, seq_len=cfg.seq_len, dtype=cfg.teacher_dtype)
+        return CachedBert(folder, len(corpus.tokenizer))
+    if name := counted(path):
+        return counts.teacher(name, corpus)
+    return bert.load_teacher(path, len(corpus.tokenizer), seq_len=cfg.seq_len, dtype=cfg.teacher_dtype)
 
 
 class CachedBert(logits.CachedLogits):

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, NamedTuple
 from kd_core.losses.distillation import Divergence, Ensemble
 from kd_core.runs.flags import RunFlags
 from kd_core.teachers.samplers import Sampler
-from kd_core.teachers.sources import CACHE_PREFIX, matched
+from kd_core.teachers.sources import CACHE_PREFIX, is_model, matched
 
 Placement = Literal["device", "host", "sharded", "zero3"]
 
@@ -26,7 +26,7 @@ class TeacherFlags(RunFlags):
 
     GROUP: ClassVar[str] = "teachers"
     teachers: tuple[str, ...] = ()
-    """Models to distil from: run folders, Hugging Face folders or hub names."""
+    """Models to distil from: run folders, Hugging Face folders or hub names; for BERTs also cache:DIR, counts:unigram."""
     sampler: Sampler = "uniform"
     """Who answers at a step: drawn uniform, weighted or per_rank; round_robin; curriculum, weak to strong; or all."""
     draws: int = 1
@@ -50,8 +50,8 @@ class TeacherFlags(RunFlags):
         number, weights = len(self.teachers), self.teacher_weights
         placement, by_rank = self.teacher_placement, self.sampler == "per_rank"
         self.check("teacher_placement", placement != "sharded" or by_rank, "used with --sampler per_rank")
-        on_device = placement in ("device", "sharded") or not self.cached
-        self.check("teacher_placement", on_device, "device for cached teachers")
+        on_device = placement in ("device", "sharded") or all(map(is_model, self.teachers))
+        self.check("teacher_placement", on_device, "device for teachers that are no models")
         self.check("sampler", placement != "zero3" or not by_rank, "one that all ranks share, for zero3")
         most = 1 if placement == "sharded" else max(1, number)
         self.check("draws", self.draws <= most, f"at most the number of --teachers that a rank has, {most}")

@@ -10,6 +10,7 @@ from torch import nn
 from kd_core.runs.sources import model_source
 
 CACHE_PREFIX = "cache:"  # of a source of --teachers that holds answers
+COUNTS_PREFIX = "counts:"  # of one that answers from counts of the training data
 
 
 def matched(path: str, out: str | None) -> list[str]:
@@ -49,6 +50,15 @@ def cache_folder(source: str) -> Path | None:
     return Path(source.removeprefix(CACHE_PREFIX)) if source.startswith(CACHE_PREFIX) else None
 
 
+def counted(source: str) -> str:
+    """The name of a source of --teachers that no model is behind; empty for others."""
+    return source.removeprefix(COUNTS_PREFIX) if source.startswith(COUNTS_PREFIX) else ""
+
+
+def is_model(source: str) -> bool:
+    return not source.startswith((CACHE_PREFIX, COUNTS_PREFIX))
+
+
 def source_of(path: str) -> str:
-    """What `path` of --teachers names: of a cache itself, else a `model_source`."""
-    return path if cache_folder(path) else model_source(path)
+    """What `path` of --teachers names: of what is no model itself, else a `model_source`."""
+    return model_source(path) if is_model(path) else path

@@ -60,7 +60,14 @@ def fused_losses(
 
 
 def build(
-    name: str, vocab_size: int, *, seed: int, seq_len: int, dropout: float, gradient_checkpointing: bool = False
+    name: str,
+    vocab_size: int,
+    *,
+    seed: int,
+    seq_len: int,
+    dropout: float,
+    gradient_checkpointing: bool = False,
+    initializer_range: float = 0.02,
 ) -> MaskedBert:
     """A randomly initialised BERT of one of its sizes, or a checkpoint's; its vocabulary padded to a multiple of 64."""
     padded = math.ceil(vocab_size / 64) * 64
@@ -69,6 +76,7 @@ def build(
     if size := size_of(name):
         layers, width = size
         shape: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
+        shape["initializer_range"] = initializer_range
         model = MaskedBert(BertConfig(vocab_size=padded, num_attention_heads=width // 64, **shape, **settings))
     else:
         model = load_pretrained(

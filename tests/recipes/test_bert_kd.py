@@ -1,6 +1,7 @@
 """The BERT recipe end to end on the CPU: run folder, window, exact resume, clean stops, copies of it."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -110,6 +111,27 @@ def test_a_student_of_given_layers_and_width(train: Train, tmp_path: Path) -> No
     config = BertForMaskedLM.from_pretrained(tmp_path / "run" / "hf").config
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (3, 64, 1)
     assert config.intermediate_size == 256
+
+
+def test_a_teacher_of_counts_and_a_baseline_s_own_settings(train: Train, tmp_path: Path) -> None:
+    flags = "--teachers counts:unigram --kd-ratio 0.5 --decay-fraction 0.5 --adam-beta2 0.9 --initializer-range 0.04"
+    train("--out", tmp_path / "run", *flags.split(), "--warmup-fraction", 0.25)
+    lines = metrics(tmp_path / "run")
+    assert [round(line["lr"], 6) for line in lines] == [5e-4, 1e-3, 1e-3, 1e-3, 7.55e-4, 5.1e-4, 2.65e-4, 2e-5]
+    assert {tuple(line["teacher"]) for line in lines} == {("counts:unigram",)} and lines[0]["kd_loss"] > 0
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert run["teachers"][0]["eval/loss"] < math.log(512) and set(run["code"]) == {"kd_core", "recipe"}
+    assert MaskedBert.from_pretrained(tmp_path / "run/hf").config.initializer_range == 0.04
+    for words, told in (
+        ("--teachers counts:trigram --kd-ratio 0.5", "counts:trigram is not known"),
+        ("--teachers counts:unigram --kd-ratio 0.5 --teacher-placement host", "device for teachers that are no models"),
+        ("--teachers counts:unigram --kd-ratio 0.5 --fused-head", "--fused-head must be off"),
+        ("--adam-beta2 1", "--adam-beta2 must be in (0, 1)"),
+        ("--decay-fraction 1.5", "--decay-fraction must be in [0, 1]"),
+        ("--initializer-range 0", "--initializer-range must be above 0"),
+    ):
+        done = train("--out", tmp_path / "refused", *words.split(), check=False)
+        assert done.returncode == 2 and told in done.stderr and not (tmp_path / "refused").exists(), done.stderr
 
 
 def test_ratio_0_is_bit_identical_to_no_teacher(train: Train, teacher: Path, tmp_path: Path) -> None:

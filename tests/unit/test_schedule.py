@@ -33,6 +33,16 @@ def test_a_cosine_falls_to_zero_after_the_warmup() -> None:
     assert all(a > b for a, b in itertools.pairwise(factors[10:]))
 
 
+@pytest.mark.parametrize("schedule", [linear_warmup_decay, linear_warmup_cosine])
+def test_the_rate_stays_at_its_peak_until_the_last_share_of_the_steps(schedule: Any) -> None:
+    factors = [schedule(step, 100, warmup_fraction=0.1, decay_fraction=0.3) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * i for i in range(1, 11)]) and set(factors[9:70]) == {1.0}
+    assert all(a > b for a, b in itertools.pairwise(factors[70:])) and factors[-1] < 0.01
+    assert {schedule(step, 100, warmup_fraction=0, decay_fraction=0) for step in range(100)} == {1.0}
+    late = [schedule(step, 100, warmup_fraction=0.9, decay_fraction=0.5) for step in range(100)]
+    assert late == [schedule(step, 100, warmup_fraction=0.9) for step in range(100)], "it falls behind the warm-up"
+
+
 def test_warmup_scales_with_the_run() -> None:
     assert linear_warmup_decay(5, 100, warmup_fraction=0.06) == linear_warmup_decay(59, 1000, warmup_fraction=0.06) == 1
 
