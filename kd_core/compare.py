@@ -10,6 +10,8 @@ STUDY is the folder of a study, with study.json, runs.json and runs.csv (kd_core
                 logarithm); interleaved runs share the machine's drift
     memory      the most a process has held: on a GPU tensors, else all of the process
     seconds     of training in a run; what the teacher and its answers cost stands apart, once for all runs
+    own part    of a step: neither teacher nor waiting for data. Where an arm differs from another in its teacher alone, it is the
+                same work but for the loss, so it must take as long: within 2 %, or something else was measured too
 
 Of several lengths it also says what an arm saves to be as good as the longest runs of the baseline, from finished runs alone: the
 shortest length that is as good in every seed, steps times the cost of a step, and after how many such students the teacher and its
@@ -43,8 +45,10 @@ from kd_core.time_to_quality.comparison import direction
 from kd_core.time_to_quality.curves import CONFIDENCE, quantile
 from kd_core.training.processes import end_process
 
+ALIKE = 0.02  # within which the own part of a step is called the same
 PLAIN = "kd"  # the arm of plain distillation, by its name
 SHARES = ("accuracy", "top1", "top5")  # metrics in [0, 1] that are told in percent
+COSTS = set(lean.COSTS)
 HEAD = [
     "recipe",
     "setting",
@@ -107,6 +111,7 @@ class Compared:
         steps: the length.
         values: by arm and seed the metric at the end, in the unit of `shown_as`.
         seconds: likewise, of training.
+        own: likewise, without the teacher's and the wait for data; empty where a run does not say.
         memory: by arm, GiB, the most of its runs; None where they do not say.
         teachers: the metric of the teachers, by the runs' own evaluation.
         prepared: seconds of what was made before the runs, by name.
@@ -118,6 +123,7 @@ class Compared:
     steps: int
     values: dict[str, dict[int, float]]
     seconds: dict[str, dict[int, float]]
+    own: dict[str, dict[int, float]]
     memory: dict[str, float | None]
     teachers: list[float]
     prepared: dict[str, float]
@@ -131,6 +137,14 @@ class Compared:
         """Seconds of `arm` as a multiple of those of `other` in the seeds of both."""
         ours, theirs = self.seconds[arm], self.seconds[other]
         return ratio_interval([ours[seed] / theirs[seed] for seed in ours if seed in theirs])
+
+    def own_part(self, arm: str) -> Interval | None:
+        """As a multiple of the baseline's; None where runs do not say, or the arm differs from it in more than a teacher."""
+        study = self.study
+        ours, theirs = self.own[arm], self.own[study.baseline]
+        values = [ours[seed] / theirs[seed] for seed in ours if seed in theirs]
+        same_recipe = study.arm(arm).recipe == study.arm(study.baseline).recipe
+        return ratio_interval(values) if values and same_recipe and "--teachers" in study.arm(arm).flags else None
 
     def mean(self, arm: str) -> float:
         return float(np.mean(list(self.values[arm].values())))
@@ -280,10 +294,15 @@ def compare(study: Study, runs: Mapping[str, lean.Lean], steps: int, metric: str
         study, metric, better, steps,
         values={arm: {seed: scale * run.end[metric] for seed, run in by_seed.items()} for arm, by_seed in own.items()},
         seconds={arm: {seed: run.end["train_s"] for seed, run in by_seed.items()} for arm, by_seed in own.items()},
+        own={arm: {seed: _own(run.end) for seed, run in by_seed.items() if run.end.keys() >= COSTS} for arm, by_seed in own.items()},
         memory={arm: None if None in peaks[arm] else max(peaks[arm]) for arm in peaks},
         teachers=sorted({scale * teacher[metric] for teacher in asked if teacher.get(metric) is not None}),
         prepared={name: run.end["train_s"] for name, run in runs.items() if "/" not in name},
     )  # fmt: skip
+
+
+def _own(end: Mapping[str, float]) -> float:
+    return end["train_s"] - end["teacher_s"] - end["data_s"]
 
 
 def _of(runs: Mapping[str, lean.Lean], arm: str, steps: int) -> dict[int, lean.Lean]:
@@ -323,6 +342,13 @@ def _told(at: Compared) -> str:
         f"differences in the same seeds, {CONFIDENCE:.0%} intervals",
         *aligned(rows),
     ]
+    for arm in at.values:
+        if arm != baseline and (part := at.own_part(arm)):
+            apart = max(part.high, 1 / part.low) if part.count > 1 else math.nan
+            verdict = "alike" if apart <= 1 + ALIKE else "not shown to be alike"
+            lines.append(
+                f"own part of a step, {arm}: {part.told(3, signed=False)} times that of {baseline}, {verdict} within {ALIKE:.0%}"
+            )
     if at.teachers:
         lines.append(f"teacher {', '.join(f'{value:.{digits}f}' for value in at.teachers)}")
     if at.prepared:

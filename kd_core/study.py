@@ -18,14 +18,16 @@ STUDY is a study file, or a folder that holds one as study.json. Its entries, of
       "may_differ": [],
       "ranks": 1,
       "claim": {"arm": "dkd", "against": "kd", "criterion": "...", "paper": "..."},
-      "same_code": [["<commit>", "<digest>", "<digest of losses>"]]
+      "same_code": [["<commit>", "<digest>", "<digest of losses>"]],
+      "predicted": [["loss of kd after 300 steps", "quality kd 300", "5.1 ± 0.1"]]
     }
 
 An arm is the flags that it adds to `flags`, or {"flags": ..., "recipe": ..., "seeds": [...], "lengths": [...]} where it has a recipe,
 seeds or lengths of its own; `lengths` are --steps, run in their order; `teacher`, flags over `flags` too, is trained first and named
 {teacher} in the arms; `prepare` are commands of Python that run after it, in their order, beside those runs that do not name them, each with --out added and its folder named {cache} likewise: a
 recipe's, or one that ends with a manifest.json beside a build.json and a header.json, as caches do. `metric`, `lower_is_better` (for a metric that the report does not know) and
-`may_differ` are the report's flags; `ranks` is the number of processes (GPUs) of one run.
+`may_differ` are the report's flags; `ranks` is the number of processes (GPUs) of one run. `predicted` is written down before the runs:
+what, how recipes/results/tables.py reads it from their lines, and what is expected.
 
 Runs lie in DIR/<arm>/<steps>/<seed>, their output beside them in <seed>.log; a chain of stages is one run there, of the
 seconds of all. What they said stands in two small files as well, runs.json and runs.csv (kd_core/runs/lean.py), in DIR or, where

@@ -1,6 +1,7 @@
 """What a study is to run: its file, read and checked. The head of kd_core/study.py says what the entries mean."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -45,6 +46,7 @@ class Study:
     ranks: int = 1
     claim: dict[str, str] | None = None
     same_code: Sequence[Sequence[str]] = ()
+    predicted: Sequence[Sequence[str]] = ()
 
     def arm(self, name: str) -> Arm:
         own = self.arms[name] if isinstance(self.arms[name], dict) else {"flags": self.arms[name]}
@@ -84,6 +86,13 @@ class Study:
             known = isinstance(entries, dict) and all(NAME.fullmatch(name) and name not in NO_ARM for name in entries)
             return known and len(entries) >= least and all(map(ok, entries.values()))
 
+        def texts(rows: Any) -> list[Any]:
+            """The rows, or one that is too short for what is no list of lists of texts."""
+            ok = isinstance(rows, Sequence) and all(
+                isinstance(row, list) and all(isinstance(text, str) for text in row) for row in rows
+            )
+            return list(rows) if ok else [[]]
+
         claim = self.claim if isinstance(self.claim, dict) else {}
         arms = self.arms if isinstance(self.arms, dict) else {}
         claim_ok = set(claim) == CLAIM and all(isinstance(text, str) for text in claim.values())
@@ -105,10 +114,10 @@ class Study:
             "metric": (isinstance(self.metric, str), "the name of an evaluation metric, such as eval/loss"),
             "lower_is_better": (isinstance(self.lower_is_better, bool | None), "true or false"),
             "may_differ": (not isinstance(self.may_differ, str) and fields_ok, "a list of fields of the runs' config"),
-            "same_code": (
-                isinstance(self.same_code, Sequence)
-                and all(isinstance(names, list) and len(names) > 2 for names in self.same_code),
-                "a list of what `--check` has found",
+            "same_code": (all(len(names) > 2 for names in texts(self.same_code)), "a list of what `--check` has found"),
+            "predicted": (
+                all(len(row) == 3 for row in texts(self.predicted)),
+                "a list of what, how it is read from the lines, and the value expected, three texts each",
             ),
             "claim": (self.claim is None or claim_ok, f"an object of the texts {', '.join(sorted(CLAIM))}"),
             "ranks": (type(self.ranks) is int and self.ranks > 0, "a number of processes, at least 1"),
@@ -155,16 +164,15 @@ def read_study(file: Path) -> Study:
 
 
 def write_study(file: Path, entries: dict[str, Any]) -> None:
-    """A study file with an entry, or an arm, a line."""
+    """A study file with an entry, an arm or a row of a table a line."""
 
     def told(value: Any) -> str:
-        if not isinstance(value, dict):
-            return json.dumps(value, ensure_ascii=False)
-        return (
-            "{\n"
-            + ",\n".join(f"    {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in value.items())
-            + "\n  }"
-        )
+        text = functools.partial(json.dumps, ensure_ascii=False)
+        if isinstance(value, dict):
+            return "{\n" + ",\n".join(f"    {text(name)}: {text(one)}" for name, one in value.items()) + "\n  }"
+        if isinstance(value, list) and value and isinstance(value[0], list):
+            return "[\n" + ",\n".join(f"    {text(row)}" for row in value) + "\n  ]"
+        return text(value)
 
     lines = ",\n".join(f"  {json.dumps(name)}: {told(value)}" for name, value in entries.items())
     write_atomic(file, "{\n" + lines + "\n}\n")

@@ -1,20 +1,31 @@
 #!/usr/bin/env bash
 # The data and the teachers of the studies in this folder, into runs/:
 #     WIKI=wikipedia_en CIFAR=cifar10 IMAGENETTE=imagenette.tar bash recipes/results/prepare.sh
+#     WIKI=wikipedia_en bash recipes/results/prepare.sh teachers/good caches/good        # these alone; data: no teacher
 # The same call continues what was stopped; in all it takes hours. WIKI is a folder with train.jsonl.xz and
 # validation.jsonl.xz, CIFAR one with train.parquet and test.parquet.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-
-# Flags were chosen on one part of the validation documents, the results are those of another.
-mkdir -p runs/data/wikipedia_tuning runs/data/wikipedia_report
-for part in tuning report; do
-    ln -sf "$(realpath "$WIKI/train.jsonl.xz")" "runs/data/wikipedia_$part/train.jsonl.xz"
+names=("$@")
+known=(data teachers/{good,distilled,poor,long,equal_11,equal_12,equal_13,resnet20,resnet8,resnet8_16,resnet20_16,imagenette20} \
+    caches/{good,resnet20,resnet8,resnet20_16,resnet8_16})
+for name in "${names[@]}"; do
+    [[ " ${known[*]} " == *" $name "* ]] || { echo "error: $name is not known; name some of ${known[*]}" >&2; exit 2; }
 done
-xz -dc "$WIKI/validation.jsonl.xz" | awk 'NR % 2 { print > "runs/data/wikipedia_tuning/validation.jsonl" } NR % 4 == 0 { print > "runs/data/wikipedia_report/validation.jsonl" }'
-ln -sfn "$(realpath "$CIFAR")" runs/data/cifar10
-mkdir -p runs/data/cifar10_tuning
-python - "$CIFAR/train.parquet" runs/data/cifar10_tuning <<'END'
+[ ${#names[@]} -gt 0 ] || : "${WIKI:?} ${CIFAR:?} ${IMAGENETTE:?}"
+mkdir -p runs/data
+
+if [ -n "${WIKI:-}" ]; then # flags were chosen on one part of the validation documents, the results are those of another
+    mkdir -p runs/data/wikipedia_tuning runs/data/wikipedia_report
+    for part in tuning report; do
+        ln -sf "$(realpath "$WIKI/train.jsonl.xz")" "runs/data/wikipedia_$part/train.jsonl.xz"
+    done
+    xz -dc "$WIKI/validation.jsonl.xz" | awk 'NR % 2 { print > "runs/data/wikipedia_tuning/validation.jsonl" } NR % 4 == 0 { print > "runs/data/wikipedia_report/validation.jsonl" }'
+fi
+if [ -n "${CIFAR:-}" ]; then
+    ln -sfn "$(realpath "$CIFAR")" runs/data/cifar10
+    mkdir -p runs/data/cifar10_tuning
+    python - "$CIFAR/train.parquet" runs/data/cifar10_tuning <<'END'
 import sys
 
 import numpy as np
@@ -25,13 +36,17 @@ order = np.random.default_rng(0).permutation(len(images))
 for split, rows in (("train", order[5000:]), ("validation", order[:5000])):
     pq.write_table(images.take(np.sort(rows)), f"{sys.argv[2]}/{split}.parquet")
 END
-ln -sfn "$(realpath "$IMAGENETTE")" runs/data/imagenette224.tar
+fi
+[ -z "${IMAGENETTE:-}" ] || ln -sfn "$(realpath "$IMAGENETTE")" runs/data/imagenette224.tar
 
+wanted() { [ ${#names[@]} -eq 0 ] || [[ " ${names[*]} " == *" ${1#runs/} "* ]]; }
 run() { # a recipe's command that ends in its run folder; continues what was stopped
+    wanted "${*: -1}" || return 0
     [ ! -e "${*: -1}/run.json" ] || set -- "$@" --resume
     python "$@"
 }
 cache() { # likewise, of kd_core.cache
+    wanted "${*: -1}" || return 0
     [ -e "${*: -1}/manifest.json" ] || python -m kd_core.cache build "$@"
 }
 bert() {

@@ -93,12 +93,16 @@ def report(name: str, arm: str, longest: bool = False) -> tuple[dict[str, Any], 
 
     def folders(own: str) -> list[Path]:
         lengths = lengths_of(name, own)[-1:] if longest else lengths_of(name, own)
-        return [Path("recipes/results", name, own, str(steps), str(seed)) for steps in lengths for seed in study.seeds]
+        return [
+            Path("recipes/results", name, own, str(steps), str(seed))
+            for steps in lengths
+            for seed in results(name, own, steps)
+        ]
 
     with contextlib.chdir(restored(name).name):
         return time_to_quality.compared(
             folders(study.baseline), folders(arm), metric=study.metric, lower_is_better=study.lower_is_better,
-            may_differ=() if longest else study.may_differ,
+            may_differ=() if longest else study.may_differ, same_code=study.same_code,
         )  # fmt: skip
 
 
@@ -257,10 +261,11 @@ def arms(name: str) -> str:
     study = study_of(name)
     unit, _, digits = shown_as(study.metric)
     rows = []
-    for steps, arm in itertools.product(study.lengths, study.arms):
+    for steps, arm in itertools.product(sorted(study.all_lengths), study.arms):
         own = qualities(name, steps, arm)
         if own:
-            apart = [] if arm == study.baseline else [gain(name, steps, arm), slower(name, steps, arm)]
+            alone = arm == study.baseline or not own.keys() & qualities(name, steps, study.baseline).keys()
+            apart = [] if alone else [gain(name, steps, arm), slower(name, steps, arm)]
             by_seed = ", ".join(f"{value:.{digits}f}" for value in own.values())
             rows.append([str(steps), arm, by_seed, quality(name, steps, arm), *(apart or ["", ""])])
     other = f"`{study.baseline}`"
@@ -310,8 +315,8 @@ def observed(name: str) -> str:
         "times as fast",
     ]
     rows = []
-    for arm, flags in study.arms.items():
-        for pair in report(name, arm)[0]["observed"] if "--teachers" in flags else []:
+    for arm in study.arms:
+        for pair in report(name, arm)[0]["observed"] if "--teachers" in study.arm(arm).flags else []:
             spread = "" if pair["low"] is None else f" ({pair['low']:.2f} to {pair['high']:.2f})"
             alone = f"{pair['baseline_steps']}, {pair['quality']:.3f}"
             seconds = [f"{pair[f'{side}_s']:.0f}" for side in ("baseline", "against")]
@@ -325,7 +330,7 @@ def online_totals() -> str:
     """At how many targets of all studies in `verdicts` online distillation is faster, by the ends of runs."""
     counts: Counter[str] = Counter()
     for name, arm in arms_with_teachers():
-        if CACHE_PREFIX not in study_of(name).arms[arm]:
+        if CACHE_PREFIX not in study_of(name).arm(arm).flags:
             counts.update(row["verdict"] for row in times(name, arm).rows)
     return ", ".join(f"{verdict} at {counts[verdict]}" for verdict in ("faster", "not decided", "slower"))
 
@@ -333,8 +338,8 @@ def online_totals() -> str:
 def arms_with_teachers() -> list[tuple[str, str]]:
     """(study, arm) of the studies whose baseline has no teacher."""
     designs = [(name, study_of(name)) for name in studies()]
-    alone = [(name, study) for name, study in designs if "--teachers" not in study.arms[study.baseline]]
-    return [(name, arm) for name, study in alone for arm, flags in study.arms.items() if "--teachers" in flags]
+    alone = [(name, study) for name, study in designs if "--teachers" not in study.arm(study.baseline).flags]
+    return [(name, arm) for name, study in alone for arm in study.arms if "--teachers" in study.arm(arm).flags]
 
 
 def verdicts() -> str:
@@ -343,7 +348,7 @@ def verdicts() -> str:
     for (name, arm), method in itertools.product(arms_with_teachers(), METHODS):
         found = times(name, arm, method)
         if found.rows:
-            source = "a cache" if CACHE_PREFIX in study_of(name).arms[arm] else "its model"
+            source = "a cache" if CACHE_PREFIX in study_of(name).arm(arm).flags else "its model"
             counts = Counter(row["verdict"] for row in found.rows)
             told = [str(counts[verdict] or "") for verdict in ("faster", "not decided", "slower")]
             rows.append([name, arm, source, METHODS[method], found.targets, found.range, *told])
@@ -372,6 +377,40 @@ def crossings(name: str) -> str:
 
 def evaluations(run: lean.Lean) -> list[dict[str, Any]]:
     return [line for line in run.lines if "eval/loss" in line]
+
+
+def steps_to(name: str, arm: str, steps: int, loss: float) -> dict[int, int | None]:
+    """The first evaluation at or below a loss, by seed."""
+    runs = {seed: evaluations(runs_of(name)[f"{arm}/{steps}/{seed}"]) for seed in results(name, arm, steps)}
+    return {seed: next((at["step"] for at in run if at["eval/loss"] <= loss), None) for seed, run in runs.items()}
+
+
+def found_out(name: str, how: str) -> str:
+    """What the lines say of an entry of the study's "predicted": a function, an arm, a length, and a loss."""
+    function, arm, steps, *losses = how.split()
+    if not qualities(name, int(steps), arm):
+        return "not run yet"
+    if function == "quality":
+        return quality(name, int(steps), arm)
+    if function == "part":
+        part = compare.compare(study_of(name), runs_of(name), int(steps)).own_part(arm)
+        return part.told(3, signed=False) if part else "the runs do not say"
+    ours, theirs = (steps_to(name, one, int(steps), float(losses[0])) for one in (arm, study_of(name).baseline))
+    if function == "saved":
+        pairs = [(theirs.get(seed), at) for seed, at in ours.items()]
+        saved = [alone - at for alone, at in pairs if alone and at]
+        return f"{np.mean(saved):.0f}, in {len(saved)} seeds" if saved else "not reached"
+    return ", ".join(str(at or "not reached") for at in ours.values())
+
+
+def predicted(name: str) -> str:
+    """What was written down before the study's runs, and what they said."""
+    rows = [[what, expected, found_out(name, how)] for what, how, expected in study_of(name).predicted]
+    return table(["", "predicted", "found"], rows)
+
+
+def has_runs(name: str) -> bool:
+    return name in studies()
 
 
 def single_runs(name: str) -> str:
@@ -442,7 +481,8 @@ def glue_gap(name: str, task: str, metric: str) -> str:
 
 
 def studies() -> list[str]:
-    return sorted(file.parent.name for file in HERE.glob("*/study.json"))
+    """Those that have runs."""
+    return sorted(file.parent.name for file in HERE.glob("*/study.json") if file.with_name("runs.json").exists())
 
 
 def methods() -> str:
@@ -455,7 +495,7 @@ def methods() -> str:
 
 
 FOR_THE_PAGE: tuple[Callable[..., Any], ...] = (
-    arms, compared, crossings, equal_speed, found, gain, glue, glue_gap, methods, milliseconds, observed, online_totals, prepared, quality, seconds_for_longest, single_runs, slower, speedup,
+    arms, compared, crossings, equal_speed, found, gain, glue, glue_gap, methods, milliseconds, observed, online_totals, prepared, predicted, quality, has_runs, seconds_for_longest, single_runs, slower, speedup,
     teachers_quality, times, verdicts,
 )  # fmt: skip
 

@@ -127,6 +127,25 @@ def test_what_an_arm_saves_is_steps_times_the_cost_of_a_step() -> None:
     assert "took 24 s, once: paid back after 3 students." in told
 
 
+@pytest.mark.parametrize(("slower", "told"), [(1.01, "alike"), (0.93, "not shown to be alike")])
+def test_the_own_part_of_a_step_is_to_take_as_long_with_a_teacher(slower: float, told: str) -> None:
+    study = Study(
+        recipe="r.py", baseline="alone", lengths=[10], seeds=[1, 2, 3], metric="eval/loss",
+        arms={"alone": "", "kd": "--teachers t", "other": {"recipe": "o.py", "flags": "--teachers t"}},
+    )  # fmt: skip
+    made = {
+        f"{arm}/10/{seed}": lean.Lean(
+            {"config": {}, "result": {"stopped": "finished"}},
+            [{"step": 10, "train_s": own + teacher + 0.5, "teacher_s": teacher, "data_s": 0.5, "eval/loss": 1.0}],
+        )
+        for arm, own, teacher in (("alone", 2.0, 0.0), ("kd", 2.0 * slower, 1.0), ("other", 2.0, 1.0))
+        for seed in study.seeds
+    }
+    line = f"own part of a step, kd: {slower:.3f} ({slower:.3f} to {slower:.3f}) times that of alone, {told} within 2%"
+    printed = compare.told(study, made)
+    assert line in printed and "own part of a step, other" not in printed
+
+
 def test_a_single_seed_that_is_worse_is_not_as_good() -> None:
     saved = compare.saved(TWO, of_lengths({10: [1.0, 3.01], 20: [2.0, 2.0]}, cost=[1.0, 1.1]), "kd")
     assert saved is not None and saved.steps == (20, 20), "the mean alone would say 10"
