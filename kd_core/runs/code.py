@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CORE = Path(__file__).resolve().parents[1]
-# No run imports these: they plan runs, or read what they said.
+# By these no run computes: they plan runs, or read what they said.
 READERS = {
     "study.py",
     "compare.py",

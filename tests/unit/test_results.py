@@ -1,7 +1,12 @@
 """What recipes/results says follows from the lines that are committed there."""
 
+import lzma
 import re
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,7 +57,7 @@ def test_a_study_goes_on_in_a_clone_and_runs_nothing_that_stands_in_its_lines(
     monkeypatch.chdir(tmp_path)
     out = Path("runs/study", folder.name)
     study, there = read_study(folder / "study.json"), lean.read(folder)
-    runs = [run for run in design(study, out) if run.name in there]
+    runs = [run for run in design(study, out) if "/" in run.name and run.name in there]
     assert {run.name.split("/")[0] for run in runs} >= set(study.arms)
     restore(runs, there, out, study.ranks)
     for run in runs:
@@ -77,3 +82,65 @@ def test_what_is_committed_is_small() -> None:
 def test_the_studies_for_a_gpu_can_be_designed(file: Path, tmp_path: Path) -> None:
     study = read_study(file)
     assert len(design(study, tmp_path)) == 1 + len(study.arms) * len(study.lengths) * len(study.seeds)
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[str]]]:
+    """prepare.sh with names, in a folder of its own, where python only notes what it was asked for."""
+    (tmp_path / "recipes/results").mkdir(parents=True)
+    shutil.copy(tables.HERE / "prepare.sh", tmp_path / "recipes/results")
+    (tmp_path / "wiki").mkdir()
+    for name in ("train", "validation"):
+        (tmp_path / f"wiki/{name}.jsonl.xz").write_bytes(lzma.compress(b'{"text": "a"}\n' * 8))
+    (tmp_path / "python").write_text('#!/bin/sh\nfor last; do :; done; echo "$last" >>asked\n')
+    (tmp_path / "python").chmod(0o755)
+
+    def run(*names: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "WIKI": str(tmp_path / "wiki")}
+        command = ["bash", "recipes/results/prepare.sh", *names]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        asked = tmp_path / "asked"
+        return done, asked.read_text().split() if asked.exists() else []
+
+    return run
+
+
+def test_teachers_are_made_by_name_or_all_of_them(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    done, asked = prepare("teachers/long", "caches/good", "teachers/equal_12")
+    assert done.returncode == 0 and asked == ["runs/teachers/long", "runs/teachers/equal_12", "runs/caches/good"], done
+    assert len((tmp_path / "runs/data/wikipedia_report/validation.jsonl").read_text().splitlines()) == 2
+    done, asked = prepare("teachers/god")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: teachers/god is not known; name some of data teachers/good "
+    )
+    done, asked = prepare()
+    assert done.returncode != 0 and "CIFAR" in done.stderr and len(asked) == 3
+
+
+def test_every_teacher_and_cache_of_a_study_can_be_named() -> None:
+    text = (tables.HERE / "prepare.sh").read_text()
+    (known,) = re.findall(r"^known=\((.*?)\)$", text, re.DOTALL | re.MULTILINE)
+    command = f"known=({known}); echo ${{known[@]}}"
+    names = subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout.split()
+    used = {
+        name
+        for file in tables.HERE.glob("*/study.json")
+        for name in re.findall(r"runs/((?:teachers|caches)/\w+)", file.read_text())
+    }
+    assert used and used <= set(names)
+
+
+def test_what_was_predicted_is_told_beside_what_the_lines_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = dict(
+        what=("quality large 3200", "3.621"), alone=("quality baseline 900", "not run yet"),
+        steps=("steps_to large 3200 5.5", "400, 400, 400"), never=("steps_to baseline 3200 4.5", "not reached, not reached, not reached"),
+        saved=("saved large 3200 5.5", "1900, in 3 seeds"),
+    )  # fmt: skip
+    assert {name: (how, tables.found_out("bert_long", how)) for name, (how, _) in told.items()} == told
+    for name in LATER.findall((tables.HERE / tables.TEMPLATE).read_text())[0][1:-1].replace('"', "").split(", "):
+        study = read_study(tables.HERE / name / "study.json")
+        assert study.predicted
+        for _, how, _ in study.predicted:
+            function, arm, steps, *_ = how.split()
+            assert function in ("quality", "steps_to", "saved", "part") and int(steps) in study.arm(arm).lengths
+        assert len(design(study, Path("runs/study", name))) >= len(study.arms)
