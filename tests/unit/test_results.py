@@ -18,9 +18,9 @@ from tests.conftest import ROOT
 NUMBER = re.compile(r"(?<![\w.,])(?<!\w-)\d+(?:[.,]\d+)*(?:e-?\d+)?")
 EVALUATED = re.compile(r"```.*?```|\{\{.*?\}\}|\{%.*?%\}|`[^`]*`|\]\(.*?\)", re.DOTALL)  # calls, code, links
 # What the page says by hand: the level of the intervals, shares of a run, sizes of data sets, a
-# rate of the tuning, dates and versions.
+# rate of the tuning, dates and versions, minutes that runs to come are thought to take.
 SAID = {"95", "30", "35", "48", "1.8", "6", "224", "1,000", "3,000", "5,000", "45,000", "4e-3"}
-SAID |= {"21", "22", "28", "2026", "2.14", "2.15", "0.19.8", "3.11"}
+SAID |= {"21", "22", "28", "2026", "2.14", "2.15", "0.19.8", "3.11", "10", "15", "40", "175"}
 STUDIES = [tables.HERE / name for name in tables.studies()] + sorted(
     file.parent for file in (tables.HERE / "methods").rglob("runs.json")
 )
