@@ -24,7 +24,6 @@ READERS = {
     "time_to_quality",
     "runs/code.py",
     "runs/design.py",
-    "runs/jobs.py",
     "runs/lean.py",
 }
 SOURCES = {".py", ".c", ".h"}
