@@ -12,6 +12,7 @@ from transformers import TorchAoConfig
 from transformers.utils import logging
 
 from kd_core.runs.sources import model_source
+from kd_core.training.ds_config import read_config
 
 # What from_pretrained raises for files that are damaged or of something else.
 UNLOADABLE = (
@@ -93,6 +94,11 @@ def check_int8(cfg: Any) -> None:
         cfg.check("teacher_dtype", bool(find_spec("torchao")), "bf16 or fp32 without torchao, pip install torchao")
         movable = cfg.teacher_placement in ("device", "sharded")
         cfg.check("teacher_placement", movable, "device or sharded for teachers in int8")
+        # At stage 3 DeepSpeed's own linear layer replaces PyTorch's in the whole process; it takes no weights of 8 bits.
+        zero = read_config(cfg.deepspeed_config).get("zero_optimization", {})
+        taken = zero.get("stage") != 3 or zero.get("memory_efficient_linear") is False
+        what = 'bf16 or fp32 with ZeRO stage 3, unless zero_optimization has "memory_efficient_linear": false'
+        cfg.check("teacher_dtype", taken, what)
 
 
 def teacher_settings(dtype: str, *, keep: list[str] | None = None) -> dict[str, Any]:

@@ -188,6 +188,9 @@ def test_bad_flags(attempt: Attempt) -> None:
     assert "device or sharded for teachers in int8" in attempt(
         "--teacher-dtype", "int8", "--teacher-placement", "zero3"
     )
+    assert '--teacher-dtype must be bf16 or fp32 with ZeRO stage 3, unless zero_optimization has "memory_ef' in attempt(
+        "--teacher-dtype", "int8", "--deepspeed-config", "zero3_bf16.json"
+    )
     assert "--teachers nowhere/x/y" in attempt("--teachers", "nowhere/x/y", "--kd-ratio", 1)
 
 
@@ -244,12 +247,14 @@ def test_dialogues_train_their_answers_and_the_export_has_the_template(words: li
 def test_where_weights_lie_and_in_how_many_bits_changes_little(taught: Path, words: list[str], tmp_path: Path) -> None:
     """On two ranks: ZeRO-3 with its weights and optimizer in CPU memory, a teacher split by ZeRO-3, one in 8 bits."""
     flags = ["--teachers", taught / "teacher", "--kd-ratio", 0.9, "--deepspeed-config"]
+    plain = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "memory_efficient_linear": False}}
+    (tmp_path / "plain_linear.json").write_text(json.dumps(plain))
     one = train(words, tmp_path, "one", *flags, "zero1_bf16.json", ranks=2)
     for name, *changed in (
         ("offload", "zero3_bf16_offload.json"),
         ("chunks", "zero3_bf16_offload.json", "--logits-mib", 0, "--gradient-checkpointing"),
         ("split", "zero3_bf16.json", "--teacher-placement", "zero3"),
-        ("int8", "zero3_bf16.json", "--teacher-dtype", "int8", "--logits-mib", 0),
+        ("int8", tmp_path / "plain_linear.json", "--teacher-dtype", "int8", "--logits-mib", 0),
     ):
         assert values(train(words, tmp_path, name, *flags, *changed, ranks=2)) == pytest.approx(values(one), rel=0.01)
 
