@@ -37,9 +37,14 @@ PREPARED = "prepared"  # what prepare.sh made, for all studies, or in the folder
 LONGEST = "longest"
 # (what it is, study, arm, its teacher) of the table of what was found.
 FOUND = (
-    ("BERT, runs that leave its plateau alone; a larger teacher in the first 20 %", "bert_long", "large", "good"),
+    (
+        "BERT, 2 layers, long enough to leave its early plateau alone; a larger teacher in the first 20 %",
+        "bert_long",
+        "large",
+        "good",
+    ),
     ("the same; a teacher of its own size, to the end", "bert_long", "long", "long"),
-    ("BERT, runs that do not; a larger teacher to the end", "bert", "kd", "good"),
+    ("the same BERT, too short to leave it alone; a larger teacher to the end", "bert", "kd", "good"),
     ("ResNet-8, CIFAR-10; a teacher of its own size", "resnet_window", "kd", "resnet8_16"),
     ("ResNet-8, photographs; a larger teacher", "imagenette", "kd", "imagenette20"),
 )
@@ -445,20 +450,23 @@ def found() -> str:
         unit = " %" if study.metric == "eval/accuracy" else ""
         ours, steps = saved.steps
         alone, with_it = saved.seconds
+        once = prepared(f"teachers/{teacher}", "train_s", study=name)
+        students = math.ceil(float(once) / (alone - with_it)) if with_it < alone else 0
         rows.append([
             setting, f"{steps}", *(f"{quality(name, steps, one, digits)}{unit}" for one in (study.baseline, arm)),
             f"{ours}", f"{saved.cost[0]:.2f}",
-            f"{alone:.0f} → {with_it:.0f}, times {with_it / alone:.2f}", f"{prepared(f'teachers/{teacher}', 'train_s', study=name)} s",
+            f"{alone:.0f} → {with_it:.0f} ({with_it / alone:.2f})", f"{once} s", f"{students} students" if students else "never",
         ])  # fmt: skip
     head = [
-        "student and teacher",
+        "student; teacher",
         "steps",
         "alone",
-        "with it",
-        "as good after, in every seed",
-        "a step costs, times",
+        "distilled",
+        "as good after",
+        "a step costs",
         "seconds",
-        "its training",
+        "teacher's training",
+        "paid back after",
     ]
     return table(head, rows)
 
