@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from kd_core.cache.records import Layout, read_header
+from kd_core.images import classifiers
+from kd_core.images.resnets import Classifier, build_net
 from tests import warm
 from tests.conftest import ROOT, cpu_environment
 
@@ -208,3 +211,14 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image = Image.fromarray((scan * (255 / 16)).astype("uint8")).resize((32, 32), Image.Resampling.BICUBIC)
         image.convert("RGB").save(folder / f"{number:04d}.jpg", quality=95)
     return root
+
+
+def guessing(folder: Path, seed: int, classes: int = 10) -> Path:
+    """A classifier of random weights that is sure of its guesses, so that of two neither is the best alone."""
+    torch.manual_seed(seed)
+    net = build_net("resnet8", classes)
+    net.fc.weight.data *= 20
+    folder.mkdir()
+    whole = Classifier(net, mean=[0.5] * 3, std=[0.5] * 3)
+    classifiers.save(folder, whole, net.state_dict(), list(map(str, range(classes))), image_size=32)
+    return folder

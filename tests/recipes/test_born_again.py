@@ -10,11 +10,10 @@ import torch
 
 from kd_core.images import classifiers
 from kd_core.images.batches import build
-from kd_core.images.resnets import Classifier, build_net
 from recipes.logits.born_again import Config, main, stages
 from tests import warm
 from tests.conftest import ROOT
-from tests.recipes.conftest import Attempt, metrics
+from tests.recipes.conftest import Attempt, guessing, metrics
 
 RECIPE = ROOT / "recipes" / "logits" / "born_again.py"
 SMALL = "--data synthetic:10x32 --global-batch-size 16 --micro-batch-size 8 --log-every 1 --teacher-dtype fp32".split()
@@ -24,17 +23,6 @@ def generation(folder: Path, *words: object, ranks: int = 1) -> tuple[list[dict[
     done = warm.ranks(ranks, [RECIPE, *SMALL, "--generations", 1, "--out", folder, *words])
     assert done.returncode == 0, done.stderr[-3000:]
     return metrics(folder), json.loads((folder / "run.json").read_text())
-
-
-def guess(folder: Path, seed: int, classes: int = 10) -> Path:
-    """A network of random weights that is sure of its guesses: of two, neither is the best alone."""
-    torch.manual_seed(seed)
-    net = build_net("resnet8", classes)
-    net.fc.weight.data *= 20
-    folder.mkdir()
-    whole = Classifier(net, mean=[0.5] * 3, std=[0.5] * 3)
-    classifiers.save(folder, whole, net.state_dict(), list(map(str, range(classes))), image_size=32)
-    return folder
 
 
 def by_hand(pair: list[Path]) -> float:
@@ -50,7 +38,7 @@ def by_hand(pair: list[Path]) -> float:
 
 
 def test_a_generation_is_trained_by_its_equation_with_the_alpha_of_two_others(tmp_path: Path) -> None:
-    first, second = (guess(tmp_path / f"guess{seed}", seed) for seed in (1, 2))
+    first, second = (guessing(tmp_path / f"guess{seed}", seed) for seed in (1, 2))
     lines, record = generation(tmp_path / "auto", "--steps", 3, "--teachers", first, "--alpha-from", first, second)
     assert 0.1 < record["alpha"] < 0.9
     assert record["alpha"] == pytest.approx(by_hand([first, second]), abs=3e-4)
@@ -64,7 +52,7 @@ def test_a_generation_is_trained_by_its_equation_with_the_alpha_of_two_others(tm
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    first, second = (guess(tmp_path / f"guess{seed}", seed) for seed in (1, 2))
+    first, second = (guessing(tmp_path / f"guess{seed}", seed) for seed in (1, 2))
     words = ["--label-noise", 0.2, "--teachers", first, "--alpha-from", first, second, "--steps", 6]
     (one, its), (two, theirs) = (generation(tmp_path / f"of_{ranks}", *words, ranks=ranks) for ranks in (1, 2))
     assert theirs["alpha"] == pytest.approx(its["alpha"], rel=1e-5)
@@ -108,5 +96,5 @@ def test_bad_input_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for classes in (4, 10):
-        guess(tmp_path / f"of_{classes}", 1, classes)
+        guessing(tmp_path / f"of_{classes}", 1, classes)
     assert message in Attempt(main, [*SMALL], tmp_path, capsys)(*words.split())
