@@ -5,7 +5,7 @@ the parts of kd_core/images and kd_core/cache/images.py that stand behind it.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from kd_core.cache import images as cached
 from kd_core.images import batches, classifiers, evaluation
 from kd_core.images.flags import ClassifierFlags, TeacherViewFlags
 from kd_core.images.resnets import average_batch_norm
+from kd_core.images.sources import ImageSet, Split
 from kd_core.teachers.flags import TeacherFlags
 from kd_core.training.engine import Engine
 from kd_core.training.loop import Run
@@ -29,6 +30,7 @@ class Task:
 
     Args:
         run: of a recipe whose Config has `Flags`.
+        prepare: `cached.prepare`, or what checks and reads more beside it.
 
     Attributes:
         data: the images; `data.classes` are their names.
@@ -38,9 +40,11 @@ class Task:
         FileNotFoundError, ValueError: as `kd_core.cache.images.prepare` and `gather`.
     """
 
-    def __init__(self, run: Run[Any]) -> None:
+    def __init__(
+        self, run: Run[Any], prepare: Callable[[Any], tuple[ImageSet, dict[str, int]]] = cached.prepare
+    ) -> None:
         self._run, self._cfg = run, run.cfg
-        self.data, self._views = run.prepare(cached.prepare)
+        self.data, self._views = run.prepare(prepare)
         self.teachers = cached.gather(run, self.data, self.score)
 
     def score(self, model: Any, shaped: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
@@ -56,9 +60,14 @@ class Task:
         model = classifiers.build_student(name or self._cfg.student, self.data.classes, seed=self._cfg.seed)
         return self._run.engine(model, classifiers.sgd(self._cfg, model), name=engine, after=average_batch_norm)
 
-    def batches(self) -> Iterator[batches.Step]:
-        """Of training images, one a step; as the caches of --teachers saw them."""
-        return batches.batches(self._run, self.data, **self._views)
+    def batches(self, train: Split | None = None, part: range | None = None) -> Iterator[batches.Step]:
+        """Of training images, one a step; as the caches of --teachers saw them.
+
+        Args:
+            train: other images than the data's, and `part` the steps that see them.
+        """
+        data = self.data if train is None else replace(self.data, train=train)
+        return batches.batches(self._run, data, part, **self._views)
 
     def export(self, student: Engine) -> None:
         """Writes the classifier into the run's hf/; call on every rank."""

@@ -384,9 +384,9 @@ def received(sent: Iterable[MicroBatch | bytes], *, pin_memory: bool) -> Iterato
         yield one
 
 
-def steps(batches: TrainBatches, first: int, *, workers: int) -> Iterator[Step]:
-    """The optimizer steps from number `first` on."""
-    micros = load(batches, range(first * batches.accum, batches.steps * batches.accum), workers=workers)
+def steps(batches: TrainBatches, numbers: range, *, workers: int) -> Iterator[Step]:
+    """The optimizer steps of these numbers."""
+    micros = load(batches, range(numbers.start * batches.accum, numbers.stop * batches.accum), workers=workers)
     while group := list(itertools.islice(micros, batches.accum)):
         yield Step(group, batches.global_batch_size)
 
@@ -414,10 +414,11 @@ def corrupt_limit(run: Run[Any], images: int) -> Callable[[loop.Step], None]:
     return check
 
 
-def batches(run: Run[Any], data: ImageSet, **views: int) -> Iterator[Step]:
+def batches(run: Run[Any], data: ImageSet, part: range | None = None, /, **views: int) -> Iterator[Step]:
     """The run's optimizer steps from where it stands; images that cannot be decoded stop it above --max-corrupt.
 
     Args:
+        part: only those of these numbers, where other steps have other images; None: all.
         views: `view_seed` and `view_patterns` of `TrainBatches`, where caches have their own.
 
     Raises:
@@ -430,5 +431,10 @@ def batches(run: Run[Any], data: ImageSet, **views: int) -> Iterator[Step]:
         nvjpeg=cfg.decoder == "nvjpeg" and data.train.encoded is not None, **views,
     )  # fmt: skip
     check = corrupt_limit(run, len(data.train))
-    ahead = steps(made, run.first, workers=num_workers(cfg.workers, data.train, cfg.randaugment))
+    part = part or range(cfg.steps)
+    ahead = steps(
+        made,
+        range(max(part.start, run.first), part.stop),
+        workers=num_workers(cfg.workers, data.train, cfg.randaugment),
+    )
     return (replace(step, check=check) for step in ahead)

@@ -18,7 +18,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -116,6 +116,38 @@ class Subset(NamedTuple):
         return self.whole.read(int(self.numbers[index]))
 
 
+class Joined(NamedTuple):
+    """The images of one source, then those of another."""
+
+    first: Encoded
+    second: Encoded
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def name(self, index: int) -> str:
+        return self.first.name(index) if index < len(self.first) else self.second.name(index - len(self.first))
+
+    def read(self, index: int) -> bytes:
+        return self.first.read(index) if index < len(self.first) else self.second.read(index - len(self.first))
+
+
+class Decoded(NamedTuple):
+    """Images held decoded, as files: for where they stand beside such that are not."""
+
+    pixels: np.ndarray  # uint8 [N, H, W, 3]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def read(self, index: int) -> bytes:
+        height, width = self.pixels.shape[1:3]
+        return b"P6 %d %d 255\n" % (width, height) + self.pixels[index].tobytes()
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Images of one split, encoded or decoded."""
@@ -131,6 +163,19 @@ class Split:
         """The images `rows`; of those held decoded a copy."""
         encoded = None if self.encoded is None else Subset(self.encoded, rows)
         return Split(self.labels[rows], encoded, None if self.pixels is None else self.pixels[rows])
+
+    def joined(self, other: "Split") -> "Split":
+        """These images, then those of `other`; a copy of the pixels where both are held decoded in one size."""
+        labels = np.concatenate([self.labels, other.labels])
+        if self.pixels is not None and other.pixels is not None and self.pixels.shape[1:] == other.pixels.shape[1:]:
+            return Split(labels, pixels=np.concatenate([self.pixels, other.pixels]))
+        return Split(labels, Joined(self._files(), other._files()))
+
+    def _files(self) -> Encoded:
+        if self.encoded is not None:
+            return self.encoded
+        assert self.pixels is not None
+        return Decoded(self.pixels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +273,34 @@ def prepare(source: str, *, decoded_gib: float, max_corrupt: float, progress: bo
         for name in ("train", "validation")
     )
     return ImageSet(source, facts["fingerprint"], tuple(facts["classes"]), train, validation)
+
+
+def prepare_unlabelled(source: str, *, flag: str, **settings: Any) -> tuple[Split, str]:
+    """Images whose labels are not read, and a fingerprint of them: all those below a folder, or another source's for training.
+
+    Args:
+        source: a folder of images, laid out as it likes; or as `prepare`, which takes the `settings`.
+        flag: that names it.
+
+    Returns:
+        the images, labelled -1, and what changes when they do.
+
+    Raises:
+        FileNotFoundError, ValueError: as `prepare`.
+    """
+    path = Path(source).expanduser().absolute()
+    listing = files_below(path, _is_image, UNREAD_SUFFIXES) if path.is_dir() else None
+    if listing is not None and listing.names:
+        listing.check(f"{flag} {source}")
+        names = sorted(listing.names)
+        digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+        files = Files(str(path), np.array([os.fsencode(name) for name in names]), None)
+        return Split(np.full(len(names), -1), files), digest
+    try:
+        data = prepare(source, **settings)
+    except (ValueError, OSError) as error:
+        raise type(error)(str(error).replace("--data", flag)) from error
+    return replace(data.train, labels=np.full(len(data.train), -1)), data.fingerprint
 
 
 def check_corrupt(corrupt: int, images: int, max_corrupt: float, source: str) -> None:

@@ -99,7 +99,7 @@ def main() -> int:
         images.smaller(data.train, base.view), base.view, 10**6, 0, base.global_batch_size, base.micro_batch_size, 0, 1,
         **(cache_images.views(cached, data) if args.cache else {}),
     )  # fmt: skip
-    batches: Iterator[images.Step] = images.steps(train, 0, workers=0)
+    batches: Iterator[images.Step] = images.steps(train, range(train.steps), workers=0)
     models = {}
     for name in args.teachers:
         model = resnets.Classifier(resnets.build_net(name, len(classes)), autocast=CUDA).eval()

@@ -19,6 +19,7 @@ import torch
 import torchvision
 from transformers import AutoConfig
 
+from kd_core.images import selection
 from kd_core.runs import chain
 from kd_core.teachers import pool
 from kd_core.text import pretrained, probes
@@ -99,7 +100,7 @@ def build(recipe: Path) -> dict[str, list[dict[str, Any]]]:
     Run.prepare, Run.engine, Run.plain_engine, Run.steps = prepared, engine, engine, steps  # type: ignore[method-assign, assignment]
     Run.keep, Run.position, Run.first, Run.complete, pool.gather = MagicMock(), None, 0, 0, gather  # type: ignore[method-assign, misc]
     pretrained.load_pretrained = of_the_hub  # before a recipe's parts are imported, which take it from there
-    chain.run = first_stage
+    chain.run, selection.kept = first_stage, MagicMock()
     probes.require_head = probes.require_isolation = MagicMock()  # which read what a model computes
     main = runpy.run_path(str(recipe))["main"]
     try:
