@@ -16,6 +16,7 @@ from kd_core.images.flags import ClassifierFlags, TeacherViewFlags
 from kd_core.images.resnets import average_batch_norm
 from kd_core.images.sources import ImageSet, Split
 from kd_core.teachers.flags import TeacherFlags
+from kd_core.teachers.pool import Ask
 from kd_core.training.engine import Engine
 from kd_core.training.loop import Run
 
@@ -31,6 +32,7 @@ class Task:
     Args:
         run: of a recipe whose Config has `Flags`.
         prepare: `cached.prepare`, or what checks and reads more beside it.
+        ask: what teachers are asked for in place of logits, as of `pool.gather`.
 
     Attributes:
         data: the images; `data.classes` are their names.
@@ -41,23 +43,28 @@ class Task:
     """
 
     def __init__(
-        self, run: Run[Any], prepare: Callable[[Any], tuple[ImageSet, dict[str, int]]] = cached.prepare
+        self,
+        run: Run[Any],
+        prepare: Callable[[Any], tuple[ImageSet, dict[str, int]]] = cached.prepare,
+        ask: Ask | None = None,
     ) -> None:
         self._run, self._cfg = run, run.cfg
         self.data, self._views = run.prepare(prepare)
-        self.teachers = cached.gather(run, self.data, self.score)
+        self.teachers = cached.gather(run, self.data, self.score, ask=ask)
 
     def score(self, model: Any, shaped: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Loss, accuracy and calibration of `model` on the validation images; `shaped` as of `evaluation.evaluate`."""
         return evaluation.evaluate(self._cfg, self.data, model, shaped=shaped)
 
-    def student(self, name: str = "", engine: str = "student") -> Engine:
+    def student(self, name: str = "", engine: str = "student", *, subclasses: int = 1) -> Engine:
         """The engine of --student, a classifier of the data's classes, with the flags' SGD.
 
         Args:
             name: another network than --student, and `engine` its name in the log, where a method trains two.
+            subclasses: outputs for each class.
         """
-        model = classifiers.build_student(name or self._cfg.student, self.data.classes, seed=self._cfg.seed)
+        shape = {"seed": self._cfg.seed, "subclasses": subclasses}
+        model = classifiers.build_student(name or self._cfg.student, self.data.classes, **shape)
         return self._run.engine(model, classifiers.sgd(self._cfg, model), name=engine, after=average_batch_norm)
 
     def batches(self, train: Split | None = None, part: range | None = None) -> Iterator[batches.Step]:

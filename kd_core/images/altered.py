@@ -1,4 +1,4 @@
-"""Training images that a run holds out, and labels that it has wrong: functions of the data alone, the same in every run."""
+"""Training images that a run holds out, labels that it has wrong, classes taken as one: functions of the data alone, the same in every run."""
 
 from dataclasses import replace
 
@@ -32,3 +32,23 @@ def with_label_noise(data: ImageSet, share: float) -> ImageSet:
     wrong = (labels + 1 + (other * (classes - 1)).astype(np.int64)) % classes
     train = Split(np.where(chosen < share, wrong, labels), data.train.encoded, data.train.pixels)
     return replace(data, train=train, fingerprint=f"{data.fingerprint}, {share} wrong")
+
+
+def merged(data: ImageSet, count: int) -> ImageSet:
+    """`data` with `count` classes, each of those whose numbers leave its own as remainder; which one it was is kept as `parts`.
+
+    Raises:
+        ValueError: that are no fewer classes.
+    """
+    if count >= len(data.classes):
+        raise ValueError(f"--merge-classes {count} of the {len(data.classes)} classes of --data are no fewer; give less")
+
+    def of(split: Split) -> Split:
+        return replace(split, labels=split.labels % count, parts=split.labels // count)
+
+    classes = tuple("+".join(data.classes[number::count]) for number in range(count))
+    held_out = None if data.held_out is None else of(data.held_out)
+    return replace(
+        data, classes=classes, train=of(data.train), validation=of(data.validation), held_out=held_out,
+        fingerprint=f"{data.fingerprint}, merged",
+    )  # fmt: skip

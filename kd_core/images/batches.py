@@ -396,7 +396,9 @@ def build(cfg: ImageFlags) -> ImageSet:
     data = prepare(cfg.data, decoded_gib=cfg.decoded_gib, max_corrupt=cfg.max_corrupt, progress=local_rank() == 0)
     if cfg.held_out:
         data = altered.hold_out(data, cfg.held_out)
-    return altered.with_label_noise(data, cfg.label_noise) if cfg.label_noise else data
+    if cfg.label_noise:
+        data = altered.with_label_noise(data, cfg.label_noise)
+    return altered.merged(data, cfg.merge_classes) if cfg.merge_classes else data
 
 
 def corrupt_limit(run: Run[Any], images: int) -> Callable[[loop.Step], None]:

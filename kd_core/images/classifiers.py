@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_core.images.flags import ClassifierFlags, ImageFlags
-from kd_core.images.resnets import NAMES, BatchNorm, Classifier, build_net, fold_batch_norm
+from kd_core.images.resnets import LARGE, NAMES, BatchNorm, Classifier, build_net, fold_batch_norm
 from kd_core.runs.sources import model_source
 from kd_core.system.checked import read_json
 from kd_core.system.files import replace_folder
@@ -45,7 +45,8 @@ def load_net(folder: str, flag: str) -> tuple[nn.Module, dict[str, Any]]:
         config = read_json(source / "config.json")
         if "classes" not in config:
             raise ValueError("its config.json describes no classifier; give a run folder of an image recipe")
-        net = build_net(config["model"], len(config["classes"]), blurpool=config["blurpool"])
+        shape = {"blurpool": config["blurpool"], "subclasses": config.get("subclasses", 1)}
+        net = build_net(config["model"], len(config["classes"]), **shape)
         net.load_state_dict(load_file(source / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join((str(error) or repr(error)).split())[
@@ -72,30 +73,51 @@ def check_source(path: str, flag: str) -> None:
 
 
 def check_student(path: str, flag: str = "--student") -> None:
-    """Raises ValueError or FileNotFoundError unless `path` is a folder that holds a model."""
-    if not Path(path).exists():
+    """Raises ValueError or FileNotFoundError unless `path` is a folder that holds a model, or a known size with torchvision's weights."""
+    if path.partition(":")[0] in LARGE and not Path(path).exists():
+        check_source(path, flag)
+    elif not Path(path).exists():
         raise ValueError(
-            f"{flag} {path} is no folder and no known size; give a run folder or one of {', '.join(NAMES)}"
+            f"{flag} {path} is no folder and no known size; give a run folder or one of {', '.join(NAMES)}, a large one also with "
+            "weights of torchvision, such as resnet50:IMAGENET1K_V2"
         )
-    model_source(path, flag)
+    else:
+        model_source(path, flag)
 
 
 def build_student(
-    name: str, classes: Sequence[str], *, seed: int, blurpool: bool = False, last_bias: float | None = None
+    name: str,
+    classes: Sequence[str],
+    *,
+    seed: int,
+    blurpool: bool = False,
+    last_bias: float | None = None,
+    subclasses: int = 1,
 ) -> Classifier:
-    """A randomly initialised network of `resnets.NAMES`, or a run's.
+    """A randomly initialised network of `resnets.NAMES`, one with torchvision's weights, or a run's.
 
     Args:
         blurpool, last_bias: of `build_net`, for a random one.
+        subclasses: of `build_net`.
 
     Raises:
-        ValueError: neither, or a run on other classes.
+        ValueError: none of these, or a run on other classes or with other subclasses.
     """
     torch.manual_seed(seed)
     if name in NAMES:
-        return Classifier(build_net(name, len(classes), blurpool=blurpool, last_bias=last_bias))
+        shape = {"blurpool": blurpool, "last_bias": last_bias, "subclasses": subclasses}
+        return Classifier(build_net(name, len(classes), **shape))
     check_student(name)
-    return load_classifier(name, classes, flag="--student", size=0)
+    model = load_classifier(name, classes, flag="--student", size=0)
+    if model.subclasses != subclasses:
+        raise ValueError(
+            f"--student {name} has {model.subclasses} outputs for each class, the run {subclasses}; give a run that has as many, or a size"
+        )
+    if not hasattr(model.net, "built_as"):  # torchvision's own, whose normalisation is not in float32 whatever the weights
+        net = build_net(name.partition(":")[0], len(classes))
+        net.load_state_dict(model.net.state_dict())
+        model.net = net
+    return model
 
 
 def sgd(cfg: ClassifierFlags, model: nn.Module) -> torch.optim.SGD:

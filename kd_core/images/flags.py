@@ -43,6 +43,8 @@ class ImageFlags(Flags):
     """Share of the training images that is not trained on, the same ones in every run; for methods that choose by them."""
     label_noise: float = 0.0
     """Share of the training images with a wrong label, the same in every run; validation and held-out labels stay."""
+    merge_classes: int = 0
+    """Learn this many classes, each of those of --data whose numbers have its remainder; 2: even and odd; 0: as they are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +54,7 @@ class ImageFlags(Flags):
         self.check("max_corrupt", 0 <= self.max_corrupt < 1, "in [0, 1)")
         for name in ("held_out", "label_noise"):
             self.check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self.check("merge_classes", self.merge_classes == 0 or self.merge_classes >= 2, "0, or at least 2")
         self.check("min_scale", 0 < self.min_scale <= 1, "in (0, 1]")
         self.check("decoded_gib", 0 <= self.decoded_gib < math.inf, "a finite number, at least 0")
         self.check("randaugment", 0 <= self.randaugment <= 30, "in 0 to 30")
@@ -87,7 +90,8 @@ class ClassifierFlags(TrainFlags, ImageFlags):
 
     GROUP: ClassVar[str] = "model"
     student: str = "resnet8"
-    """resnet8 to resnet110 (6n + 2, for 32 x 32), torchvision's resnet18 to resnet152 and wide ones, or a run folder."""
+    """resnet8 to resnet110 (6n + 2, for 32 x 32), torchvision's resnet18 to resnet152 and wide ones, these also with
+    torchvision's weights (resnet50:IMAGENET1K_V2), or a run folder."""
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 5e-4

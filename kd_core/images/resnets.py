@@ -138,6 +138,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.net, self.size, self.autocast, self.mean, self.std = net, size, autocast, tuple(mean), tuple(std)
         mean_311, std_311 = (torch.tensor(values)[:, None, None] for values in (mean, std))
+        self.subclasses: int = getattr(net, "built_as", {}).get("subclasses", 1)
         self.scale = nn.Buffer(1 / (255 * std_311), persistent=False)
         self.shift = nn.Buffer(-mean_311 / std_311, persistent=False)
 
@@ -145,34 +146,40 @@ class Classifier(nn.Module):
         return (pixels.float() * self.scale).add_(self.shift)  # on a CPU 3 times as fast as with the uint8 factor
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, H, W], uint8 or float in [0, 255] -> logits [B, C]."""
+        """pixels [B, 3, H, W], uint8 or float in [0, 255] -> logits [B, C]; in training those of all subclasses, [B, C * S]."""
         if self.size is not None and self.size != pixels.shape[-1]:
             pixels = resize(pixels, [self.size, self.size], antialias=True)
         x = self.normalize(pixels)
         bf16 = torch.autocast(x.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
         with bf16:  # an engine's own autocast stays on
             # Under DeepSpeed's bf16 the weights say what the network computes in.
-            return self.net(x if self.autocast else x.to(next(self.net.parameters()).dtype))
+            logits = self.net(x if self.autocast else x.to(next(self.net.parameters()).dtype))
+        if self.subclasses == 1 or self.training:
+            return logits
+        return logits.float().unflatten(1, (-1, self.subclasses)).logsumexp(-1)
 
 
-def build_net(name: str, num_classes: int, *, blurpool: bool = False, last_bias: float | None = None) -> nn.Module:
+def build_net(
+    name: str, num_classes: int, *, blurpool: bool = False, last_bias: float | None = None, subclasses: int = 1
+) -> nn.Module:
     """A randomly initialised network whose residual blocks begin as the identity.
 
     Args:
         name: one of SMALL or LARGE.
+        subclasses: outputs for each class, one after the other, which a `Classifier` sums.
         last_bias: of the last layer, such as -log C for binary cross-entropy: every class begins at probability 1 / C.
     """
     if name in SMALL:
-        net: Any = SmallResNet(int(name.removeprefix("resnet")), num_classes)
+        net: Any = SmallResNet(int(name.removeprefix("resnet")), num_classes * subclasses)
     else:
         net = torchvision.models.get_model(
-            name, weights=None, num_classes=num_classes, zero_init_residual=True, norm_layer=BatchNorm
+            name, weights=None, num_classes=num_classes * subclasses, zero_init_residual=True, norm_layer=BatchNorm
         )
     if blurpool:
         add_blurpool(net)
     if last_bias is not None:
         nn.init.constant_(net.fc.bias, last_bias)
-    net.built_as = {"model": name, "blurpool": blurpool}
+    net.built_as = {"model": name, "blurpool": blurpool} | ({"subclasses": subclasses} if subclasses > 1 else {})
     return net
 
 

@@ -155,6 +155,7 @@ class Split:
     labels: np.ndarray  # int64 [N]
     encoded: Encoded | None = None
     pixels: np.ndarray | None = None  # uint8 [N, H, W, 3]
+    parts: np.ndarray | None = None  # int64 [N], which of the classes that a label stands for, where they were merged
 
     def __len__(self) -> int:
         return len(self.labels)

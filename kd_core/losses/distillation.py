@@ -10,6 +10,7 @@ from torch import Tensor
 from kd_core.kernels.softmax_kl import softmax_kl, softmax_kl_sum
 from kd_core.kernels.softmax_kl_reference import js_scale
 from kd_core.losses.divergences import skew_kl, total_variation
+from kd_core.losses.targets import mean_probabilities
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "total_variation", "mse"]
 DIRECTIONS = {"forward_kl": "forward", "reverse_kl": "reverse"}  # the kernels' words for a KL
@@ -21,8 +22,7 @@ def mean_teacher_logits(
 ) -> Tensor:
     """Logits of one teacher that stands for several; one teacher is returned as it is.
 
-    `probabilities`: `temperature * log(mean_i softmax(logits_i / temperature))`, so that any divergence at that
-    temperature sees the mean of their probabilities, the ensemble of Hinton et al. 2015. `logits`: the mean of their
+    `probabilities`: `targets.mean_probabilities`, so that any divergence at that temperature sees their mean. `logits`: the mean of their
     logits, a normalised geometric mean of the probabilities, as in the code that the authors of arXiv 2211.00683
     released.
 
@@ -39,9 +39,7 @@ def mean_teacher_logits(
         return functools.reduce(torch.add, (logits_NV.float() for logits_NV in teacher_logits_NV)) / len(
             teacher_logits_NV
         )
-    log_probs_NV = (torch.log_softmax(logits_NV.float() / temperature, -1) for logits_NV in teacher_logits_NV)
-    # The missing -log(n) is the same for every column: softmax removes it.
-    return functools.reduce(torch.logaddexp, log_probs_NV).mul_(temperature)
+    return mean_probabilities(teacher_logits_NV, temperature=temperature)
 
 
 def kernel_form(divergence: Divergence, beta: float) -> tuple[dict[str, Any], float] | None:

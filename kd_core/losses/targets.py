@@ -3,6 +3,9 @@
 Shape letters: N rows, V columns.
 """
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,3 +52,27 @@ def alpha_star(terms: Tensor) -> float:
     """
     product, square = terms.tolist()
     return min(1.0, max(0.0, product / square)) if square else 1.0
+
+
+def mean_probabilities(teacher_logits: Sequence[Tensor], *, temperature: float = 1.0) -> Tensor:
+    """Logits whose softmax at the temperature is the mean of the teachers' there, float32 [N, V]; no gradient reaches the teachers.
+
+    The softmax of the mean of their logits is another one, a normalised geometric mean. A divergence that is linear in the teacher, as forward KL
+    is, has towards this target the mean gradient of those towards each: one teacher drawn a step is right in expectation.
+
+    Args:
+        teacher_logits: float [N, V] each, without padded columns.
+        temperature: tau > 0; the one that the divergence will divide by.
+
+    Source: the ensemble of Hinton et al. 2015; as the only target MEAL V2, arXiv 2009.08453.
+    """
+    log_probs_NV = (torch.log_softmax(logits_NV.detach().float() / temperature, -1) for logits_NV in teacher_logits)
+    # The missing -log(n) is the same for every column: softmax removes it.
+    return functools.reduce(torch.logaddexp, log_probs_NV).mul_(temperature)
+
+
+def confused(teacher_logits_NV: Tensor, classes: int) -> Tensor:
+    """The logits of a teacher that takes each of the first `classes` for the next, and the last of them for the first; of 0 as they are."""
+    if not classes:
+        return teacher_logits_NV
+    return torch.cat([teacher_logits_NV[:, :classes].roll(1, 1), teacher_logits_NV[:, classes:]], 1)

@@ -4,7 +4,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -44,3 +45,35 @@ def features(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]
         raise RuntimeError(
             f"no forward has passed the layer {missed[0]!r}; is the model compiled, or another one called?"
         )
+
+
+def head(model: nn.Module) -> nn.Linear:
+    """The last linear layer of a classifier.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layer, whose input would be its embedding")
+    return layers[-1]
+
+
+def embed(model: nn.Module, *inputs: Any) -> tuple[Any, Tensor]:
+    """What `model` gives, and its embeddings: what its `head` was given."""
+    taken: list[Tensor] = []
+    hook = head(model).register_forward_pre_hook(lambda _, given: taken.append(given[0]))
+    try:
+        output = model(*inputs)
+    finally:
+        hook.remove()
+    return output, taken[-1]
+
+
+@torch.no_grad()
+def embed_evaluated(model: nn.Module, *inputs: Any) -> Tensor:
+    """The embeddings of a model in training as it is evaluated, which leaves its running statistics alone."""
+    model.eval()
+    embeddings = embed(model, *inputs)[1]
+    model.train()
+    return embeddings

@@ -126,7 +126,11 @@ def test_the_full_size_networks_of_the_command_can_be_built(recipe: Path, tmp_pa
         "bd_kd": {"student": 11.7e6, "teacher": 21.8e6},
         "born_again": {"student": 25.6e6},
         "mix_kd": {"student": 11.7e6, "resnet34": 21.8e6},
+        "lelp": {"student": 13.2e6, "resnet50": 25.6e6},
+        "meal_v2": {"student": 25.6e6, "resnet152": 60.2e6, "wide_resnet101_2": 126.9e6},
         "pld": {"student": 11.7e6, "resnet152": 60.2e6},
+        "ssld": {"student": 11.7e6, "resnet152": 60.2e6},
+        "tgeo_kd": {"student": 11.7e6, "ratio": 288_577, "resnet34": 21.8e6},
     }
     published["causal_lm_kd"] = {
         "student": 134.5e6, "HuggingFaceTB/SmolLM2-360M": 361.8e6, "HuggingFaceTB/SmolLM2-1.7B": 1711e6

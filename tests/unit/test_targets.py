@@ -1,4 +1,4 @@
-"""Targets: logits in units of their deviation; labels and a generation before, and the share of each."""
+"""Targets: logits in units of their deviation; labels and a generation before, and the share of each; the mean of several teachers."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from kd_core.losses.divergences import forward_kl
 from kd_core.losses.labels import label_loss
-from kd_core.losses.targets import alpha_star, alpha_terms, standardise
+from kd_core.losses.targets import alpha_star, alpha_terms, mean_probabilities, standardise
 
 N, V = 6, 9
 
@@ -125,3 +125,28 @@ def test_two_squared_errors_have_the_gradient_of_one_to_the_mixed_target() -> No
     mixed = label_loss(student, alpha * truth + (1 - alpha) * previous, kind="brier")
     (theirs,) = torch.autograd.grad(mixed.sum(), student)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+def test_the_mean_of_probabilities_is_that_of_the_softened_ones_and_no_mean_of_logits(tau: float) -> None:
+    teachers = [logits(seed).requires_grad_() for seed in range(3)]
+    given = mean_probabilities(teachers, temperature=tau)
+    wanted = torch.stack([(one.double() / tau).softmax(1) for one in teachers]).mean(0)
+    torch.testing.assert_close((given / tau).softmax(1).double(), wanted, rtol=1e-5, atol=1e-7)
+    assert given.dtype == torch.float32 and not given.requires_grad
+    of_logits = (sum(one.double() for one in teachers) / 3 / tau).softmax(1)  # type: ignore[union-attr]
+    assert (of_logits - wanted).abs().max() > 0.01
+    alone = mean_probabilities(teachers[:1], temperature=tau)
+    torch.testing.assert_close((alone / tau).softmax(1), (teachers[0] / tau).softmax(1))
+
+
+def test_one_drawn_teacher_has_in_expectation_the_gradient_of_the_mean() -> None:
+    student, teachers = logits(7).requires_grad_(), [logits(seed) for seed in range(4)]
+
+    def gradient(target: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(forward_kl(student, target, temperature=2.0).sum(), student)[0]
+
+    drawn = torch.stack([gradient(one) for one in teachers]).mean(0)
+    torch.testing.assert_close(drawn, gradient(mean_probabilities(teachers, temperature=2.0)), rtol=1e-4, atol=1e-6)
+    geometric = torch.stack(teachers).mean(0)
+    assert (drawn - gradient(geometric)).abs().max() > 0.01
