@@ -41,7 +41,9 @@ def merged(data: ImageSet, count: int) -> ImageSet:
         ValueError: that are no fewer classes.
     """
     if count >= len(data.classes):
-        raise ValueError(f"--merge-classes {count} of the {len(data.classes)} classes of --data are no fewer; give less")
+        raise ValueError(
+            f"--merge-classes {count} of the {len(data.classes)} classes of --data are no fewer; give less"
+        )
 
     def of(split: Split) -> Split:
         return replace(split, labels=split.labels % count, parts=split.labels // count)

@@ -113,7 +113,9 @@ def build_student(
         raise ValueError(
             f"--student {name} has {model.subclasses} outputs for each class, the run {subclasses}; give a run that has as many, or a size"
         )
-    if not hasattr(model.net, "built_as"):  # torchvision's own, whose normalisation is not in float32 whatever the weights
+    if not hasattr(
+        model.net, "built_as"
+    ):  # torchvision's own, whose normalisation is not in float32 whatever the weights
         net = build_net(name.partition(":")[0], len(classes))
         net.load_state_dict(model.net.state_dict())
         model.net = net

@@ -20,7 +20,11 @@ class Discriminator(nn.Module):
         super().__init__()
         widths = [columns, max(LEAST_WIDTH, columns // 8), max(LEAST_WIDTH, columns // 64)]
         self.layers = nn.Sequential(
-            nn.Linear(widths[0], widths[1]), nn.ReLU(), nn.Linear(widths[1], widths[2]), nn.ReLU(), nn.Linear(widths[2], 1)
+            nn.Linear(widths[0], widths[1]),
+            nn.ReLU(),
+            nn.Linear(widths[1], widths[2]),
+            nn.ReLU(),
+            nn.Linear(widths[2], 1),
         )
 
     def forward(self, logits_NV: Tensor) -> Tensor:

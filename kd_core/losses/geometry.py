@@ -33,7 +33,10 @@ class TrilateralRatio(nn.Module):
         """float32 [N]; gradients reach the network's weights only."""
         s_NC, t_NC = (logits.detach().float().softmax(-1) for logits in (student_logits_NC, teacher_logits_NC))
         g_NC, b_NC = one_hot(labels_N, s_NC.shape[1]).float(), self.means_CC.float()[labels_N]
-        edges = [(one - other).square() for one, other in ((b_NC, s_NC), (g_NC, s_NC), (t_NC, s_NC), (t_NC, g_NC), (b_NC, g_NC))]
+        edges = [
+            (one - other).square()
+            for one, other in ((b_NC, s_NC), (g_NC, s_NC), (t_NC, s_NC), (t_NC, g_NC), (b_NC, g_NC))
+        ]
         state = torch.cat([s_NC, t_NC, g_NC, b_NC, *edges], 1)
         return self.layers(state.to(self.layers[0].weight.dtype)).squeeze(-1).float().sigmoid()
 

@@ -95,9 +95,7 @@ class Subclasses:
     def _scores(self, embeddings_ND: Tensor) -> Tensor:
         return torch.einsum("nd,csd->ncs", embeddings_ND, self.directions_CSD) - self.offsets_CS
 
-    def targets(
-        self, teacher_logits_NC: Tensor, embeddings_ND: Tensor, *, temperature: float, beta: float
-    ) -> Tensor:
+    def targets(self, teacher_logits_NC: Tensor, embeddings_ND: Tensor, *, temperature: float, beta: float) -> Tensor:
         """log(p_c * softmax_s(z_{c,s} / beta)), float32 [N, C * S], column c * S + s; p = softmax(teacher / temperature).
 
         Summed over s it is p; with one subclass it is log p, the target of plain distillation.

@@ -324,6 +324,17 @@ class TeacherPool:
                 answers.append(said[:, : self.columns])
         return mean_teacher_logits(answers, temperature, self._cfg.ensemble)
 
+    @torch.no_grad()
+    def consult(self, micro: MicroBatch) -> Any:
+        """As `say` of all teachers at temperature 1, on the device and outside of the teachers' seconds: for what is no step."""
+        answers = []
+        for model in self.models.values():
+            with self._on_device(model):
+                if self._ask is not None:
+                    return self._ask(model, micro)
+                answers.append(model(*micro.inputs)[:, : self.columns])
+        return mean_teacher_logits(answers, 1.0, self._cfg.ensemble)
+
     def _on_device(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         return self._pinned.on_device(model) if self._pinned else contextlib.nullcontext()
 

@@ -14,7 +14,8 @@ Found:   not yet run
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from kd_core import classification
 from kd_core.images import evaluation
-from kd_core.images.batches import MicroBatch
 from kd_core.losses.divergences import forward_kl
 from kd_core.losses.subclasses import Subclasses, known_targets
 from kd_core.networks import taps
@@ -55,26 +55,31 @@ class Config(classification.Flags):
         self.check("temperature", 0 < self.temperature < math.inf, "a finite number above 0")
         self.check("fit_images", self.fit_images >= 1, "at least 1")
         self.check("teachers", len(self.teachers) <= 1, "one, whose embeddings split the classes")
-        self.check("directions", self.directions != "oracle" or self.merge_classes > 0, "oracle with --merge-classes only")
+        self.check(
+            "directions", self.directions != "oracle" or self.merge_classes > 0, "oracle with --merge-classes only"
+        )
 
 
-def ask(model: torch.nn.Module, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+def ask(model: torch.nn.Module, micro: Any) -> tuple[Tensor, Tensor]:
     """What a teacher says: logits, and embeddings."""
     return taps.embed(model, micro.pixels)
 
 
 @torch.no_grad()
 def fit(run: Run[Config], task: classification.Task) -> Subclasses:
-    """The subclasses, fitted on rank 0 to what all ranks have embedded; none of an oracle. A resumed run gets its own back."""
+    """The subclasses, of what all ranks have embedded; none of an oracle. A resumed run gets its own back."""
     cfg, train, (teacher,) = run.cfg, task.data.train, task.teachers.models.values()
     if run.first or cfg.directions == "oracle":
         return Subclasses()
-    some = np.random.default_rng(cfg.seed).permutation(len(train))[: cfg.fit_images]
-    seen = evaluation.share(cfg, train.part(np.sort(some)))
-    mine = [(taps.embed(teacher, pixels)[1][counted].float().cpu(), labels[counted].cpu()) for pixels, labels, counted in seen]
-    embeddings, labels = (torch.cat(one) for one in zip(*(pair for own in gathered(mine) for pair in own), strict=True))
-    shape = {"seed": cfg.seed, "directions": cfg.directions}
-    return broadcast(Subclasses.fit(embeddings, labels, taps.head(teacher).weight, cfg.num_subclasses, **shape))
+    some = np.sort(np.random.default_rng(cfg.seed).permutation(len(train))[: cfg.fit_images])
+    mine, shape = [], {"seed": cfg.seed, "directions": cfg.directions}
+    with run.clock.part("train", on_host=True):
+        for pixels, labels, counted in evaluation.share(cfg, train.part(some)):
+            _, embeddings = task.teachers.consult(SimpleNamespace(pixels=pixels))
+            mine.append((embeddings[counted].float().cpu(), labels[counted].cpu()))
+        everything = [pair for own in gathered(mine) for pair in own]
+        embeddings, labels = (torch.cat(one) for one in zip(*everything, strict=True))
+        return broadcast(Subclasses.fit(embeddings, labels, taps.head(teacher).weight, cfg.num_subclasses, **shape))
 
 
 def train_step(cfg: Config, student: Engine, task: classification.Task, subclasses: Subclasses, step: Step) -> None:
@@ -86,7 +91,9 @@ def train_step(cfg: Config, student: Engine, task: classification.Task, subclass
             known = torch.from_numpy(parts[micro.sample_ids.numpy()]).to(micro.labels.device)
             targets = known_targets(teacher_logits, micro.labels, known, cfg.num_subclasses, temperature=tau)
         else:
-            targets = subclasses.targets(teacher_logits, embeddings, temperature=tau, beta=cfg.beta * subclasses.deviation)
+            targets = subclasses.targets(
+                teacher_logits, embeddings, temperature=tau, beta=cfg.beta * subclasses.deviation
+            )
         loss_sum = forward_kl(student_logits, tau * targets, temperature=tau).sum()
         step.backward(student, loss_sum, kd_loss=loss_sum)
     step.update(student, lr=cosine_lr(cfg, step.number))

@@ -8,7 +8,6 @@ Source:  2021, arXiv 2103.05959, and PaddleClas' documentation (360 epochs, then
 Command: deepspeed recipes/logits/ssld.py --preset imagenet --unlabelled imagenet22k/ --teachers resnet152
 Teacher: python recipes/resnet_kd.py --preset cifar --steps 4 --global-batch-size 16 --micro-batch-size 8
 Smoke:   python recipes/logits/ssld.py --held-out 0.5 --per-class 20 --fine-tune 0.25 --teachers {teacher} --steps 4 --global-batch-size 16 --micro-batch-size 8
-Kill:    --steps 8 --save-every 3 --eval-every 4 --log-every 1
 Found:   not yet run
 """
 
@@ -97,12 +96,11 @@ def prepare(cfg: Config) -> tuple[sources.ImageSet, dict[str, int]]:
 
 def choose(run: Run[Config], task: classification.Task) -> np.ndarray:
     """Numbers of the unlabelled images that the run learns from; random ones are as many as the best of each class."""
-    cfg, unlabelled, teachers = run.cfg, task.data.held_out, task.teachers
+    cfg, unlabelled = run.cfg, task.data.held_out
     if unlabelled is None or cfg.select in ("all", "none"):
         return np.arange(len(unlabelled) if unlabelled is not None and cfg.select == "all" else 0)
-    everyone = list(teachers.models)
     top = selection.top_per_class(
-        cfg, unlabelled, lambda micro: teachers.say(everyone, micro).softmax(-1), cfg.per_class
+        cfg, unlabelled, lambda micro: task.teachers.consult(micro).float().softmax(-1), cfg.per_class
     )
     ids = np.unique(top)
     return ids if cfg.select == "top" else np.random.default_rng(cfg.seed).permutation(len(unlabelled))[: len(ids)]

@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -62,9 +63,8 @@ class Config(classification.Flags):
 
 
 def says(task: classification.Task, cfg: Config, pixels: Tensor) -> Tensor:
-    """What all teachers say of images of no step, their mean."""
-    probabilities = [model(pixels).float().softmax(-1) for model in task.teachers.models.values()]
-    return confused(torch.stack(probabilities).mean(0).log(), cfg.corrupted_classes)
+    """What all teachers say of images of no step."""
+    return confused(task.teachers.consult(SimpleNamespace(inputs=(pixels,))), cfg.corrupted_classes)
 
 
 @torch.no_grad()
@@ -72,9 +72,10 @@ def fit(run: Run[Config], task: classification.Task, ratio: Any) -> None:
     """Sets the teachers' means by class, of the training images in the view of evaluation; a resumed run has them in its checkpoint."""
     sums = torch.zeros(len(ratio.means_CC), len(ratio.means_CC) + 1, dtype=torch.float64, device=device())
     if not run.first:
-        for pixels, labels, counted in evaluation.share(run.cfg, task.data.train):
-            sums += class_sums(says(task, run.cfg, pixels)[counted], labels[counted])
-        ratio.means_CC.copy_(class_means(total(sums)))
+        with run.clock.part("train", on_host=True):
+            for pixels, labels, counted in evaluation.share(run.cfg, task.data.train):
+                sums += class_sums(says(task, run.cfg, pixels)[counted], labels[counted])
+            ratio.means_CC.copy_(class_means(total(sums)))
 
 
 @torch.no_grad()

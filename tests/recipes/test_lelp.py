@@ -64,7 +64,20 @@ def test_what_it_exports_is_a_classifier_of_the_classes(teacher: Path, tmp_path:
 def test_with_one_subclass_it_trains_as_plain_distillation(teacher: Path, tmp_path: Path) -> None:
     ours = train(tmp_path / "one", "--teachers", teacher, "--steps", 3, "--num-subclasses", 1)
     words = ["--preset", "cifar", *SMALL[:-2], "--deepspeed-config", "zero0_fp32_cpu.json", "--teachers", teacher]
-    words += ["--kd-ratio", 1, "--temperature", 4, "--steps", 3, "--lr", 0.2, "--weight-decay", 5e-4, "--out", tmp_path / "kd"]
+    words += [
+        "--kd-ratio",
+        1,
+        "--temperature",
+        4,
+        "--steps",
+        3,
+        "--lr",
+        0.2,
+        "--weight-decay",
+        5e-4,
+        "--out",
+        tmp_path / "kd",
+    ]
     done = warm.ranks(1, [ROOT / "recipes" / "resnet_kd.py", *words])
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = metrics(tmp_path / "kd")
@@ -82,7 +95,10 @@ def test_two_ranks_equal_one(directions: str, teacher: Path, tmp_path: Path) -> 
 
 
 def test_merged_classes_are_remainders_and_their_parts_are_known() -> None:
-    plain, two = build(ImageFlags(data="digits", held_out=0.5)), build(ImageFlags(data="digits", held_out=0.5, merge_classes=3))
+    plain, two = (
+        build(ImageFlags(data="digits", held_out=0.5)),
+        build(ImageFlags(data="digits", held_out=0.5, merge_classes=3)),
+    )
     assert two.classes == ("0+3+6+9", "1+4+7", "2+5+8") and two.fingerprint != plain.fingerprint
     assert plain.held_out is not None and two.held_out is not None
     for one, other in ((plain.train, two.train), (plain.validation, two.validation), (plain.held_out, two.held_out)):
@@ -113,9 +129,15 @@ def test_embeddings_are_what_the_last_linear_layer_is_given() -> None:
         ("--directions oracle --merge-classes 0", "--directions must be oracle with --merge-classes only"),
         ("--directions best", "--directions"),
         ("--merge-classes 1", "--merge-classes must be 0, or at least 2, got 1"),
-        ("--teachers resnet18 --merge-classes 10", "--merge-classes 10 of the 10 classes of --data are no fewer; give less"),
+        (
+            "--teachers resnet18 --merge-classes 10",
+            "--merge-classes 10 of the 10 classes of --data are no fewer; give less",
+        ),
         ("--teachers {teacher} --num-subclasses 60", "num_subclasses must be in 1 to"),
-        ("--teachers {teacher} --student {teacher}", "has 1 outputs for each class, the run 4; give a run that has as many"),
+        (
+            "--teachers {teacher} --student {teacher}",
+            "has 1 outputs for each class, the run 4; give a run that has as many",
+        ),
     ],
 )
 def test_bad_input_is_one_line(

@@ -40,7 +40,9 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
-def test_the_mean_is_the_only_target_and_a_discriminator_adds_what_it_says(teachers: list[Path], tmp_path: Path) -> None:
+def test_the_mean_is_the_only_target_and_a_discriminator_adds_what_it_says(
+    teachers: list[Path], tmp_path: Path
+) -> None:
     words = ["--student", teachers[0], "--teachers", *teachers, "--steps", 2]
     lines = train(tmp_path / "run", *words, "--discriminator", "adversarial", "--discriminator-weight", 0.25)
     for line in lines:
@@ -77,7 +79,9 @@ def test_the_discriminator_learns_to_tell_and_the_student_to_deceive_it() -> Non
 def test_a_student_may_begin_with_the_weights_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     made = torchvision.models.get_model
     trained = made("resnet18", weights=None)
-    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None, **own: trained if weights else made(name, **own))
+    monkeypatch.setattr(
+        torchvision.models, "get_model", lambda name, weights=None, **own: trained if weights else made(name, **own)
+    )
     classes = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
     model = classifiers.build_student("resnet18:IMAGENET1K_V1", classes, seed=1)
     assert isinstance(model.net.bn1, BatchNorm) and model.net.built_as["model"] == "resnet18"

@@ -35,7 +35,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_ratio_is_learned_and_groups_of_classes_are_judged(teacher: Path, tmp_path: Path) -> None:
-    lines = train(tmp_path / "run", "--teachers", teacher, "--steps", 3, "--corrupted-classes", 3, "--warmup-fraction", 0)
+    lines = train(
+        tmp_path / "run", "--teachers", teacher, "--steps", 3, "--corrupted-classes", 3, "--warmup-fraction", 0
+    )
     assert [0 < line["alpha"] < 1 for line in lines] == 3 * [True]
     assert lines[0]["alpha"] != lines[2]["alpha"] and lines[0]["ratio_loss"] > 0 and lines[0]["ratio_grad_norm"] > 0
     last = lines[-1]
@@ -77,7 +79,10 @@ def test_two_ranks_equal_one(teacher: Path, tmp_path: Path) -> None:
         ("--ratio-lr 0", "--ratio-lr must be a finite number above 0, got 0.0"),
         ("--ratio mine", "--ratio"),
         ("--corrupted-classes 1", "--corrupted-classes must be 0, or at least 2, got 1"),
-        ("--teachers {teacher} --corrupted-classes 11", "--corrupted-classes must be at most the number of classes, 10, got 11"),
+        (
+            "--teachers {teacher} --corrupted-classes 11",
+            "--corrupted-classes must be at most the number of classes, 10, got 11",
+        ),
         ("--held-out 0", "--held-out must be above 0 for --ratio learned, got 0.0"),
         ("--teachers {teacher} --held-out 0.005", "--held-out must be enough for a batch of 16"),
         ("--teachers x --deepspeed-config zero3_bf16.json", "needs ZeRO stage 2 or below"),

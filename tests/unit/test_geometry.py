@@ -82,7 +82,11 @@ def test_the_state_is_vertices_and_squared_edges() -> None:
     ratio, seen = TrilateralRatio(2), []
     ratio.means_CC.copy_(torch.tensor([[0.9, 0.1], [0.3, 0.7]]))
     ratio.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    ratio(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]).log_softmax(1) + torch.tensor([0.8, 0.2]).log(), torch.tensor([1]))
+    ratio(
+        torch.tensor([[0.0, 0.0]]),
+        torch.tensor([[0.0, 0.0]]).log_softmax(1) + torch.tensor([0.8, 0.2]).log(),
+        torch.tensor([1]),
+    )
     s, t, g, b = (torch.tensor(one) for one in ([0.5, 0.5], [0.8, 0.2], [0.0, 1.0], [0.3, 0.7]))
     edges = [(b - s) ** 2, (g - s) ** 2, (t - s) ** 2, (t - g) ** 2, (b - g) ** 2]
     torch.testing.assert_close(seen[0], torch.cat([s, t, g, b, *edges])[None])

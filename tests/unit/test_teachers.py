@@ -98,6 +98,19 @@ def test_several_drawn_teachers_answer_with_their_mean_probabilities() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is given back by glibc's malloc_trim")
+def test_all_teachers_are_consulted_beside_the_steps_and_their_seconds() -> None:
+    torch.manual_seed(0)
+    clock = Stopwatch({})
+    pool = pool_for(torch.nn.Linear(4, 8), torch.nn.Linear(4, 8), columns=6, clock=clock)
+    micro = SimpleNamespace(inputs=(torch.randn(3, 4),))
+    said = pool.consult(micro)
+    wanted = torch.stack([model(*micro.inputs)[:, :6].softmax(1) for model in pool.models.values()]).mean(0)
+    torch.testing.assert_close(said.softmax(1), wanted)
+    assert not said.requires_grad and clock.calls == {}
+    asked = pool_for(torch.nn.Linear(4, 8), ask=lambda model, micro: ("asked", model, micro))
+    assert asked.consult(micro) == ("asked", asked.models[0], micro)
+
+
 def test_release_gives_the_memory_back() -> None:
     process = psutil.Process()
     TeacherPool(flags()).release()  # what earlier tests have freed, which the pool would take up again
