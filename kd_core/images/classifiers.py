@@ -105,8 +105,8 @@ def build_student(
     """
     torch.manual_seed(seed)
     if name in NAMES:
-        shape = {"blurpool": blurpool, "last_bias": last_bias, "subclasses": subclasses}
-        return Classifier(build_net(name, len(classes), **shape))
+        net = build_net(name, len(classes), blurpool=blurpool, last_bias=last_bias, subclasses=subclasses)
+        return Classifier(net)
     check_student(name)
     model = load_classifier(name, classes, flag="--student", size=0)
     if model.subclasses != subclasses:

@@ -29,7 +29,7 @@ class Discriminator(nn.Module):
 
     def forward(self, logits_NV: Tensor) -> Tensor:
         log_probs_NV = torch.log_softmax(logits_NV.float(), -1)
-        return self.layers(log_probs_NV.to(self.layers[0].weight.dtype)).squeeze(-1).float()
+        return self.layers(log_probs_NV.to(next(self.parameters()).dtype)).squeeze(-1).float()
 
 
 def told_apart(of_teacher_N: Tensor, of_student_N: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class TrilateralRatio(nn.Module):
             for one, other in ((b_NC, s_NC), (g_NC, s_NC), (t_NC, s_NC), (t_NC, g_NC), (b_NC, g_NC))
         ]
         state = torch.cat([s_NC, t_NC, g_NC, b_NC, *edges], 1)
-        return self.layers(state.to(self.layers[0].weight.dtype)).squeeze(-1).float().sigmoid()
+        return self.layers(state.to(next(self.parameters()).dtype)).squeeze(-1).float().sigmoid()
 
 
 def class_sums(teacher_logits_NC: Tensor, labels_N: Tensor) -> Tensor:

@@ -72,14 +72,15 @@ def fit(run: Run[Config], task: classification.Task) -> Subclasses:
     if run.first or cfg.directions == "oracle":
         return Subclasses()
     some = np.sort(np.random.default_rng(cfg.seed).permutation(len(train))[: cfg.fit_images])
-    mine, shape = [], {"seed": cfg.seed, "directions": cfg.directions}
+    head, mine = taps.head(teacher).weight, []
     with run.clock.part("train", on_host=True):
         for pixels, labels, counted in evaluation.share(cfg, train.part(some)):
             _, embeddings = task.teachers.consult(SimpleNamespace(pixels=pixels))
             mine.append((embeddings[counted].float().cpu(), labels[counted].cpu()))
         everything = [pair for own in gathered(mine) for pair in own]
         embeddings, labels = (torch.cat(one) for one in zip(*everything, strict=True))
-        return broadcast(Subclasses.fit(embeddings, labels, taps.head(teacher).weight, cfg.num_subclasses, **shape))
+        fitted = Subclasses.fit(embeddings, labels, head, cfg.num_subclasses, seed=cfg.seed, directions=cfg.directions)
+        return broadcast(fitted)
 
 
 def train_step(cfg: Config, student: Engine, task: classification.Task, subclasses: Subclasses, step: Step) -> None:
