@@ -72,14 +72,11 @@ def top_per_class(cfg: Any, split: Split, score: Callable[[MicroBatch], Tensor],
         counted = micro.counted
         own.add(score(micro.to(device())).float()[counted.to(device())], micro.sample_ids[counted].to(device()))
     own.close()
-    for scores, ids in gathered(
-        (own.scores_KC.cpu(), own.ids_KC.cpu())
-    ):  # ranks' shares are in the order of the numbers
-        top.add(scores, ids)
+    for found in gathered((own.scores_KC.cpu(), own.ids_KC.cpu())):  # ranks' shares are in the order of the numbers
+        top.add(*found)
     top.close()
-    cfg.check(
-        "per_class", len(top.ids_KC) == per_class, f"at most the number of images that can be read, {len(top.ids_KC)}"
-    )
+    there = len(top.ids_KC)
+    cfg.check("per_class", there == per_class, f"at most the number of images that can be read, {there}")
     return top.ids_KC.numpy()
 
 

@@ -89,7 +89,8 @@ def score(task: classification.Task, cfg: Config, student: Engine, ratio: Engine
         sums.index_add_(0, clean[counted], rows[counted])
     for name, (images, hits, alpha) in zip(("corrupted", "clean"), total(sums).tolist(), strict=True):
         if images:
-            scores |= {f"eval/accuracy_{name}": hits / images, f"eval/ratio_{name}": alpha / images}
+            own = {f"eval/ratio_{name}": alpha / images} if cfg.ratio == "learned" else {}
+            scores |= {f"eval/accuracy_{name}": hits / images, **own}
     return scores
 
 
@@ -101,21 +102,16 @@ def train_step(cfg: Config, student: Engine, ratio: Engine, task: classification
         rows = student_logits, confused(answer(), cfg.corrupted_classes), micro.labels
         if cfg.ratio == "learned":
             alpha, other = ratio(*rows), others.micro_batches[number].to(device())
-            gradient, seen = (
-                mixed_gradient(alpha, *rows, temperature=tau),
-                taps.embed_evaluated(student.module, other.pixels),
-            )
+            gradient = mixed_gradient(alpha, *rows, temperature=tau)
+            seen = taps.embed_evaluated(student.module, other.pixels)
             step.backward(ratio, look_ahead(head, embeddings, gradient, seen, other.labels, lr=lr).sum())
         elif cfg.ratio == "confidence":
             alpha = rows[1].float().softmax(-1).gather(1, micro.labels[:, None]).squeeze(1)
         else:
             now = cfg.kd_ratio * (1 - step.number / cfg.steps if cfg.ratio == "linear" else 1)
             alpha = torch.full(micro.labels.shape, now, device=device())
-        alpha, label, kd = (
-            alpha.detach(),
-            label_loss(student_logits, micro.labels),
-            forward_kl(*rows[:2], temperature=tau),
-        )
+        alpha, label = alpha.detach(), label_loss(student_logits, micro.labels)
+        kd = forward_kl(*rows[:2], temperature=tau)
         terms = {"label_loss": label.sum(), "kd_loss": kd.sum(), "alpha": alpha.sum()}
         step.backward(student, (alpha * kd + (1 - alpha) * label).sum(), **terms)
     step.update(student, lr=lr)
