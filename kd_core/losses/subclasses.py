@@ -38,7 +38,7 @@ class Subclasses:
         seed: int,
         directions: Directions = "pca",
     ) -> Self:
-        """Directions of embeddings by their classes, computed in float64 on the CPU.
+        """Directions of embeddings by their classes, computed in float64 on the CPU, and left where the embeddings are.
 
         The embeddings are projected onto the null space of the head, P h, unless that is all; mu_c is the mean of P h in class c.
 
@@ -90,7 +90,7 @@ class Subclasses:
         fitted.directions_CSD, fitted.offsets_CS = directions_CSD, offsets_CS
         z_NS = fitted._scores(embeddings.float())[torch.arange(len(labels_N)), labels_N]
         fitted.deviation = float((z_NS - z_NS.mean(1, keepdim=True)).square().mean().sqrt()) or 1.0
-        return fitted
+        return fitted.to(embeddings_ND.device)
 
     def _scores(self, embeddings_ND: Tensor) -> Tensor:
         return torch.einsum("nd,csd->ncs", embeddings_ND, self.directions_CSD) - self.offsets_CS
