@@ -69,7 +69,9 @@ def ask(model: torch.nn.Module, micro: Any) -> tuple[Tensor, Tensor]:
 def fit(run: Run[Config], task: classification.Task) -> Subclasses:
     """The subclasses, of what all ranks have embedded; none of an oracle. A resumed run gets its own back."""
     cfg, train, (teacher,) = run.cfg, task.data.train, task.teachers.models.values()
-    if run.first or cfg.directions == "oracle":
+    merged = 0 if train.parts is None or cfg.directions != "oracle" else int(train.parts.max()) + 1
+    cfg.check("num_subclasses", cfg.num_subclasses >= merged, f"at least {merged}, as many classes as were merged")
+    if run.first or merged:
         return Subclasses()
     some = np.sort(np.random.default_rng(cfg.seed).permutation(len(train))[: cfg.fit_images])
     head, mine = taps.head(teacher).weight, []

@@ -133,6 +133,10 @@ def test_embeddings_are_what_the_last_linear_layer_is_given() -> None:
             "--teachers resnet18 --merge-classes 10",
             "--merge-classes 10 of the 10 classes of --data are no fewer; give less",
         ),
+        (
+            "--teachers {teacher} --directions oracle",
+            "--num-subclasses must be at least 5, as many classes as were merged, got 4",
+        ),
         ("--teachers {teacher} --num-subclasses 60", "num_subclasses must be in 1 to"),
         (
             "--teachers {teacher} --student {teacher}",
