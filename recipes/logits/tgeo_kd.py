@@ -3,9 +3,10 @@
 Method:  loss = alpha * tau^2 * KL(p_T || p_S) + (1 - alpha) * CE, alpha = sigmoid(MLP([S, T, G, B, (B-S)^2, (G-S)^2, (T-S)^2, (T-G)^2, (B-G)^2])) of
          each image, S and T the probabilities, G the truth, B the teacher's mean in that class. The MLP descends the CE of --held-out images
          after one step of the student's head along that loss, an Adam of its own
-Source:  2023, arXiv 2312.15112, whose text does not say how it is solved: edges, MLP and Adam (rate .1, decay .05) are a re-implementation's. Our
-         reading: the step ahead is the head's alone, whose gradient is linear in alpha, so that no gradient of a gradient is taken and both
-         networks have DeepSpeed engines; a step uses the alpha before its update. Other --ratio are controls: constant, linear decay, p_T of the truth
+Source:  2023, arXiv 2312.15112, whose text does not say how it is solved: edges, MLP and Adam's rate .1 and decay .05 are a
+         re-implementation's. Our reading: the step ahead is the head's alone, whose gradient is linear in alpha, so that no gradient of a gradient
+         is taken and both networks have DeepSpeed engines; a step uses the alpha before its update; Adam's decay is decoupled, as added to so
+         small a gradient it was all that moved alpha. Other --ratio are controls: constant, linear decay, p_T of the truth
 Command: deepspeed recipes/logits/tgeo_kd.py --preset imagenet --held-out 0.02 --teachers resnet34
 Teacher: python recipes/resnet_kd.py --preset cifar --steps 4 --global-batch-size 16 --micro-batch-size 8
 Smoke:   python recipes/logits/tgeo_kd.py --teachers {teacher} --steps 4 --global-batch-size 16 --micro-batch-size 8 --corrupted-classes 3
@@ -71,7 +72,7 @@ def says(task: classification.Task, cfg: Config, pixels: Tensor) -> Tensor:
 def fit(run: Run[Config], task: classification.Task, ratio: Any) -> None:
     """Sets the teachers' means by class, of the training images in the view of evaluation; a resumed run has them in its checkpoint."""
     sums = torch.zeros(len(ratio.means_CC), len(ratio.means_CC) + 1, dtype=torch.float64, device=device())
-    if not run.first:
+    if run.cfg.ratio == "learned" and not run.first:
         with run.clock.part("train", on_host=True):
             for pixels, labels, counted in evaluation.share(run.cfg, task.data.train):
                 sums += class_sums(says(task, run.cfg, pixels)[counted], labels[counted])
@@ -131,7 +132,8 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         enough = there >= cfg.global_batch_size or cfg.ratio != "learned"
         cfg.check("held_out", enough, f"enough for a batch of {cfg.global_batch_size} images; it holds {there} out")
         student, model = task.student(), TrilateralRatio(columns)
-        adam = torch.optim.Adam(model.parameters(), lr=cfg.ratio_lr, weight_decay=0.05)
+        # Decoupled decay and no epsilon to speak of: the gradient through a small step is small, 1e-5 and less.
+        adam = torch.optim.AdamW(model.parameters(), lr=cfg.ratio_lr, weight_decay=0.05, eps=1e-15)
         ratio = run.engine(model, adam, name="ratio")
         fit(run, task, ratio.module)
         others = task.batches(task.data.held_out) if cfg.ratio == "learned" else itertools.repeat(None)
