@@ -63,11 +63,11 @@ def test_the_discriminator_learns_to_tell_and_the_student_to_deceive_it() -> Non
     first = None
     for _ in range(60):
         loss = told_apart(judge(teacher), judge(student.detach())).mean()
-        first = first or float(loss)
+        first = first or float(loss.detach())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert float(loss) < 0.7 * first
+    assert float(loss.detach()) < 0.7 * first
     log_odds = judge(student)
     for cooperative, sign in ((False, 1), (True, -1)):
         (gradient,) = torch.autograd.grad(fooled(log_odds, cooperative=cooperative).sum(), student, retain_graph=True)
