@@ -132,7 +132,7 @@ def main(typed: Sequence[str] | None = None, preset: str = "") -> int:
         enough = there >= cfg.global_batch_size or cfg.ratio != "learned"
         cfg.check("held_out", enough, f"enough for a batch of {cfg.global_batch_size} images; it holds {there} out")
         student, model = task.student(), TrilateralRatio(columns)
-        # Decoupled decay and no epsilon to speak of: the gradient through a small step is small, 1e-5 and less.
+        # Decoupled decay and no epsilon to speak of: through a step of the size of --lr the gradient is small, at the end 1e-6.
         adam = torch.optim.AdamW(model.parameters(), lr=cfg.ratio_lr, weight_decay=0.05, eps=1e-15)
         ratio = run.engine(model, adam, name="ratio")
         fit(run, task, ratio.module)

@@ -71,6 +71,16 @@ def test_the_principal_directions_hold_the_most_variance_and_the_rotation_spread
     assert values.max() > 2 * values.min(), "without the rotation they would differ"
 
 
+def test_a_small_beta_gives_a_row_to_one_subclass_and_a_large_one_to_all_evenly() -> None:
+    embeddings, _, head = rows(5)
+    shares = [
+        fit().targets(embeddings @ head.T, embeddings, temperature=1.0, beta=beta).unflatten(1, (C, S)).softmax(2)
+        for beta in (1e-3, 1.0, 1e4)
+    ]
+    assert shares[0].amax(2).mean() > 0.99 > shares[1].amax(2).mean()
+    torch.testing.assert_close(shares[2], torch.full_like(shares[2], 1 / S), rtol=1e-2, atol=0)
+
+
 def test_clusters_take_each_row_to_its_nearest_centre() -> None:
     embeddings, labels, head = rows()
     fitted = fit(directions="kmeans")
