@@ -9,12 +9,12 @@ import torch
 import torchvision
 
 from kd_core.images import classifiers
-from kd_core.images.resnets import BatchNorm, Classifier, build_net
+from kd_core.images.resnets import BatchNorm
 from kd_core.losses.adversarial import Discriminator, fooled, told_apart
 from recipes.logits.meal_v2 import Config, main
 from tests import warm
 from tests.conftest import ROOT
-from tests.recipes.conftest import Attempt, metrics
+from tests.recipes.conftest import Attempt, guessing, metrics
 
 RECIPE = ROOT / "recipes" / "logits" / "meal_v2.py"
 SMALL = "--data synthetic:10x32 --global-batch-size 16 --micro-batch-size 8 --log-every 1 --teacher-dtype fp32".split()
@@ -28,16 +28,7 @@ def train(folder: Path, *words: object, ranks: int = 1) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Networks that guess."""
-    folders = []
-    for seed in range(3):
-        folder = tmp_path_factory.mktemp("teacher")
-        torch.manual_seed(seed)
-        net = build_net("resnet8", 10)
-        whole = Classifier(net, mean=[0.5] * 3, std=[0.5] * 3)
-        classifiers.save(folder, whole, net.state_dict(), [*map(str, range(10))], image_size=32)
-        folders.append(folder)
-    return folders
+    return [guessing(tmp_path_factory.mktemp("teacher") / "run", seed) for seed in range(3)]
 
 
 def test_the_mean_is_the_only_target_and_a_discriminator_adds_what_it_says(
@@ -69,6 +60,7 @@ def test_the_discriminator_learns_to_tell_and_the_student_to_deceive_it() -> Non
         optimizer.step()
     assert float(loss.detach()) < 0.7 * first
     log_odds = judge(student)
+    assert float(judge(teacher).detach().mean()) > 0.5 + float(log_odds.detach().mean()), "it takes one for the other"
     for cooperative, sign in ((False, 1), (True, -1)):
         (gradient,) = torch.autograd.grad(fooled(log_odds, cooperative=cooperative).sum(), student, retain_graph=True)
         moved = judge(student - 0.1 * gradient)

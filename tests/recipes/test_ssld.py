@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from kd_core.images import classifiers
-from kd_core.images.resnets import Classifier, build_net
 from kd_core.losses.divergences import forward_kl, jeffreys, jensen_shannon
 from recipes.logits.ssld import DIVERGENCES, Config, main
 from tests import warm
 from tests.conftest import ROOT
-from tests.recipes.conftest import Attempt, metrics
+from tests.recipes.conftest import Attempt, guessing, metrics
 
 RECIPE = ROOT / "recipes" / "logits" / "ssld.py"
 SMALL = "--data synthetic:10x32 --global-batch-size 16 --micro-batch-size 8 --log-every 1 --held-out 0.5".split()
@@ -28,13 +26,7 @@ def train(folder: Path, *words: object, ranks: int = 1) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that guesses."""
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(3)
-    net = build_net("resnet8", 10)
-    whole = Classifier(net, mean=[0.5] * 3, std=[0.5] * 3)
-    classifiers.save(folder, whole, net.state_dict(), [*map(str, range(10))], image_size=32)
-    return folder
+    return guessing(tmp_path_factory.mktemp("teacher") / "run", 3)
 
 
 def test_labels_teach_nothing_and_the_unlabelled_images_leave_for_the_fine_tuning(

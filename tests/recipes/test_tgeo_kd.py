@@ -4,14 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from kd_core.images import classifiers
-from kd_core.images.resnets import Classifier, build_net
 from recipes.logits.tgeo_kd import main
 from tests import warm
 from tests.conftest import ROOT
-from tests.recipes.conftest import Attempt, metrics
+from tests.recipes.conftest import Attempt, guessing, metrics
 
 RECIPE = ROOT / "recipes" / "logits" / "tgeo_kd.py"
 SMALL = "--data synthetic:10x32 --global-batch-size 16 --micro-batch-size 8 --log-every 1 --teacher-dtype fp32".split()
@@ -25,13 +22,7 @@ def train(folder: Path, *words: object, ranks: int = 1) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that guesses."""
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(3)
-    net = build_net("resnet8", 10)
-    whole = Classifier(net, mean=[0.5] * 3, std=[0.5] * 3)
-    classifiers.save(folder, whole, net.state_dict(), [*map(str, range(10))], image_size=32)
-    return folder
+    return guessing(tmp_path_factory.mktemp("teacher") / "run", 3)
 
 
 def test_the_ratio_is_learned_and_groups_of_classes_are_judged(teacher: Path, tmp_path: Path) -> None:
@@ -60,7 +51,7 @@ def test_the_other_controls(teacher: Path, tmp_path: Path) -> None:
     words = ["--teachers", teacher, "--steps", 2, "--kd-ratio", 0.8]
     constant, confidence = (train(tmp_path / ratio, *words, "--ratio", ratio) for ratio in ("constant", "confidence"))
     assert [line["alpha"] for line in constant] == pytest.approx([0.8, 0.8])
-    assert all(0.01 < line["alpha"] < 0.5 for line in confidence), "about a tenth, as the teacher guesses"
+    assert all(0 < line["alpha"] < 0.6 for line in confidence), "about a tenth, as the teacher guesses"
 
 
 @pytest.mark.slow
