@@ -214,7 +214,7 @@ def _saved_config(path: str) -> dict[str, Any]:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     except FileNotFoundError:
         raise FileNotFoundError(f"--load {path} does not exist; give runs/<recipe>/<run>/run.json") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no run.json of a run ({error!r}); give runs/<recipe>/<run>/run.json") from None
 
 

@@ -238,10 +238,14 @@ def restore(runs: Sequence[Run], there: Mapping[str, lean.Lean], out: Path, rank
     known = [run for run in runs if "/" in run.name and run.name in there and not (run.folder / "run.json").exists()]
     for run in known:
         record = there[run.name].record
-        before = {"recipe": record["recipe"], "ranks": record["world_size"]} | record["config"]
         now = json.loads(lean.from_study(json.dumps(run.fields), out))
-        if changed := jobs.first_change(before, {"recipe": Path(run.recipe).stem, "ranks": ranks} | now, run.defaults):
-            raise ValueError(f"{run.name} in runs.json was made with {changed}; undo the change, or take that run out")
+        changed = folders.changes(record, {"recipe": Path(run.recipe).stem, "ranks": ranks} | now, run.defaults)
+        folders.say_moved(change for change in changed if change.known)
+        for change in changed:
+            if not change.known:
+                raise ValueError(
+                    f"{run.name} in runs.json was made with {change}; undo the change, or take that run out"
+                )
     for run in known:
         lean.restore(there[run.name], run.folder, out)
 
@@ -324,6 +328,24 @@ def _checkout(commit: str, folder: Path) -> Iterator[tuple[Path, str]]:
         git("worktree", "remove", "--force", str(folder))
 
 
+def made_with(
+    runs: Sequence[Run], there: Mapping[str, lean.Lean], out: Path
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The runs that have begun, in their folders or `there`, for `jobs.check_inputs`.
+
+    Their flags without those that name what the study in `out` has prepared: in a later clone that may be made anew.
+    """
+    for run in runs:
+        begun = (run.folder / "run.json").exists()
+        if run.config and (begun or run.name in there):
+            fields = {
+                name: value
+                for name, value in run.fields.items()
+                if lean.HERE not in lean.from_study(json.dumps(value), out)
+            }
+            yield run.name, fields, folders.read_record(run.folder) if begun else there[run.name].record
+
+
 def main() -> None:
     parser = cli.OneLineParser(prog="python -m kd_core.study", description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -352,11 +374,14 @@ def main() -> None:
             raise ValueError(f"--out {out} exists and holds no study; choose another folder")
         lines = args.study if args.study.is_dir() else out
         there = lean.read(lines)
+        moved = []
         for run in runs:
             if run.config:
-                jobs.check_unchanged(
+                moved += jobs.check_unchanged(
                     run, run.fields, recipe=Path(run.recipe).stem, ranks=study.ranks, defaults=run.defaults
                 )
+        folders.say_moved(moved)
+        jobs.check_inputs(made_with(runs, there, out))
         done = {run.name for run in runs if jobs.finished(run) or ("/" in run.name and run.name in there)}
         missing = [run for run in runs if run.name in still_to_make(runs, done)]
         say(
@@ -382,7 +407,11 @@ def main() -> None:
                 collect()
                 return summary(run, study.metric)
 
-            jobs.run_all([run for run in runs if "/" in run.name or run in missing], at_once, lock, told, out)
+            def look() -> None:
+                jobs.check_inputs(made_with(runs, there, out))
+
+            left = [run for run in runs if "/" in run.name or run in missing]
+            jobs.run_all(left, at_once, lock, told, out, look=look)
             collect()
             there = lean.read(lines)
             if study.claim is None:

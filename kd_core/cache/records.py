@@ -173,7 +173,7 @@ def _is_whole(folder: Path, number: int, size: int) -> bool:
     try:
         _digest, _seconds = json.loads(_side(folder, number).read_text())
         return _part(folder, number).stat().st_size == size
-    except (OSError, TypeError, ValueError):
+    except (OSError, TypeError, ValueError, RecursionError):
         return False
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_core.system.checked import reading
 from kd_core.system.files import UNREAD, build_once, cache_key, cache_root, file_digest
 from kd_core.system.hub import require_hub
 from kd_core.system.terminal import one_line
@@ -351,7 +352,9 @@ def _read_tsv(task: Task, split: str, source: str) -> Texts:
     wanted = [*task.texts, task.label] if labelled else list(task.texts)
     lacking = [name for name in wanted if name not in header]
     if lacking:
-        raise ValueError(f"{file} has no column {lacking[0]!r}, only {header[:12]}; give {task.name}'s original file")
+        raise ValueError(
+            f"{file} has no column {lacking[0]!r}, only {[name[:30] for name in header[:12]]}; give {task.name}'s original file"
+        )
     index = next((name for name in ("index", "id") if name in header and not labelled), None)
     at = [header.index(name) for name in [*wanted, *([index] if index else [])]]
     whole = [(number, row) for number, row in enumerate(rows[first:], first + 1) if len(row) > max(at)]
@@ -418,7 +421,7 @@ class Examples:
     """
 
     def __init__(self, file: Path) -> None:
-        with np.load(file) as arrays:
+        with reading(file, f"remove {file.parent}"), np.load(file) as arrays:
             self.tokens, ends, self.firsts, self.labels, self.numbers = (
                 torch.from_numpy(arrays[name]) for name in ("tokens", "ends", "firsts", "labels", "numbers")
             )

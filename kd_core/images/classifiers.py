@@ -182,7 +182,9 @@ def load_classifier(
         view = weights.transforms()
         mean, std, own_size = view.mean, view.std, view.crop_size[0]
     own = own_size if size is None else size or None
-    return Classifier(net, mean=mean, std=std, size=own, autocast=autocast)
+    model = Classifier(net, mean=mean, std=std, size=own, autocast=autocast)
+    model.read_from = model_source(path, flag) if Path(path).exists() else path  # type: ignore[assignment]
+    return model
 
 
 def load_teacher(

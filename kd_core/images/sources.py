@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from kd_core.system.checked import read_json
+from kd_core.system.checked import read_json, reading
 from kd_core.system.files import HIDDEN, TWICE, Listing, build_once, cache_key, cache_root, files_below, write_json
 from kd_core.system.hub import HUB_NAME, require_hub
 from kd_core.system.splits import VALIDATION_ONE_IN, named_split
@@ -269,10 +269,14 @@ def prepare(source: str, *, decoded_gib: float, max_corrupt: float, progress: bo
             source, opened().fingerprint, opened().classes, opened().splits["train"], opened().splits["validation"]
         )
     check_corrupt(facts["corrupt"], facts["images"], max_corrupt, source)
-    train, validation = (
-        Split(np.load(folder / f"{name}.labels.npy"), pixels=np.asarray(np.load(folder / f"{name}.npy", mmap_mode="c")))
-        for name in ("train", "validation")
-    )
+    with reading(folder, "remove it"):
+        train, validation = (
+            Split(
+                np.load(folder / f"{name}.labels.npy"),
+                pixels=np.asarray(np.load(folder / f"{name}.npy", mmap_mode="c")),
+            )
+            for name in ("train", "validation")
+        )
     return ImageSet(source, facts["fingerprint"], tuple(facts["classes"]), train, validation)
 
 

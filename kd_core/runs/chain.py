@@ -22,8 +22,8 @@ import torch
 from kd_core import cli
 from kd_core.runs import folders
 from kd_core.runs.flags import RunFlags
-from kd_core.runs.folders import next_free, read_record, remove_if_empty
-from kd_core.runs.jobs import Job, check_unchanged, locked, places, run_all
+from kd_core.runs.folders import MAY_MOVE, next_free, read_record, remove_if_empty, say_moved
+from kd_core.runs.jobs import Job, check_inputs, check_unchanged, locked, places, run_all
 from kd_core.system.checked import digests
 from kd_core.system.files import write_atomic
 
@@ -75,11 +75,22 @@ def run(
         whole = cli.parse(config, [*words, "--out", str(folder)])
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder) as lock:
-            for job, cfg in zip([Job("", folder, (), 0, (), True), *made.values()], [whole, *configs], strict=True):
-                check_unchanged(job, dataclasses.asdict(cfg), recipe=Path(file).stem, ranks=ranks)
+            of_stages = [(job, dataclasses.asdict(cfg)) for job, cfg in zip(made.values(), configs, strict=True)]
+            # What may have been moved the stages know, the chain does not.
+            own = {name: value for name, value in dataclasses.asdict(whole).items() if name not in MAY_MOVE}
+            moved = []
+            for job, now in [(Job("", folder, (), 0, (), True), own), *of_stages]:
+                moved += check_unchanged(job, now, recipe=Path(file).stem, ranks=ranks)
+            say_moved(moved)
+
+            def look() -> None:
+                begun = [(job, now) for job, now in of_stages if (job.folder / "run.json").exists()]
+                check_inputs((job.name, now, read_record(job.folder)) for job, now in begun)
+
+            look()
             record = folders.describe(Path(file).stem, whole) | {"world_size": ranks}
             folders.write_record(folder, record)
-            run_all(list(made.values()), places(1, ranks), lock, summary, folder, "stages")
+            run_all(list(made.values()), places(1, ranks), lock, summary, folder, "stages", look)
             conclude(folder, record, list(made.values()))
     return 0
 

@@ -159,7 +159,7 @@ def read_study(file: Path) -> Study:
             problem = "lacks" if wrong[0] in needed else "has an unknown entry"
             raise ValueError(f'{problem} "{wrong[0]}"; its entries are {known}')
         return Study(**entries)
-    except (ValueError, TypeError) as error:
+    except (ValueError, RecursionError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 

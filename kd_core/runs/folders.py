@@ -15,10 +15,10 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,8 +31,14 @@ from kd_core.system.terminal import say
 EXPORTS = ("hf", "best")
 # All that a run, or a chain of them, makes before that file.
 BEFORE_RUN_JSON = {"checkpoints", "checkpoints/.lock", ".lock", ".run.json.tmp"}
-# Flags that name what may have been moved, and the field of run.json that says whether it is the same.
+# Flags that name what may have been moved, and the entry of run.json that says whether it is the same; of "models" the engine's.
 MAY_MOVE = {"data": "data", "tokenizer": "data", "teachers": "teachers", "deepspeed_config": "deepspeed"}
+MAY_MOVE |= dict.fromkeys(("student", "teacher"), "models")
+# What decides how data is read, by student and teacher alike.
+DATA_FIELDS = (
+    "data", "tokenizer", "vocab_size", "seq_len", "fields", "decoded_gib", "max_corrupt", "on_too_long", "chat_template",
+)  # fmt: skip
+DATA_SWITCHES = ("packing",)
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers", "torchvision")
 
 
@@ -85,6 +91,7 @@ def claim_folder(cfg: RunFlags, recipe: str, undo: contextlib.ExitStack) -> Path
     try:
         if cfg.resume:
             say_changes(before)
+            say_moved(changes(before, dataclasses.asdict(cfg)))
             hold_folder(folder)
             return folder
         new = cfg.out is None or not folder.exists()
@@ -147,14 +154,11 @@ def _check_resumed(cfg: RunFlags, folder: Path) -> dict[str, Any]:
     if not (folder / "run.json").exists():
         raise ValueError(f"--resume: --out {folder} holds no run (no run.json); leave out --resume to start one")
     before = read_record(folder)
-    now, default = (json.loads(json.dumps(dataclasses.asdict(flags))) for flags in (cfg, type(cfg)()))
-    was = default | before["config"]  # a flag that is younger than the run had its default
-    for name, value in now.items():
-        if name not in FREE_ON_RESUME and was[name] != value and not _is_known(name, value, before):
-            flag = "--" + name.replace("_", "-")
+    for change in changes(before, dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)())):
+        if not change.known:
             raise ValueError(
-                f"--resume: {flag} was {was[name]!r} and is now {value!r}, which would alter the run; "
-                f"leave {flag} out, or start a new run in another --out"
+                f"--resume: {change.flag} was {change.was!r} and is now {change.now!r}, which would alter the run; "
+                f"leave {change.flag} out, or start a new run in another --out"
             )
     if before["world_size"] != ranks.world_size():
         raise ValueError(
@@ -163,12 +167,54 @@ def _check_resumed(cfg: RunFlags, folder: Path) -> dict[str, Any]:
     return before
 
 
-def _is_known(flag: str, value: Any, before: Mapping[str, Any]) -> bool:
-    """Whether it will be told by its content that `value` of a flag is what the run began with, wherever it lies now."""
-    known: Any = before.get(MAY_MOVE.get(flag, ""))
-    if flag == "teachers":
-        return bool(known) and len(known) == len(value) and all("fingerprint" in one for one in known)
-    return known is not None
+class Change(NamedTuple):
+    """A field of a run's config that is another now, and would alter the run.
+
+    Args:
+        known: whether it names what the run knows by its content, so that it may have been moved: who reads it will tell.
+    """
+
+    name: str
+    was: Any
+    now: Any
+    known: bool
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def __str__(self) -> str:
+        return f"{self.name} {json.dumps(self.was)}, now it is {json.dumps(self.now)}"
+
+
+def changes(
+    record: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[Change]:
+    """What of `now`, a config, is other than in the run of `record`. Its recipe and ranks are asked for by these names.
+
+    Args:
+        defaults: what fields were that had no flag yet when the run was made.
+    """
+    was = dict(defaults or {}) | {"recipe": record["recipe"], "ranks": record["world_size"]} | record["config"]
+    was, now = json.loads(json.dumps([was, now]))
+    return [
+        Change(name, was.get(name), value, _is_known(name, value, record))
+        for name, value in now.items()
+        if name not in FREE_ON_RESUME and was.get(name) != value
+    ]
+
+
+def _is_known(name: str, value: Any, record: Mapping[str, Any]) -> bool:
+    content: Any = record.get(MAY_MOVE.get(name, ""))
+    if name == "teachers":
+        return bool(content) and len(content) == len(value) and all("fingerprint" in one for one in content)
+    return name in content if MAY_MOVE.get(name) == "models" and content else content is not None
+
+
+def say_moved(changed: Iterable[Change]) -> None:
+    """Says once what is looked for elsewhere than before."""
+    for flag, was, now in dict.fromkeys((one.flag, str(one.was), str(one.now)) for one in changed):
+        say(f"{flag} was {was} and is now {now}: taken if its content is the same")
 
 
 def check_data(cfg: RunFlags, fingerprint: str) -> None:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kd_core.cli import FREE_ON_RESUME
 from kd_core.launch import GRACE_SECONDS, SECONDS_TO_KILL, die_with_parent
-from kd_core.runs.folders import foreign, read_record
+from kd_core.runs.folders import DATA_FIELDS, DATA_SWITCHES, MAY_MOVE, Change, changes, foreign, read_record
+from kd_core.runs.lean import mark
 from kd_core.system.checked import read_lines
 from kd_core.system.files import says_unlockable
 
@@ -65,34 +65,50 @@ Running = dict[subprocess.Popen[bytes], tuple[Job, dict[str, str]]]  # by proces
 
 def check_unchanged(
     job: Job, config: dict[str, Any], *, recipe: str, ranks: int = 1, defaults: dict[str, Any] | None = None
-) -> None:
-    """Raises ValueError when `job` was begun with another recipe, number of ranks or flag that alters it.
+) -> list[Change]:
+    """What of `job` may have been moved since it was begun, for `say_moved`.
 
     Args:
-        defaults: as `first_change`.
+        defaults: as `changes`.
+
+    Raises:
+        ValueError: it was begun with another recipe, number of ranks or flag that alters it.
     """
     if not (job.folder / "run.json").exists():
-        return
-    there = read_record(job.folder)
-    before = {"recipe": there["recipe"], "ranks": there["world_size"]} | there["config"]
-    changed = first_change(before, {"recipe": recipe, "ranks": ranks} | config, defaults)
-    if changed:
-        raise ValueError(
-            f"{job.folder} was begun with {changed}; undo the change, remove that folder, or choose another --out"
-        )
+        return []
+    changed = changes(read_record(job.folder), {"recipe": recipe, "ranks": ranks} | config, defaults)
+    for change in changed:
+        if not change.known:
+            raise ValueError(
+                f"{job.folder} was begun with {change}; undo the change, remove that folder, or choose another --out"
+            )
+    return changed
 
 
-def first_change(before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any] | None = None) -> str | None:
-    """The first entry that alters a run and is another `now`, in words; None without one.
+def check_inputs(runs: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> None:
+    """Raises ValueError when what a flag names, which may have been moved, was another in one of the runs that name it.
 
     Args:
-        defaults: what entries were that had no flag yet when the run was made.
+        runs: of each its name, its config as it would be begun now, and its run.json.
     """
-    now, before = json.loads(json.dumps(now)), json.loads(json.dumps((defaults or {}) | before))
-    for name, value in now.items():
-        if name not in FREE_ON_RESUME and before.get(name) != value:
-            return f"{name} {json.dumps(before.get(name))}, now it is {json.dumps(value)}"
-    return None
+    beside = {"data": (*DATA_FIELDS, *DATA_SWITCHES), "teachers": ("teacher_dtype",)}
+    first: dict[str, tuple[str, Any]] = {}
+    for name, config, record in runs:
+        for flag, entry in MAY_MOVE.items():
+            content = record.get(entry)
+            if entry == "models":
+                content = (content or {}).get(flag)
+            if flag not in config or flag == "tokenizer" or not content:
+                continue
+            if entry == "teachers":
+                content = [mark(one) for one in content]
+            key = json.dumps([flag, *(config.get(field) for field in (flag, *beside.get(flag, ())))])
+            other, theirs = first.setdefault(key, (name, content))
+            if content != theirs:
+                raise ValueError(
+                    f"{name} was made with another {flag} than {other}, for which both have {json.dumps(config[flag])} now: restore "
+                    "what the other had and remove the folder of the one, or choose another --out"
+                )
 
 
 def finished(job: Job) -> bool:
@@ -220,6 +236,7 @@ def run_all(
     summary: Callable[[Any], str],
     out: Path,
     what: str = "runs",
+    look: Callable[[], Any] = lambda: None,
 ) -> None:
     """Runs what has not finished, one job in each of the environments `at_once`, on one progress bar.
 
@@ -231,21 +248,28 @@ def run_all(
         summary: a finished job in a few words.
         out: the folder of all.
         what: what the terminal calls the jobs.
+        look: called once a job has taken a step; what it raises ends all.
     """
     try:
-        _run_all(jobs, at_once, lock, summary)
+        _run_all(jobs, at_once, lock, summary, look)
     except (SystemExit, KeyboardInterrupt):
         done = sum(map(finished, jobs))
         print(f"{done} of {len(jobs)} {what} have finished; the same call with --out {out} continues", file=sys.stderr)
         raise
 
 
-def _run_all(jobs: Sequence[Job], at_once: Sequence[dict[str, str]], lock: int, summary: Callable[[Any], str]) -> None:
+def _run_all(
+    jobs: Sequence[Job],
+    at_once: Sequence[dict[str, str]],
+    lock: int,
+    summary: Callable[[Any], str],
+    look: Callable[[], Any],
+) -> None:
     waiting = [job for job in jobs if not finished(job)]
     free, running = list(at_once), Running()
     taken = {job.name: job.steps if finished(job) else steps_taken(job) * job.resumes for job in jobs}
     total, first, began = sum(job.steps for job in jobs), sum(taken.values()), time.monotonic()
-    failed = 0
+    failed, looked = 0, set[str]()
     bar = tqdm(total=total, initial=first, unit="step", smoothing=0, dynamic_ncols=True, disable=None)
     try:
         while running or (waiting and not failed):
@@ -259,7 +283,11 @@ def _run_all(jobs: Sequence[Job], at_once: Sequence[dict[str, str]], lock: int, 
                 continue
             time.sleep(0.2)
             ended = [process for process in running if process.poll() is not None]
-            taken |= {job.name: steps_taken(job) for job in going}
+            now = {job.name: steps_taken(job) for job in going}
+            if any(now[name] and name not in looked for name in now):
+                look()
+            looked |= {name for name in now if now[name]}
+            taken |= now
             bar.set_postfix_str(" ".join(job.name for job in going), refresh=False)
             bar.update(sum(taken.values()) - bar.n)
             for process in ended:

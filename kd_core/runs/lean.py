@@ -71,10 +71,15 @@ def of_run(folder: Path, study: Path) -> Lean:
 def _teacher(told: dict[str, Any]) -> dict[str, Any]:
     """Which teacher it was and how it scored; what asking it cost is in the lines."""
     kept = {name: value for name, value in told.items() if name == "name" or "/" in name}
-    mark = told.get("fingerprint")
-    if not isinstance(mark, str) or len(mark) > MARK:
-        mark = hashlib.sha256(json.dumps(mark, sort_keys=True).encode()).hexdigest()[:MARK]
-    return kept | {"fingerprint": mark}
+    return kept | {"fingerprint": mark(told)}
+
+
+def mark(told: Mapping[str, Any]) -> str:
+    """The fingerprint of a teacher, short; of one that has none, that of nothing."""
+    whole = told.get("fingerprint")
+    if isinstance(whole, str) and len(whole) <= MARK:
+        return whole
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:MARK]
 
 
 def restore(run: Lean, folder: Path, study: Path) -> None:

@@ -1,10 +1,12 @@
 """What names a model: a run folder, a folder of Hugging Face, a name on its hub."""
 
 import functools
+import hashlib
+import json
 from pathlib import Path
 
 from kd_core.runs.folders import EXPORTS, check_files
-from kd_core.system.checked import read_json
+from kd_core.system.checked import digests, read_json
 from kd_core.system.ranks import local_rank
 
 # Files that from_pretrained reads without running code: safetensors, or pickles restricted to tensors.
@@ -42,6 +44,16 @@ def model_source(path: str, flag: str = "--teachers") -> str:
             f"{flag} {path}: no model folder there; give a run folder, a model folder or a hub name"
         )
     return path
+
+
+def fingerprint(source: str) -> str | None:
+    """Of what `model_source` gives: of a folder a digest of its config and weights, as they may be moved; else None."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    sums = digests(folder, ["config.json", *names])
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 @functools.cache  # asked for several times a start

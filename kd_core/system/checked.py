@@ -4,14 +4,19 @@ JSON that the project reads again is sealed: its entry "seal" is the SHA-256 of 
 of earlier versions, is taken as it stands.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from kd_core.system.terminal import one_line
 
 SEAL = "seal"
 BLOCK = 2**24  # bytes that a thread digests at a time
@@ -32,6 +37,15 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def reading(file: Path, remedy: str = "") -> Iterator[None]:
+    """What numpy raises within for a file that is none of its own, or asks for code, is a DamagedError."""
+    try:
+        yield
+    except (ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedError(file, one_line(error), remedy) from None
 
 
 def read_json(file: Path, *, remedy: str = "", **needs: type) -> dict[str, Any]:

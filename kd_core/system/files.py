@@ -303,7 +303,7 @@ def _place(path: str) -> tuple[int, int]:
 def _holds_run(folder: str) -> bool:
     try:
         return {"recipe", "config"} <= set(json.loads(Path(folder, "run.json").read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, RecursionError, TypeError):
         return False
 
 

@@ -54,14 +54,15 @@ def build_shard(folder: Path, shard: int) -> None:
         ValueError: the shard cannot be had.
     """
     packer = Packer.load(folder)
-    held_out = set(np.load(folder / "validation_digests.npy").tolist())
+    with checked.reading(known := folder / "validation_digests.npy", f"remove {folder}"):
+        held_out = set(np.load(known).tolist())
     path = hub_file(REPOSITORY, train_file(shard))
     texts = (text for text in documents.read_file(path) if documents.text_digest(text) not in held_out)
     new = Shards(folder, packer).path(shard).with_suffix(".new")
     if not packer.write(new, texts):
         raise ValueError(f"--data c4: {path.name} does not fill one sequence of {packer.seq_len} tokens")
     seal, made = new.with_suffix(".sha256"), checked.digests(folder, [new.name])[new.name]
-    if seal.exists() and seal.read_text() != made:  # runs that have read it would go on with other text
+    if seal.exists() and seal.read_bytes() != made.encode():  # runs that have read it would go on with other text
         raise ValueError(f"--data c4: {path.name} is no longer what {new.with_suffix('.bin')} was; remove {folder}")
     write_atomic(seal, made)
     new.rename(new.with_suffix(".bin"))
@@ -115,7 +116,7 @@ class Shards:
         made = checked.digests(path.parent, [path.name])[path.name]
         if not seal.exists():  # of an earlier version, or lost
             write_atomic(seal, made)
-        if seal.read_text() == made:
+        if seal.read_bytes() == made.encode():
             _sound.add(path)
         return path in _sound
 

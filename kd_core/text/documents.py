@@ -220,6 +220,8 @@ def opened(path: Path) -> Iterator[Any]:
 
 def open_binary(path: Path) -> Any:
     suffix = path.suffix.lower()
+    if suffix in COMPRESSIONS and not path.stat().st_size:
+        raise EOFError("empty, which no compressed file is")
     opened: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".lzma": lzma.open, ".bz2": bz2.open}
     if suffix in opened:
         return opened[suffix](path, "rb")
@@ -314,6 +316,10 @@ def parse_json(content: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         where = f"{error.msg} at column {error.colno}" if error.lineno == 1 else f"{error.msg} in line {error.lineno}"
         raise ValueError(f"--data: {place} is not JSON ({where}); correct it or remove the file") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists
+        raise ValueError(
+            f"--data: {place} cannot be read ({one_line(error)}); correct it or remove the file"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------- text of the Python installation

@@ -24,6 +24,7 @@ from kd_core.system.files import cache_key, write_json
 from kd_core.system.terminal import say
 from kd_core.text import documents
 from kd_core.text.causal_tokenizer import before_a_text, vocabulary_size
+from kd_core.text.tokenizer import clear_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +55,8 @@ class Packer(ABC):
         """What `save` wrote."""
         facts = read_json(folder / "packer.json")
         kind = CausalPacker if "eos_id" in facts else MaskedPacker
-        return kind(tokenizer=tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), **facts)
+        with clear_errors(f"packer.json or tokenizer.json in {folder} is damaged", f"remove {folder}"):
+            return kind(tokenizer=tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), **facts)
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save(str(folder / "tokenizer.json"))

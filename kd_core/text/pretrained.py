@@ -58,6 +58,7 @@ def load_pretrained(
     positions = getattr(config, "max_position_embeddings", seq_len)  # none where positions have no end
     if positions < seq_len:
         raise ValueError(f"{flag} {path} has {positions} positions, fewer than --seq-len {seq_len}; lower --seq-len")
+    model.read_from = source  # by which the loop knows what a network began with
     return model
 
 

@@ -174,7 +174,7 @@ def _from_folder(folder: Path) -> Any:
             f"--tokenizer {folder} holds no tokenizer (tokenizer.json, vocab.txt or *.model); give another folder, or the "
             "name of a tokenizer on the hub"
         )
-    with _clear_errors(f"--tokenizer {folder} cannot be loaded"):
+    with clear_errors(f"--tokenizer {folder} cannot be loaded"):
         if has_config:
             loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         elif (folder / "vocab.txt").is_file() and not (folder / "tokenizer.json").is_file():
@@ -195,22 +195,22 @@ def _from_folder(folder: Path) -> Any:
 def _from_json(path: Path) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
-    with _clear_errors(f"--tokenizer {path} is not a tokenizer.json"):
+    with clear_errors(f"--tokenizer {path} is not a tokenizer.json"):
         return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
 
 
 @contextmanager
-def _clear_errors(complaint: str) -> Iterator[None]:
+def clear_errors(complaint: str, remedy: str = "give another tokenizer") -> Iterator[None]:
     """Turns what the libraries raise for a tokenizer that they cannot read into one line."""
     try:
         yield
     except BaseException as error:
         # The Rust library raises a bare Exception, and nothing narrower, for a file that it cannot parse;
         # transformers whatever it meets in a config.json of another shape.
-        known = OSError | ValueError | KeyError | TypeError | AttributeError | StrictDataclassError
+        known = OSError | ValueError | KeyError | TypeError | AttributeError | RecursionError | StrictDataclassError
         if not isinstance(error, known) and type(error) is not Exception:
             raise
-        raise ValueError(f"{complaint} ({one_line(error)}); give another tokenizer") from error
+        raise ValueError(f"{complaint} ({one_line(error)}); {remedy}") from error
 
 
 def _sentencepiece_proto(path: Path) -> Any:
@@ -320,7 +320,7 @@ def _from_hub(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         require_hub(f"--tokenizer {name} is no local path, and the tokenizer of that name")
-    with _clear_errors(f"--tokenizer {name} cannot be loaded from the hub"):
+    with clear_errors(f"--tokenizer {name} cannot be loaded from the hub"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 

@@ -119,6 +119,7 @@ def _evaluated(folder: Path, record: dict[str, Any], lines: list[dict[str, Any]]
         lines[closes]["train_s"] if closes < len(lines) else None,
         distils=config.get("kd_ratio", 0) > 0 or any(inside) if told else bool(config.get("teachers")),
         made_by={name: record[name] for name in ("recipe", "code", "commit") if name in record},
+        data=record.get("data"),
     )
 
 
@@ -160,10 +161,11 @@ def _refuse_pair(one: Run, other: Run, free: frozenset[str], what: str) -> None:
 
 
 def _differences(one: Run, other: Run) -> dict[str, list[Any]]:
-    """Fields that two runs do not share, with both values, None where absent."""
+    """Fields that two runs do not share, with both values, None where absent; what was moved is shared."""
+    moved = {"data", "tokenizer"} if one.data is not None and one.data == other.data else set()
     return {
         name: [one.fields.get(name), other.fields.get(name)]
-        for name in sorted(one.fields.keys() | other.fields.keys())
+        for name in sorted((one.fields.keys() | other.fields.keys()) - moved)
         if (name in one.fields) != (name in other.fields) or one.fields[name] != other.fields[name]
     }
 

@@ -51,6 +51,7 @@ class Run:
         window_s: training seconds when the distillation window closed; None when it did not.
         distils: whether a teacher took part.
         made_by: of its run.json, what says by which code (kd_core/runs/code.py).
+        data: the fingerprint of its data, wherever they lay; None where it does not say.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class Run:
     window_s: float | None
     distils: bool = False
     made_by: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
 
     @property
     def length(self) -> int:

@@ -34,6 +34,7 @@ from kd_core import cli
 from kd_core.runs import code, folders
 from kd_core.runs.flags import RunFlags
 from kd_core.runs.record import Record
+from kd_core.runs.sources import fingerprint
 from kd_core.system.clock import Stopwatch
 from kd_core.system.digests import tensor_digest
 from kd_core.system.files import let_go
@@ -244,6 +245,7 @@ class Run(Generic[C]):
     def _add(self, name: str, engine: Engine, after: Callable[[nn.Module], Any] | None) -> Engine:
         if name in self._engines:
             raise LoopError(f"two engines are called {name!r}; give one another name")
+        self._check_origin(name, engine.module)
         if self._checkpoint:
             checkpoints.load(self._checkpoints, self._checkpoint, engine, name, first=not self._engines)
         self._engines[name] = engine
@@ -251,6 +253,20 @@ class Run(Generic[C]):
             self.after[name] = after
         self.guards.add(name, engine)
         return engine
+
+    def _check_origin(self, name: str, module: nn.Module) -> None:
+        """Refuses to resume with another folder than the one that the network began with, wherever that lies now."""
+        found = [getattr(part, "read_from", None) for part in module.modules()]
+        source = next(filter(None, found), None)
+        before = self.recall("models", {})
+        now = broadcast(fingerprint(source) if rank() == 0 and source else None)
+        if self.cfg.resume and before.get(name, now) != now:
+            path = getattr(self.cfg, name, source)
+            raise ValueError(
+                f"--resume: --{name} {path} is not what the run began with; restore it, or start a new run"
+            )
+        if now:
+            self.update(models=before | {name: now})
 
     def name_of(self, engine: Engine) -> str:
         """The name that `engine` was given."""

@@ -313,6 +313,38 @@ def test_a_resumed_run_is_the_same_run_or_none(change: Any, things: dict[str, Th
 
 
 @pytest.mark.slow
+def test_a_student_may_lie_elsewhere_and_is_no_other(things: dict[str, Thing], tmp_path: Path) -> None:
+    thing = things["a teacher"]
+    data = next(word for word in thing.command if str(word).endswith("texts.txt"))
+    shutil.copytree(thing.root, tmp_path / "student")
+    words = [
+        *BERT[:-2],
+        "--steps",
+        3,
+        "--data",
+        data,
+        "--save-every",
+        2,
+        "--out",
+        tmp_path / "run",
+        "--student",
+        tmp_path / "student",
+    ]
+    made([*words, "--deepspeed-config", data.parent / "zero1.json"], tmp_path, thing.cache)
+    right = outcome_of_run(tmp_path, "")
+    stop_at(tmp_path / "run", 2)
+    (tmp_path / "student").rename(tmp_path / "moved")
+    resumed = [ROOT / "recipes/bert_kd.py", "--out", str(tmp_path / "run"), "--resume", "--student"]
+    for other in (str(thing.foreign), "mini"):
+        code, said = run([*resumed, other], tmp_path, thing.cache)
+        assert code == 2 and f"--student {other} is not what the run began with" in said, said
+    code, said = run([*resumed, str(tmp_path / "moved")], tmp_path, thing.cache)
+    assert code == 0 and "from step 2" in said, said
+    assert f"--student was {tmp_path / 'student'} and is now {tmp_path / 'moved'}" in said
+    assert outcome_of_run(tmp_path, "") == right
+
+
+@pytest.mark.slow
 def test_teachers_may_lie_elsewhere_and_are_no_others(things: dict[str, Thing], tmp_path: Path) -> None:
     thing = things["a teacher"]
     words = [str(word).replace("{case}", str(tmp_path)) for word in thing.command]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ from kd_core.training.flags import TrainFlags
 class Config(DistillFlags, TrainFlags, TextFlags):
     """As bert_kd's."""
 
+    student: str = "tiny"
+
 
 BEFORE: dict[str, Any] = {
     "out": "x", "resume": True, "data": "a.txt", "tokenizer": "t.json", "teachers": ("one", "two"), "kd_ratio": 0.5,
-    "deepspeed_config": "a.json",
+    "deepspeed_config": "a.json", "student": "runs/1",
 }  # fmt: skip
-KNOWN = {"data": "0123", "teachers": [{"fingerprint": "4"}, {"fingerprint": "5"}], "deepspeed": {}}
+KNOWN = {
+    "data": "0123", "teachers": [{"fingerprint": "4"}, {"fingerprint": "5"}], "deepspeed": {}, "models": {"student": "6"},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -43,9 +48,17 @@ def resumed(run: Path, **changed: Any) -> dict[str, Any]:
     return folders.check_folder(dataclasses.replace(Config(**BEFORE), out=str(run), **changed))
 
 
-def test_what_was_moved_is_told_by_its_content(run: Path) -> None:
+def test_what_was_moved_is_told_by_its_content(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moved = {"data": "b.txt", "tokenizer": "u.json", "teachers": ("three", "four"), "deepspeed_config": "b.json"}
+    moved["student"] = "moved/1"
     assert resumed(run, **moved)["data"] == "0123"
+    with contextlib.ExitStack() as undo:
+        folders.claim_folder(dataclasses.replace(Config(**BEFORE), out=str(run), **moved), "r", undo)
+    files.let_go(folders.lock_of(run))
+    said = capsys.readouterr().err.splitlines()
+    assert (
+        len(said) == len(moved) and "--student was runs/1 and is now moved/1: taken if its content is the same" in said
+    )
     cfg = dataclasses.replace(Config(**BEFORE), out=str(run), data="b.txt")
     folders.check_data(cfg, "0123")
     with pytest.raises(ValueError, match="--data does not hold what the run began with"):
@@ -62,6 +75,8 @@ def test_what_was_moved_is_told_by_its_content(run: Path) -> None:
         ({"teachers": [{"fingerprint": "4"}, {}]}, {"teachers": ("three", "four")}),
         ({}, {"teachers": ("three",)}),
         ({"deepspeed": None}, {"deepspeed_config": "b.json"}),
+        ({"models": {"judge": "6"}}, {"student": "moved/1"}),
+        ({"models": None}, {"student": "moved/1"}),
     ],
 )
 def test_what_cannot_be_told_by_its_content_keeps_its_name(
@@ -128,6 +143,19 @@ def finished(run: Path) -> Path:
 def test_a_finished_run_is_read_and_a_teacher(finished: Path) -> None:
     assert folders.read_run(finished)[1] == [{"step": 1}, {"step": 2}]
     assert sources.model_source(str(finished)) == str(finished / "hf")
+
+
+def test_a_model_is_known_by_its_config_and_weights_wherever_it_lies(finished: Path, tmp_path: Path) -> None:
+    known = sources.fingerprint(str(finished / "hf"))
+    copy = shutil.copytree(finished / "hf", tmp_path / "moved")
+    (copy / "README.md").touch()
+    assert known and sources.fingerprint(str(copy)) == known
+    seen = {known}
+    for name in ("config.json", "model.safetensors", "model-00002.safetensors"):
+        (copy / name).write_bytes(b"other")
+        seen.add(sources.fingerprint(str(copy)))
+    assert len(seen) == 4
+    assert sources.fingerprint("google-bert/bert-base-uncased") is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kd_core.runs import jobs, lean
-from kd_core.study import design, read_study, restore
+from kd_core.study import design, made_with, read_study, restore
 from recipes.results import tables
 from tests.conftest import ROOT
 
@@ -63,6 +63,7 @@ def test_a_study_goes_on_in_a_clone_and_runs_nothing_that_stands_in_its_lines(
     for run in runs:
         jobs.check_unchanged(run, run.fields, recipe=Path(run.recipe).stem, ranks=study.ranks, defaults=run.defaults)
         assert jobs.finished(run)
+    jobs.check_inputs(made_with(runs, there, out))
     collected = {run.name: lean.of_run(run.folder, out) for run in runs}
     lean.write(tmp_path, there | collected)
     for file in ("runs.json", "runs.csv"):

@@ -391,6 +391,26 @@ def test_a_run_begun_with_other_flags_is_never_mixed_in(
         assert message in str(error.value)
 
 
+def test_data_of_a_study_may_be_moved_and_is_no_other(folder: Folder) -> None:
+    """What has finished is kept, what is to come is made with the same content or not at all."""
+    known = RECIPE.replace("world_size=1)", "world_size=1, data=Path(cfg.data).read_text())")
+    (folder.folder / "recipe.py").write_text(known)
+    (folder.folder / "a.txt").write_text("the same")
+    design: dict[str, Any] = dict(arms={"plain": "", "kd": "--kd-ratio 0"}, teacher=None, lengths=[20])
+    folder.write(**design, flags="--data a.txt", seeds=[1])
+    assert folder.run()[0] == 0
+    (folder.folder / "a.txt").rename(folder.folder / "b.txt")
+    folder.write(**design, flags="--data b.txt", seeds=[1, 2])
+    code, lines = folder.run()
+    assert code == 0 and "--data was a.txt and is now b.txt: taken if its content is the same" in lines, lines
+    assert [event[2] for event in folder.events() if event[0] == "begun"][2:] == ["kd/20/2", "plain/20/2"]
+    (folder.folder / "c.txt").write_text("another")
+    folder.write(**design, flags="--data c.txt", seeds=[1, 2, 3])
+    code, lines = folder.run()
+    assert code == 2
+    assert lines[-1].startswith("error: plain/20/3 was made with another data than plain/20/1, for which both"), lines
+
+
 @pytest.mark.parametrize("record", ["{}", '{"recipe": "recipe", "world', "[]", '{"config": 1, "result": null}', "\xff"])
 def test_a_damaged_run_is_named(folder: Folder, record: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.folder)
