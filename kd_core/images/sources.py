@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from kd_core.system.checked import read_json, reading
 from kd_core.system.files import HIDDEN, TWICE, Listing, build_once, cache_key, cache_root, files_below, write_json
@@ -31,7 +31,7 @@ from kd_core.system.hub import HUB_NAME, require_hub
 from kd_core.system.splits import VALIDATION_ONE_IN, named_split
 from kd_core.system.terminal import one_line, say
 
-FORMAT = 4  # raise it when the same source would be split, numbered or decoded otherwise
+FORMAT = 5  # raise it when the same source would be split, numbered or decoded otherwise
 # What Pillow is asked to read, by which suffixes it is found, and suffixes of images that it is not.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
 IMAGE_SUFFIXES = tuple(
@@ -200,14 +200,28 @@ class ImageSet:
 
 
 def decode(data: bytes) -> Image.Image:
-    """The image, its header read and its pixels not yet. Raises one of DAMAGE."""
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+    """The image, or an animation's first, its header read and its pixels not yet: but for those that EXIF has turned, which
+    are turned back. Raises one of DAMAGE."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if "exif" not in image.info or _orientation(image) not in range(2, 9):
+        return image
+    turned = ImageOps.exif_transpose(image)
+    turned.format = image.format if image.format != "JPEG" else None  # whose bytes are other pixels
+    return turned
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except (*DAMAGE, LookupError, TypeError):  # viewers show an image whose EXIF is damaged
+        return None
 
 
 def rgb(image: Image.Image) -> Image.Image:
     """The image in RGB, 8 bits a channel. Raises one of DAMAGE.
 
-    Pillow itself cuts greys of more than 8 bits off at 255: nearly all of them would be white.
+    What is transparent shows white, as on a page: what lies below is seen by nobody, and often black. Pillow itself cuts greys of
+    more than 8 bits off at 255: nearly all of them would be white.
     """
     if is_deep(image):
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
@@ -217,6 +231,9 @@ def rgb(image: Image.Image) -> Image.Image:
         if image.mode == "I" or not 0 <= low <= high <= 1:
             raise ValueError(f"a grey of 32 bits, {low:g} to {high:g}, whose white is unknown; save it in 8 or 16 bits")
         return Image.fromarray(np.round(values * 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 

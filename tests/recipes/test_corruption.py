@@ -38,6 +38,14 @@ IMAGES: list[Any] = [
         "--save-every 2 --workers 0"
     ).split(),
 ]
+CAUSAL: list[Any] = [
+    ROOT / "recipes/causal_lm_kd.py",
+    *(
+        "--vocab-size 512 --seq-len 32 --steps 2 --global-batch-size 8 --micro-batch-size 4 --log-every 1 --eval-every 2 "
+        "--deepspeed-config zero0_fp32_cpu.json"
+    ).split(),
+]
+METHOD = "--steps 2 --global-batch-size 32 --micro-batch-size 16 --log-every 1 --eval-every 2 --workers 0".split()
 
 
 def run(words: list[Any], cwd: Path, cache: Path) -> tuple[int, str]:
@@ -83,6 +91,8 @@ def things(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> dict
     bert = [str(word).replace("zero1.json", str(home / "zero1.json")) for word in BERT]
     mine = [*bert, "--data", home / "texts.txt"]
     images = [*IMAGES, "--student", "resnet8", "--data", image_folder]
+    causal = [*CAUSAL, "--data", home / "texts.txt"]
+    both = [ROOT / "recipes/logits/bd_kd.py", *METHOD, "--save-every", 1, "--keep", 2, "--data", image_folder]
     for name, words in {
         "stopped": [*mine, "--seed", 1],
         "foreign": [*mine, "--seed", 2],
@@ -90,12 +100,27 @@ def things(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> dict
         "other_teacher": [*mine, "--seed", 4, "--student", "mini"],
         "image_teacher": [*images, "--seed", 3],
         "other_image_teacher": [*images, "--seed", 4],
+        "causal_teacher": [*causal, "--seed", 3, "--student", "2x64"],
+        "other_causal_teacher": [*causal, "--seed", 4, "--student", "1x128"],
+        "both": [*both, "--seed", 1],
+        "other_both": [*both, "--seed", 2],
     }.items():
         made([*words, "--out", home / name], home / "work", cache)
     shutil.copytree(home / "stopped", home / "whole")
     for name in ("stopped", "foreign"):
         stop_at(home / name, 3)
     for name in ("", "other_"):
+        stop_at(home / f"{name}both", 1)
+        words = ["-m", "kd_core.cache", "build", "--kind", "images", "--data", image_folder, "--micro-batch-size", 16]
+        words += [
+            "--teacher",
+            home / f"{name}image_teacher",
+            "--view-patterns",
+            1,
+            "--out",
+            home / f"{name}image_answers",
+        ]
+        made(words, home / "work", cache)
         flags = "build --vocab-size 512 --seq-len 32 --micro-batch-size 4 --teacher-dtype fp32 --mask-patterns 1"
         words = ["-m", "kd_core.cache", *flags.split()]
         words += ["--data", home / "texts.txt", "--teacher", home / f"{name}teacher", "--out", home / f"{name}answers"]
@@ -120,11 +145,33 @@ def things(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> dict
         ),
         "answers": Thing(
             home / "answers", home / "other_answers", [*taught, "cache:{case}/answers"],
-            sorted(file.name for file in (home / "answers").iterdir() if file.name in {"part-00000.bin"} or not file.name.startswith("part-")),
+            of_cache(home / "answers"), outcome_of_run, cache,
+        ),
+        # What other recipes have besides.
+        "a causal teacher": Thing(
+            home / "causal_teacher", home / "other_causal_teacher",
+            [*causal, "--student", "1x64", "--kd-ratio", 0.5, "--teacher-dtype", "fp32", "--out", "{case}/run", "--teachers",
+             "{case}/causal_teacher"],
+            [*of_teacher[1:], "hf/generation_config.json"], outcome_of_run, cache,
+        ),
+        "two engines": Thing(
+            home / "both", home / "other_both", [both[0], "--out", "{case}/run", "--resume"],
+            sorted(str(file.relative_to(home / "both")) for file in (home / "both/checkpoints/step00000001/teacher").iterdir()),
             outcome_of_run, cache,
+        ),
+        "answers on images": Thing(
+            home / "image_answers", home / "other_image_answers",
+            [ROOT / "recipes/logits/pld.py", *METHOD, "--data", image_folder, "--teachers", "cache:{case}/image_answers", "--out", "{case}/run"],
+            of_cache(home / "image_answers"), outcome_of_run, cache,
         ),
     }  # fmt: skip
     return found
+
+
+def of_cache(folder: Path) -> list[str]:
+    """Its files, one part of them."""
+    names = sorted(file.name for file in folder.iterdir())
+    return [name for name in names if name == "part-00000.bin" or not name.startswith("part-")]
 
 
 def stop_at(folder: Path, step: int) -> None:
@@ -148,11 +195,10 @@ def payload(file: Path, _: Path) -> None:
         torch.save({"module": code}, file)
     else:
         file.write_bytes(pickle.dumps(code))
-    folder = file.parent
+    folder = next((parent for parent in file.parents if parent.name.startswith("step")), file.parent)
     if folder.name.startswith("step") and file.name != "manifest.json":
-        (folder / "manifest.json").write_text(
-            json.dumps({path.name: file_digest(path) for path in folder.glob("*.pt")})
-        )
+        digests = {str(path.relative_to(folder)): file_digest(path) for path in folder.rglob("*.pt")}
+        (folder / "manifest.json").write_text(json.dumps(digests))
     elif (folder / "header.json").exists() and file.name != "manifest.json":
         sums = {
             path.name: file_digest(path)
@@ -186,7 +232,15 @@ def verdict(code: int, said: str, names: tuple[str, ...], same: bool) -> str:
     return "rebuilt" if any(any(word in line for word in damaged) for line in said.splitlines()) else "harmless"
 
 
-KINDS = ("a stopped run", "a teacher", "an image teacher", "answers")
+KINDS = (
+    "a stopped run",
+    "a teacher",
+    "an image teacher",
+    "answers",
+    "a causal teacher",
+    "two engines",
+    "answers on images",
+)
 
 
 @pytest.mark.slow

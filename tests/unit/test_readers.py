@@ -1,6 +1,7 @@
 """What readers of folders take, what they leave out and say, and what they refuse: one rule for text, images, tars and GLUE."""
 
 import bz2
+import datetime
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +290,107 @@ def test_greys_of_12_bits_in_16_are_refused(tmp_path: Path) -> None:
         prepare(str(folder), decoded_gib=1, max_corrupt=0)
 
 
+# ------------------------------------------------------------------------------------------------- as a viewer shows it
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def saved(image: Image.Image, kind: str, **how: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **how)
+    return file.getvalue()
+
+
+def halves(mode: str, left: Any, right: Any) -> Image.Image:
+    """32 x 16, two colours."""
+    image = Image.new(mode, (32, 16), left)
+    image.paste(right, (16, 0, 32, 16))
+    return image
+
+
+def with_palette(**how: Any) -> bytes:
+    image = halves("P", 0, 1)
+    image.putpalette([*RED, *GREEN])
+    return saved(image, "png", **how)
+
+
+def gif_with_transparency() -> bytes:
+    image = halves("P", 0, 1)
+    image.putpalette([*RED, *GREEN])
+    return saved(image, "gif", transparency=1)
+
+
+def turned(orientation: Any) -> dict[str, Any]:
+    """What a camera writes that was held upright: the pixels lie on their side."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return {"exif": exif}
+
+
+def animated(kind: str) -> bytes:
+    frames = [halves("RGB", RED, BLUE), halves("RGB", GREEN, GREEN)]
+    return saved(
+        frames[0],
+        kind,
+        save_all=True,
+        append_images=frames[1:],
+        duration=100,
+        **({"lossless": True} if kind != "gif" else {}),
+    )
+
+
+SHOWN: dict[str, tuple[bytes, tuple[int, ...], tuple[int, ...]]] = {
+    "CMYK JPEG": (saved(halves("CMYK", (0, 255, 255, 0), (255, 255, 0, 0)), "jpeg", quality=95), RED, BLUE),
+    "CMYK TIFF": (saved(halves("CMYK", (0, 255, 255, 0), (255, 255, 0, 0)), "tiff"), RED, BLUE),
+    "palette": (with_palette(), RED, GREEN),
+    "palette, a colour transparent": (with_palette(transparency=1), RED, WHITE),
+    "palette, colours half transparent": (with_palette(transparency=bytes([255, 128])), RED, (127, 255, 127)),
+    "RGBA": (saved(halves("RGBA", (*RED, 255), (0, 0, 0, 0)), "png"), RED, WHITE),
+    "RGBA, half transparent": (saved(halves("RGBA", (*RED, 255), (*BLUE, 128)), "png"), RED, (127, 127, 255)),
+    "LA": (saved(halves("LA", (255, 0), (0, 255)), "png"), WHITE, (0, 0, 0)),
+    "a colour of RGB transparent": (saved(halves("RGB", RED, BLUE), "png", transparency=BLUE), RED, WHITE),
+    "a level of grey transparent": (saved(halves("L", 100, 7), "png", transparency=7), (100, 100, 100), WHITE),
+    "WebP with alpha": (saved(halves("RGBA", (*RED, 255), (0, 0, 0, 0)), "webp", lossless=True), RED, WHITE),
+    "1 bit": (saved(halves("1", 1, 0), "png"), WHITE, (0, 0, 0)),
+    "animated GIF": (animated("gif"), RED, BLUE),
+    "animated WebP": (animated("webp"), RED, BLUE),
+    "animated PNG": (animated("png"), RED, BLUE),
+    "transparent GIF": (gif_with_transparency(), RED, WHITE),
+    "YCbCr TIFF": (saved(halves("YCbCr", (76, 85, 255), (29, 255, 107)), "tiff"), RED, BLUE),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_an_image_is_read_as_a_viewer_shows_it(name: str) -> None:
+    data, left, right = SHOWN[name]
+    seen = np.asarray(rgb(sources.decode(data))).astype(int)
+    assert seen.shape == (16, 32, 3)
+    for column, colour in ((4, left), (28, right)):
+        assert np.abs(seen[8, column] - colour).max() <= 4, seen[8, column]
+    on_device = np.asarray(sources.decode(bytes(jpeg_view(data, View(8), [0.9] * 42).file))).astype(int)
+    assert np.abs(on_device[8, 4] - left).max() <= 8
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+def test_what_exif_has_turned_is_turned_back(kind: str) -> None:
+    stored = halves("RGB", RED, BLUE)
+    data = saved(stored, kind, **turned(6), **({"lossless": True} if kind == "webp" else {}))
+    image = sources.decode(data)
+    assert image.size == (16, 32)
+    seen = np.asarray(rgb(image)).astype(int)
+    assert np.abs(seen[4, 8] - RED).max() <= 4 and np.abs(seen[28, 8] - BLUE).max() <= 4
+    view = jpeg_view(data, View(8), [0.9] * 42)
+    assert sources.decode(bytes(view.file)).size == (16, 32) and view.box[2] <= 16
+    for orientation in (1, 0, 9):
+        assert sources.decode(saved(stored, "jpeg", **turned(orientation))).size == (32, 16)
+    assert sources.decode(saved(stored, "jpeg", exif=b"Exif\0\0damaged")).size == (32, 16)
+
+
+def test_greys_of_16_bits_are_turned_and_keep_their_levels() -> None:
+    seen = np.asarray(rgb(sources.decode(saved(Image.fromarray(GREY), "png", **turned(3)))))
+    assert np.abs(seen[..., 0].astype(int) - (GREY >> 8)[::-1, ::-1]).max() <= 1
+
+
 # --------------------------------------------------------------------------------------------------------------- labels
 
 
@@ -302,6 +405,17 @@ def test_greys_of_12_bits_in_16_are_refused(tmp_path: Path) -> None:
         ),
         ([[0], [1], [0, 1], [1]], "list", "the column label is .*; expected numbers of classes"),
         ([{"a": 0}, {"a": 1}, {"a": 0}, {"a": 1}], "struct", "the column label is .*; expected numbers of classes"),
+        (["0", "1", "0", "1"], "string", "the column label is string; expected numbers of classes"),
+        (
+            [Decimal(0), Decimal(1), Decimal(0), Decimal(1)],
+            "decimal",
+            "the column label is decimal.*; expected numbers",
+        ),
+        ([None] * 4, "null", "the column label is null; expected numbers of classes"),
+        ([datetime.date(2026, 1, 1)] * 4, "date", "the column label is date32; expected numbers of classes"),
+        ([b"0", b"1", b"0", b"1"], "bytes", "the column label is binary; expected numbers of classes"),
+        ([float("nan"), 1.0, 0.0, 1.0], "float", "the column label is float64; expected numbers of classes"),
+        ([0, None, 1, 1], "int64", "below the number of training images, 4, got None in train, row 1"),
         ([False, True, True, False], "bool", "the column label is bool; expected numbers of classes"),
     ],
 )
