@@ -77,9 +77,9 @@ def run(
         with locked(folder) as lock:
             of_stages = [(job, dataclasses.asdict(cfg)) for job, cfg in zip(made.values(), configs, strict=True)]
             # What may have been moved the stages know, the chain does not.
-            own = {name: value for name, value in dataclasses.asdict(whole).items() if name not in MAY_MOVE}
+            of_chain = {name: value for name, value in dataclasses.asdict(whole).items() if name not in MAY_MOVE}
             moved = []
-            for job, now in [(Job("", folder, (), 0, (), True), own), *of_stages]:
+            for job, now in [(Job("", folder, (), 0, (), True), of_chain), *of_stages]:
                 moved += check_unchanged(job, now, recipe=Path(file).stem, ranks=ranks)
             say_moved(moved)
 

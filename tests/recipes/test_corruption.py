@@ -111,7 +111,19 @@ def things(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> dict
         stop_at(home / name, 3)
     for name in ("", "other_"):
         stop_at(home / f"{name}both", 1)
-        words = ["-m", "kd_core.cache", "build", "--kind", "images", "--data", image_folder, "--micro-batch-size", 16]
+        words = [
+            "-m",
+            "kd_core.cache",
+            "build",
+            "--kind",
+            "images",
+            "--preset",
+            "cifar",
+            "--data",
+            image_folder,
+            "--micro-batch-size",
+            16,
+        ]
         words += [
             "--teacher",
             home / f"{name}image_teacher",
