@@ -97,7 +97,11 @@ class Table(NamedTuple):
         cell = self.rows[index][self.column]
         if cell is None or (cell["bytes"] is None and not cell["path"]):
             raise ValueError("the cell is empty")
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        if cell["bytes"] is not None:
+            return cell["bytes"]
+        if not (path := Path(cell["path"])).is_file():  # a device would be read without an end
+            raise ValueError(f"{path} is no file")
+        return path.read_bytes()
 
 
 class Subset(NamedTuple):

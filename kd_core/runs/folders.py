@@ -33,7 +33,7 @@ EXPORTS = ("hf", "best")
 BEFORE_RUN_JSON = {"checkpoints", "checkpoints/.lock", ".lock", ".run.json.tmp"}
 # Flags that name what may have been moved, and the entry of run.json that says whether it is the same; of "models" the engine's.
 MAY_MOVE = {"data": "data", "tokenizer": "data", "teachers": "teachers", "deepspeed_config": "deepspeed"}
-MAY_MOVE |= dict.fromkeys(("student", "teacher"), "models")
+MAY_MOVE |= {"teacher_deepspeed_config": "teacher_deepspeed", "student": "models", "teacher": "models"}
 # What decides how data is read, by student and teacher alike.
 DATA_FIELDS = (
     "data", "tokenizer", "vocab_size", "seq_len", "fields", "decoded_gib", "max_corrupt", "on_too_long", "chat_template",
@@ -224,13 +224,13 @@ def check_data(cfg: RunFlags, fingerprint: str) -> None:
         raise ValueError("--resume: --data does not hold what the run began with; restore it, or start a new run")
 
 
-def check_deepspeed(cfg: RunFlags, path: str, content: Mapping[str, Any]) -> None:
-    """Raises ValueError when a run is resumed with a file of --deepspeed-config that says something else by now."""
-    before = check_folder(cfg).get("deepspeed", content) if cfg.resume else content
+def check_deepspeed(cfg: RunFlags, field: str, content: Mapping[str, Any]) -> None:
+    """Raises ValueError when a run is resumed with a file of --deepspeed-config, or of another `field`, that says something else by now."""
+    before = check_folder(cfg).get(MAY_MOVE[field], content) if cfg.resume else content
     for name in sorted(before.keys() | content.keys()):
         if before.get(name) != content.get(name):
             raise ValueError(
-                f"--resume: --deepspeed-config {path} has {name} {json.dumps(content.get(name))}, the run began with "
+                f"--resume: --{field.replace('_', '-')} {getattr(cfg, field)} has {name} {json.dumps(content.get(name))}, the run began with "
                 f"{json.dumps(before.get(name))}; undo that, or start a new run in another --out"
             )
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from kd_core.losses.distillation import mean_teacher_logits
-from kd_core.runs.folders import check_folder
+from kd_core.runs.folders import check_deepspeed, check_folder
 from kd_core.system import memory
 from kd_core.system.clock import Stopwatch
 from kd_core.system.digests import stored, tensor_digest, weights_digest
@@ -29,6 +29,7 @@ from kd_core.teachers.placement import PinnedTeachers, held_by, place
 from kd_core.teachers.samplers import draw_teachers
 from kd_core.teachers.sources import CachedTeacher, source_of
 from kd_core.teachers.window import closed, mix, turn
+from kd_core.training.ds_config import read_config
 from kd_core.training.engine import destroy_engines
 from kd_core.training.loop import Run, Step
 
@@ -95,6 +96,10 @@ def gather(
     check_unchanged(cfg, [facts[source_of(path)]["fingerprint"] for path in cfg.teachers])
     for source, model in models.items() if describe else ():
         facts[source] |= describe(model) if describe else {}
+    if cfg.teacher_placement == "zero3":
+        content = read_config(cfg.teacher_deepspeed_config, "--teacher-deepspeed-config")
+        check_deepspeed(cfg, "teacher_deepspeed_config", content)
+        run.update(teacher_deepspeed=content)
     models, pinned = place(cfg, models)
     pool = TeacherPool(
         cfg, [models[source_of(path)] for path in cfg.teachers], columns=columns, ask=ask, pinned=pinned,

@@ -278,13 +278,17 @@ def read_parquet(stream: Any, path: Path, columns: Sequence[str]) -> Iterator[tu
             )
         number = 0
         for batch in table.iter_batches(batch_size=1000, columns=found):
-            for record in batch.to_pylist():
+            try:
+                records = batch.to_pylist()
+            except (ValueError, OverflowError) as error:  # a string that is not UTF-8, a date beyond Python's
+                raise OSError(f"rows from {number + 1} on: {one_line(error)}") from error
+            for record in records:
                 number += 1
                 yield record, f"{path}, row {number}"
     except pyarrow.ArrowException as error:
-        if isinstance(error, ValueError | OSError):
-            raise OSError(one_line(error)) from error
-        raise
+        if isinstance(error, MemoryError | pyarrow.ArrowCancelled):
+            raise
+        raise OSError(one_line(error)) from error
 
 
 def _or(names: Sequence[str]) -> str:

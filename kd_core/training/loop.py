@@ -158,7 +158,7 @@ class Run(Generic[C]):
             if isinstance(self.cfg, TrainFlags):
                 self._ds_config = engines.load_config(self.cfg)
                 self._fields["deepspeed"] = read_config(self.cfg.deepspeed_config)
-                folders.check_deepspeed(self.cfg, self.cfg.deepspeed_config, self._fields["deepspeed"])
+                folders.check_deepspeed(self.cfg, "deepspeed_config", self._fields["deepspeed"])
             folder = folders.claim_folder(self.cfg, self.recipe, self._undo)
             data = build(self.cfg)
             fingerprint: str | None = getattr(data[0] if isinstance(data, tuple) else data, "fingerprint", None)

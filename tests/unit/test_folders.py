@@ -91,14 +91,19 @@ def test_what_cannot_be_told_by_its_content_keeps_its_name(
 def test_a_deepspeed_config_is_what_it_says_and_not_its_name(run: Path) -> None:
     began = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
     folders.write_record(run, folders.read_record(run) | {"deepspeed": began})
-    cfg = dataclasses.replace(Config(**BEFORE), out=str(run))
-    folders.check_deepspeed(cfg, "b.json", dict(reversed(began.items())))
+    cfg = dataclasses.replace(Config(**BEFORE), out=str(run), deepspeed_config="b.json")
+    folders.check_deepspeed(cfg, "deepspeed_config", dict(reversed(began.items())))
     for other in (began | {"zero_optimization": {"stage": 2}}, began | {"aio": {}}, {"bf16": {"enabled": True}}):
         with pytest.raises(
             ValueError, match=r"--deepspeed-config b\.json has (zero_optimization|aio) .* the run began with"
         ):
-            folders.check_deepspeed(cfg, "b.json", other)
-    folders.check_deepspeed(dataclasses.replace(cfg, resume=False), "b.json", {})
+            folders.check_deepspeed(cfg, "deepspeed_config", other)
+    folders.check_deepspeed(dataclasses.replace(cfg, resume=False), "deepspeed_config", {})
+    folders.write_record(run, folders.read_record(run) | {"teacher_deepspeed": began})
+    with pytest.raises(
+        ValueError, match=r"--teacher-deepspeed-config teacher_zero3_bf16\.json has bf16 null, the run began"
+    ):
+        folders.check_deepspeed(cfg, "teacher_deepspeed_config", {})
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,26 @@ def test_greys_of_12_bits_in_16_are_refused(tmp_path: Path) -> None:
         prepare(str(folder), decoded_gib=1, max_corrupt=0)
 
 
+def test_a_cell_that_names_a_device_is_a_damaged_image() -> None:
+    cells = [{"image": {"bytes": None, "path": "/dev/zero"}}, {"image": {"bytes": None, "path": __file__}}]
+    with pytest.raises(ValueError, match="/dev/zero is no file"):
+        sources.Table(cells, "image", "train").read(0)
+    assert b"def test_a_cell" in sources.Table(cells, "image", "train").read(1)
+
+
+@pytest.mark.parametrize(("values", "kind", "message"), [
+    ([b"a text", b"\xff\xfe"], pyarrow.string(), "rows from 1 on: 'utf-8' codec can't decode"),
+    ([2**62], pyarrow.timestamp("us"), "rows from 1 on"),
+])  # fmt: skip
+def test_cells_that_are_no_text_are_named_by_file(values: list[Any], kind: Any, message: str, tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    column = pyarrow.array(values).view(kind)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=rf"t\.parquet cannot be read \({message}"):
+        list(documents.read_file(tmp_path / "t.parquet"))
+
+
 # ------------------------------------------------------------------------------------------------- as a viewer shows it
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
