@@ -20,8 +20,9 @@ from kd_core.runs import folders, lean
 from kd_core.runs.design import read_study
 from kd_core.runs.sources import _check_exported
 from kd_core.system import checked, files
-from kd_core.text import corpus
+from kd_core.text import causal, corpus
 from recipes.bert_kd import Config
+from recipes.causal_lm_kd import Config as CausalConfig
 from tests.conftest import photo_folder
 from tests.recipes.conftest import documents
 from tests.recipes.test_bad_input import Harmful
@@ -73,6 +74,28 @@ def tokens(home: Path, patch: Any) -> Thing:
 
 def a_tokenizer(home: Path, patch: Any) -> Thing:
     return cached("tokenizer-*", *texts(home), home, patch)
+
+
+def causal_texts(home: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Of the kind that a file's first record says, prompts and responses."""
+    home.mkdir()
+    for name, first in (("mine", 0), ("theirs", 50)):
+        lines = [json.dumps({"prompt": text[:20], "response": text[20:40]}) for text in documents(150)[first:]]
+        (home / f"{name}.jsonl").write_text("\n".join(lines))
+
+    def prepare(name: str) -> Any:
+        made = causal.build(CausalConfig(data=str(home / f"{name}.jsonl"), vocab_size=400, seq_len=64))
+        return made.fingerprint, made.rows(0).tobytes(), made.validation.tobytes(), made.tokenizer.get_vocab()
+
+    return lambda: prepare("mine"), lambda: prepare("theirs")
+
+
+def causal_tokens(home: Path, patch: Any) -> Thing:
+    return cached("causal-*", *causal_texts(home), home, patch)
+
+
+def what_records_are(home: Path, patch: Any) -> Thing:
+    return cached("kind-*", *causal_texts(home), home, patch)
 
 
 def pixels(home: Path, patch: Any) -> Thing:
@@ -184,7 +207,16 @@ def payload(file: Path, _: Path) -> None:
         (file.parent / files.DIGESTS).write_text(json.dumps(facts))
 
 
-KINDS = (tokens, a_tokenizer, pixels, a_study_compared, a_study_that_goes_on, a_run_measured)
+KINDS = (
+    tokens,
+    a_tokenizer,
+    causal_tokens,
+    what_records_are,
+    pixels,
+    a_study_compared,
+    a_study_that_goes_on,
+    a_run_measured,
+)
 DAMAGES = (flip, truncate, delete, empty, foreign, payload)
 
 
