@@ -20,6 +20,19 @@ from kd_core.system.files import held
 from kd_core.training import engine
 from kd_core.training.processes import check_launcher, end_process
 
+# What decides how data is read, by student and teacher alike.
+DATA_FIELDS = (
+    "data",
+    "tokenizer",
+    "vocab_size",
+    "seq_len",
+    "fields",
+    "decoded_gib",
+    "max_corrupt",
+    "on_too_long",
+    "chat_template",
+)
+DATA_SWITCHES = ("packing",)
 UNSET = "the preset's own teacher"
 
 
@@ -91,11 +104,11 @@ def _train_once(folder: Path, main: Callable[..., int], flags: str, cfg: Any) ->
             return
         _say(f"the small preset's teacher is not there yet: training it into {folder} (minutes, once)")
         words = [sys.executable, str(sys.modules[main.__module__].__file__), *shlex.split(flags, comments=True)]
-        for field in folders.DATA_FIELDS:
+        for field in DATA_FIELDS:
             if (value := getattr(cfg, field, None)) is not None:
                 texts = value if isinstance(value, tuple) else (value,)
                 words += ["--" + field.replace("_", "-"), *map(str, texts)]
-        for switch in folders.DATA_SWITCHES:
+        for switch in DATA_SWITCHES:
             if getattr(cfg, switch, True) is False:
                 words += ["--no-" + switch]
         words += ["--out", str(folder)] + (["--resume"] if (folder / "run.json").exists() else [])

@@ -34,11 +34,6 @@ BEFORE_RUN_JSON = {"checkpoints", "checkpoints/.lock", ".lock", ".run.json.tmp"}
 # Flags that name what may have been moved, and the entry of run.json that says whether it is the same; of "models" the engine's.
 MAY_MOVE = {"data": "data", "tokenizer": "data", "teachers": "teachers", "deepspeed_config": "deepspeed"}
 MAY_MOVE |= {"teacher_deepspeed_config": "teacher_deepspeed", "student": "models", "teacher": "models"}
-# What decides how data is read, by student and teacher alike.
-DATA_FIELDS = (
-    "data", "tokenizer", "vocab_size", "seq_len", "fields", "decoded_gib", "max_corrupt", "on_too_long", "chat_template",
-)  # fmt: skip
-DATA_SWITCHES = ("packing",)
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers", "torchvision")
 
 

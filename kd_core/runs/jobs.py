@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kd_core.cli import FREE_ON_RESUME
 from kd_core.launch import GRACE_SECONDS, SECONDS_TO_KILL, die_with_parent
-from kd_core.runs.folders import DATA_FIELDS, DATA_SWITCHES, MAY_MOVE, Change, changes, foreign, read_record
+from kd_core.runs.folders import MAY_MOVE, Change, changes, foreign, read_record
 from kd_core.runs.lean import mark
 from kd_core.system.checked import read_lines
 from kd_core.system.files import says_unlockable
@@ -86,14 +87,14 @@ def check_unchanged(
 
 
 def check_inputs(runs: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> None:
-    """Raises ValueError when what a flag names, which may have been moved, was another in one of the runs that name it.
+    """Raises ValueError when what may have been moved was another in one of the runs that differ in seed and length alone.
 
     Args:
         runs: of each its name, its config as it would be begun now, and its run.json.
     """
-    beside = {"data": (*DATA_FIELDS, *DATA_SWITCHES), "teachers": ("teacher_dtype",)}
     first: dict[str, tuple[str, Any]] = {}
     for name, config, record in runs:
+        alike = {field: value for field, value in config.items() if field not in {"seed", "steps", *FREE_ON_RESUME}}
         for flag, entry in MAY_MOVE.items():
             content = record.get(entry)
             if entry == "models":
@@ -104,8 +105,7 @@ def check_inputs(runs: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]
                 content = [mark(one) for one in content]
                 if mark({}) in content:  # of an earlier version
                     continue
-            key = json.dumps([flag, *(config.get(field) for field in (flag, *beside.get(flag, ())))])
-            other, theirs = first.setdefault(key, (name, content))
+            other, theirs = first.setdefault(json.dumps([flag, record["recipe"], alike]), (name, content))
             if content != theirs:
                 raise ValueError(
                     f"{name} was made with another {flag} than {other}, for which both have {json.dumps(config[flag])} now: restore "

@@ -396,7 +396,7 @@ def test_data_of_a_study_may_be_moved_and_is_no_other(folder: Folder) -> None:
     known = RECIPE.replace("world_size=1)", "world_size=1, data=Path(cfg.data).read_text())")
     (folder.folder / "recipe.py").write_text(known)
     (folder.folder / "a.txt").write_text("the same")
-    design: dict[str, Any] = dict(arms={"plain": "", "kd": "--kd-ratio 0"}, teacher=None, lengths=[20])
+    design: dict[str, Any] = dict(arms={"plain": "", "kd": "--crash-at 0"}, teacher=None, lengths=[20])
     folder.write(**design, flags="--data a.txt", seeds=[1])
     assert folder.run()[0] == 0
     (folder.folder / "a.txt").rename(folder.folder / "b.txt")
