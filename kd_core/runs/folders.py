@@ -203,7 +203,9 @@ def _is_known(name: str, value: Any, record: Mapping[str, Any]) -> bool:
     content: Any = record.get(MAY_MOVE.get(name, ""))
     if name == "teachers":
         return bool(content) and len(content) == len(value) and all("fingerprint" in one for one in content)
-    return name in content if MAY_MOVE.get(name) == "models" and content else content is not None
+    if MAY_MOVE.get(name) == "models":
+        return name in (content or {})
+    return content is not None
 
 
 def say_moved(changed: Iterable[Change]) -> None:

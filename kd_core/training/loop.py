@@ -31,10 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from kd_core import cli
-from kd_core.runs import code, folders
+from kd_core.runs import code, folders, sources
 from kd_core.runs.flags import RunFlags
 from kd_core.runs.record import Record
-from kd_core.runs.sources import fingerprint
 from kd_core.system.clock import Stopwatch
 from kd_core.system.digests import tensor_digest
 from kd_core.system.files import let_go
@@ -259,7 +258,7 @@ class Run(Generic[C]):
         found = [getattr(part, "read_from", None) for part in module.modules()]
         source = next(filter(None, found), None)
         before = self.recall("models", {})
-        now = broadcast(fingerprint(source) if rank() == 0 and source else None)
+        now = broadcast(sources.fingerprint(source) if rank() == 0 and source else None)
         if self.cfg.resume and before.get(name, now) != now:
             path = getattr(self.cfg, name, source)
             raise ValueError(
