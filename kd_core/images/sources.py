@@ -16,6 +16,7 @@ import os
 import re
 import struct
 import tarfile
+import unicodedata
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -442,6 +443,12 @@ def _layout(root: str, found: list[tuple[Any, ...]], source: str, listing: Listi
         placed = {folder: (split, names[0]) for folder, names in below.items() if names}
     used = _used({split for split, _ in placed.values()} or {"train"}, source)
     classes = sorted({name for split, name in placed.values() if split in used})
+    spelt: dict[str, str] = {}
+    for name in classes:  # as disks of other systems write accents
+        if (other := spelt.setdefault(unicodedata.normalize("NFC", name), name)) != name:
+            raise ValueError(
+                f"--data {source} has a class in two spellings of Unicode, {other!a} and {name!a}; merge them"
+            )
     if len(classes) < 2 or all(map(named_split, classes)):
         raise ValueError(
             f"--data {source} holds {len(found)} images in {len(classes)} class folders, {listing}; expected "

@@ -28,6 +28,7 @@ UNREAD = tuple(
     ".arrow .feather .avro .orc .h5 .hdf5 .tfrecord .rec .lmdb .mdb .beton".split()
 )
 HIDDEN, TWICE, CLOSED = "hidden", "taken already by another name", "packed or of a kind that nothing here reads"
+DEEPEST = 200  # folders within each other that are looked into
 DIGESTS = "digests.json"  # of the files of a folder of the cache
 SECONDS_TO_DIE = 3.0  # a process that was killed frees its locks within
 # What of an OSError means that a path cannot be written, and what writers without its number say: PyTorch's, numpy's, Rust's.
@@ -266,6 +267,8 @@ def files_below(root: Path, is_data: Callable[[str], Any] = lambda _: True, unre
                 listing.leave(name, HIDDEN)
             elif entry.is_symlink():
                 links.append(name)
+            elif entry.is_dir() and name.count(os.sep) > DEEPEST:
+                listing.leave(name, f"more than {DEEPEST} folders deep")
             elif entry.is_dir():
                 walk(name)
             elif entry.is_file():

@@ -111,6 +111,20 @@ def test_what_cannot_be_listed_is_said(tmp_path: Path, monkeypatch: pytest.Monke
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
+def test_a_class_in_two_spellings_of_unicode_is_refused(tmp_path: Path) -> None:
+    for name in ("caf\u00e9", "cafe\u0301", "tea"):
+        write(tmp_path, f"train/{name}/1.jpg", f"val/{name}/1.jpg", content="")
+    with pytest.raises(ValueError, match=r"a class in two spellings of Unicode, 'cafe\\u0301' and 'caf\\xe9'; merge"):
+        prepare(str(tmp_path), decoded_gib=0, max_corrupt=0)
+
+
+def test_folders_without_an_end_are_left_out_and_named(tmp_path: Path) -> None:
+    (tmp_path / "/".join("a" * 300)).mkdir(parents=True)
+    (tmp_path / "x.txt").touch()
+    listing = files_below(tmp_path)
+    assert listing.names == ["x.txt"] and "1 more than 200 folders deep (a/a/" in str(listing)
+
+
 def test_what_is_left_out_is_said_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, "a.txt", ".b.txt", "notes.md", "x.html", "y.docx", "LICENSE", "run/log.jsonl")
     write(tmp_path, "run/run.json", content='{"recipe": "x", "config": {}}')
