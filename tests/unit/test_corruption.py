@@ -80,7 +80,7 @@ def causal_texts(home: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Of the kind that a file's first record says, prompts and responses."""
     home.mkdir()
     for name, first in (("mine", 0), ("theirs", 50)):
-        lines = [json.dumps({"prompt": text[:20], "response": text[20:40]}) for text in documents(150)[first:]]
+        lines = [json.dumps({"prompt": text[:20], "completion": text[20:40]}) for text in documents(150)[first:]]
         (home / f"{name}.jsonl").write_text("\n".join(lines))
 
     def prepare(name: str) -> Any:
