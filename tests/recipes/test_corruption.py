@@ -173,7 +173,7 @@ def things(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> dict
         ),
         "answers on images": Thing(
             home / "image_answers", home / "other_image_answers",
-            [ROOT / "recipes/logits/pld.py", *METHOD, "--data", image_folder, "--teachers", "cache:{case}/image_answers", "--out", "{case}/run"],
+            [ROOT / "recipes/logits/pld.py", *METHOD, "--data", image_folder, "--teachers", "cache:{case}/image_answers", "--teacher-dtype", "fp32", "--out", "{case}/run"],
             of_cache(home / "image_answers"), outcome_of_run, cache,
         ),
     }  # fmt: skip
