@@ -27,7 +27,7 @@ NODE = """
     --compile
 """
 
-# Two CPU cores, minutes: the same job in small, on the documentation that every Python installation carries.
+# One or two CPU cores, 12 minutes: the same job in small, on the documentation that every Python installation carries.
 SMALL = """
     --student 2x128
     --data embedded --vocab-size 4096 --seq-len 128
