@@ -130,6 +130,7 @@ def test_a_teacher_for_zero_3_is_contiguous_and_really_bf16(
     net = torchvision.models.resnet18(num_classes=3) if theirs else resnets.build_net("resnet8", 3)
     config = {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 32, "classes": ["a", "b", "c"]}
     monkeypatch.setattr(classifiers, "check_source", lambda *_: None)
+    monkeypatch.setattr(classifiers, "model_source", lambda path, _: path)
     monkeypatch.setattr(classifiers, "load_net", lambda *_: (copy.deepcopy(net), config))
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     whole, split = (
