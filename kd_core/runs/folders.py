@@ -7,6 +7,7 @@ digests of metrics.jsonl and of all that was exported.
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
@@ -34,6 +35,7 @@ BEFORE_RUN_JSON = {"checkpoints", "checkpoints/.lock", ".lock", ".run.json.tmp"}
 # Flags that name what may have been moved, and the entry of run.json that says whether it is the same; of "models" the engine's.
 MAY_MOVE = {"data": "data", "tokenizer": "data", "teachers": "teachers", "deepspeed_config": "deepspeed"}
 MAY_MOVE |= {"teacher_deepspeed_config": "teacher_deepspeed", "student": "models", "teacher": "models"}
+MARK = 16  # characters of a teacher's fingerprint
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "tokenizers", "torchvision")
 
 
@@ -212,6 +214,14 @@ def say_moved(changed: Iterable[Change]) -> None:
     """Says once what is looked for elsewhere than before."""
     for flag, was, now in dict.fromkeys((one.flag, str(one.was), str(one.now)) for one in changed):
         say(f"{flag} was {was} and is now {now}: taken if its content is the same")
+
+
+def mark(told: Mapping[str, Any]) -> str:
+    """The fingerprint of a teacher, short; of one that has none, that of nothing."""
+    whole = told.get("fingerprint")
+    if isinstance(whole, str) and len(whole) <= MARK:
+        return whole
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:MARK]
 
 
 def check_data(cfg: RunFlags, fingerprint: str) -> None:

@@ -24,8 +24,7 @@ from tqdm import tqdm
 
 from kd_core.cli import FREE_ON_RESUME
 from kd_core.launch import GRACE_SECONDS, SECONDS_TO_KILL, die_with_parent
-from kd_core.runs.folders import MAY_MOVE, Change, changes, foreign, read_record
-from kd_core.runs.lean import mark
+from kd_core.runs.folders import MAY_MOVE, Change, changes, foreign, mark, read_record
 from kd_core.system.checked import read_lines
 from kd_core.system.files import says_unlockable
 

@@ -26,7 +26,6 @@ from kd_core.system.files import write_atomic
 COSTS = ("train_s", "teacher_s", "data_s")
 COLUMNS = ("run", "step", *COSTS, "kd_ratio")
 DIGITS = 7  # of a number in runs.csv
-MARK = 16  # characters of a teacher's fingerprint
 LEFT_OUT = ("argv", "files", "id", "result", "saved")  # of run.json; the result's values are the last line's
 OF_RESULT = ("stopped", "peak_memory_gib")  # what is kept of it
 Entries = dict[tuple[str, ...], Any]  # of a record by their path, one or two names
@@ -71,15 +70,7 @@ def of_run(folder: Path, study: Path) -> Lean:
 def _teacher(told: dict[str, Any]) -> dict[str, Any]:
     """Which teacher it was and how it scored; what asking it cost is in the lines."""
     kept = {name: value for name, value in told.items() if name == "name" or "/" in name}
-    return kept | {"fingerprint": mark(told)}
-
-
-def mark(told: Mapping[str, Any]) -> str:
-    """The fingerprint of a teacher, short; of one that has none, that of nothing."""
-    whole = told.get("fingerprint")
-    if isinstance(whole, str) and len(whole) <= MARK:
-        return whole
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:MARK]
+    return kept | {"fingerprint": folders.mark(told)}
 
 
 def restore(run: Lean, folder: Path, study: Path) -> None:

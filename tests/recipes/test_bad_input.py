@@ -52,7 +52,9 @@ def test_flags_of_the_pool(attempt: Attempt, teacher: Path, tmp_path: Path) -> N
     assert f"--teachers {tmp_path}/run* matches nothing" in attempt("--kd-ratio", 0.5, "--teachers", f"{tmp_path}/run*")
     cached = ("--kd-ratio", 0.5, "--teachers", f"cache:{tmp_path}/nowhere")
     assert "no cache there; make one by python -m kd_core.cache build" in attempt(*cached)
-    assert "--teacher-placement must be device for teachers that are no models" in attempt(*cached, "--teacher-placement", "host")
+    assert "--teacher-placement must be device for teachers that are no models" in attempt(
+        *cached, "--teacher-placement", "host"
+    )
 
 
 def test_data(attempt: Attempt, tmp_path: Path, corpus_file: Path) -> None:
