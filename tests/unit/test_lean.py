@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kd_core.runs import lean
+from kd_core.runs import folders, lean
 
 STUDY = Path("runs/study/x")
 
@@ -81,7 +81,7 @@ def test_a_restored_run_says_the_same(runs: dict[str, lean.Lean], tmp_path: Path
     lean.restore(runs["cache"], elsewhere / "cache", elsewhere)
     assert lean.of_run(elsewhere / "cache", elsewhere) == runs["cache"]
     (teacher,) = record["teachers"]
-    assert set(teacher) == {"name", "eval/loss", "fingerprint"} and len(teacher["fingerprint"]) == lean.MARK
+    assert set(teacher) == {"name", "eval/loss", "fingerprint"} and len(teacher["fingerprint"]) == folders.MARK
 
 
 def test_only_paths_of_the_study_are_its_own() -> None:
